@@ -1,0 +1,56 @@
+"""Devices, strictness and skips for the whole suite.
+
+Tests run on eight emulated CPU devices, chosen here because XLA reads the setting only once, when jax first touches a
+device. A run that selects GPU tests (``-m gpu``, ``-m multi_gpu``) leaves the choice of platform to jax instead.
+
+There is no persistent compilation cache on purpose: the suite reads memory analyses, collectives and compile times
+off fresh executables, and a cached one answers for a different compilation.
+"""
+
+import os
+import re
+
+import pytest
+
+
+def _selects_gpu(mark_expression: str) -> bool:
+    return re.search(r"(?<!not )\b(multi_)?gpu\b", mark_expression) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    if not _selects_gpu(config.option.markexpr):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
+    if needed:
+        found = _gpu_count()
+        if found < needed:
+            pytest.skip(f"needs {needed} CUDA GPU(s), found {found}")
+
+
+def _gpu_count() -> int:
+    import jax
+
+    try:
+        return len(jax.devices("gpu"))
+    except RuntimeError:
+        return 0
+
+
+@pytest.fixture(scope="session")
+def cpu_devices():
+    """The eight emulated CPU devices."""
+    import jax
+
+    devices = jax.devices("cpu")
+    assert len(devices) >= 8, f"expected 8 emulated CPU devices, found {len(devices)}"
+    return devices[:8]
