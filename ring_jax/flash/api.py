@@ -1,0 +1,158 @@
+"""`flash_attention`: one attention block over key intervals, with its derivative rule."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ring_jax._checks import concrete
+from ring_jax._vma import align
+from ring_jax.flash.backends import Backend, check_inputs, select
+from ring_jax.flash.merge import carry_gradient
+from ring_jax.flash.packed import pack, unpack, value_size
+
+Partial = tuple[jax.Array, jax.Array]  # (out, lse)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static part of an attention call: what runs it, and its two scalars."""
+
+    backend: Backend
+    scale: float
+    logits_soft_cap: float | None
+
+    def forward(self, query, kv, start, end, carry, out_dtype=None) -> Partial:
+        return self.backend.forward(
+            query, kv, start, end, carry, scale=self.scale, logits_soft_cap=self.logits_soft_cap, out_dtype=out_dtype
+        )
+
+    def backward(self, query, kv, start, end, lse, delta, dout) -> Partial:
+        return self.backend.backward(
+            query, kv, start, end, lse, delta, dout, scale=self.scale, logits_soft_cap=self.logits_soft_cap
+        )
+
+
+def make_spec(query, kv, scale, logits_soft_cap, implementation) -> Spec:
+    """Resolve defaults; raises for a scale or cap that is not a number known at trace time."""
+    scale = query.shape[-1] ** -0.5 if scale is None else _static("scale", scale)
+    if logits_soft_cap is not None:
+        logits_soft_cap = _static("logits_soft_cap", logits_soft_cap)
+        if logits_soft_cap <= 0:
+            raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
+    return Spec(select(implementation, query, kv), scale, logits_soft_cap)
+
+
+def _static(name: str, value) -> float:
+    known = concrete(value)
+    if known is None or known.ndim != 0:
+        raise ValueError(f"{name} must be one number known at trace time, got {value!r}; multiply a traced scale into the query instead")
+    return float(known)
+
+
+def delta_of(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
+    """delta = rowsum(dO . O) - dLSE, float32 [B, T, N]."""
+    return jnp.sum(dout.astype(dlse.dtype) * out.astype(dlse.dtype), axis=-1) - dlse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def block(spec: Spec, query, kv, start, end, carry: Partial | None) -> Partial:
+    """One differentiable attention block on packed KV; float32 (out, lse)."""
+    return spec.forward(query, kv, start, end, carry)
+
+
+def _block_fwd(spec, query, kv, start, end, carry):
+    out, lse = spec.forward(query, kv, start, end, carry)
+    return (out, lse), (query, kv, start, end, carry, out, lse)
+
+
+def _block_bwd(spec, saved, cotangents):
+    query, kv, start, end, carry, out, lse = saved
+    dout, dlse = cotangents
+    delta = delta_of(out, dout, dlse)
+    dq, dkv = spec.backward(query, kv, start, end, lse, delta, dout)
+    dcarry = None if carry is None else carry_gradient(carry, lse, delta, dout)
+    return dq.astype(query.dtype), dkv.astype(kv.dtype), None, None, dcarry
+
+
+block.defvjp(_block_fwd, _block_bwd)
+
+
+def flash_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    key_start: Int[Array, "B T"],
+    key_end: Int[Array, "B T"],
+    *,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    carry: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Attention of every query row over one interval of keys, resumed from a carry.
+
+        out_t = sum_s softmax(scale q_t . k_s) v_s,   s in [key_start_t, key_end_t)  (and what the carry saw)
+
+    Args:
+        query: [B, T, N, H], bfloat16, float16, float32 or float64.
+        key, value: [B, S, K, H] and [B, S, K, Hv], same dtype; N a multiple of K (query head n reads head n // (N/K)).
+        key_start, key_end: int32 [B, T] (or [T], [1, T]): row t sees keys with start <= s < end. Both must be
+            monotone along T for tiles to be skipped well; they are clipped to [0, S]. start >= end is an empty row.
+        scale: multiplies the logits; default H ** -0.5.
+        logits_soft_cap: cap c > 0 applied as c * tanh(logits / c).
+        carry: float32 (out, lse) of the same rows over other keys, to resume from. (0, sink) adds an attention sink.
+        implementation: "reference", "xla", ... or None for the best that runs here.
+
+    Returns:
+        (out, lse): float32 [B, T, N, Hv] and natural-log [B, T, N] (float64 for float64 inputs), a mergeable
+        partial result. An empty row gives out 0 and lse -inf, with zero gradients, or its carry unchanged.
+
+    Raises:
+        ValueError: shapes, dtypes or values that do not fit. NotImplementedError: a named implementation that
+        cannot run these inputs on this device.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((1, 4, 2, 8))
+        >>> out, lse = flash_attention(x, x, x, jnp.zeros((1, 4), int), jnp.arange(1, 5)[None])
+        >>> out.shape, lse.shape
+        ((1, 4, 2, 8), (1, 4, 2))
+
+    Source: Dao, FlashAttention-2, arXiv 2307.08691; the resumed form is Liu et al., Ring Attention, arXiv 2310.01889.
+    """
+    check_inputs(query, key, value)
+    B, T, N, _ = query.shape
+    S = key.shape[1]
+    start, end = _check_bounds(key_start, key_end, B, T, S)
+    kv = pack(key, value)
+    spec = make_spec(query, kv, scale, logits_soft_cap, implementation)
+    acc_dtype = jnp.promote_types(query.dtype, jnp.float32)
+    if carry is not None:
+        out_in, lse_in = carry
+        if out_in.shape != (B, T, N, value.shape[3]) or lse_in.shape != (B, T, N):
+            raise ValueError(
+                f"carry must be (out {(B, T, N, value.shape[3])}, lse {(B, T, N)}), got {out_in.shape} and {lse_in.shape}"
+            )
+        carry = (out_in.astype(acc_dtype), lse_in.astype(acc_dtype))
+    if S == 0 or T == 0:
+        return carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
+    query, kv, start, end, carry = align(query, kv, start, end, carry)
+    return block(spec, query, kv, start, end, carry)
+
+
+def _check_bounds(key_start, key_end, B: int, T: int, S: int):
+    bounds = []
+    for name, x in (("key_start", key_start), ("key_end", key_end)):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+            raise ValueError(f"{name} must be int32, got {jnp.result_type(x)}")
+        if x.shape not in ((T,), (1, T), (B, T)):
+            raise ValueError(f"{name} must have shape {(B, T)} (or {(1, T)}, {(T,)}) for query [B, T, ...], got {x.shape}")
+        bounds.append(jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)))
+    start, end = bounds
+    return start, jnp.maximum(start, end)
+
+
+__all__ = ["Spec", "block", "delta_of", "flash_attention", "make_spec", "unpack", "value_size"]

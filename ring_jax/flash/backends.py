@@ -1,0 +1,78 @@
+"""The attention backends behind `implementation=`, and the choice between them.
+
+A backend is two functions on one block, without derivative rules of their own:
+
+    forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap, out_dtype) -> (out, lse)
+    backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_soft_cap) -> (dq, dkv)
+
+query [B, T, N, H]; kv packed (`flash.packed`); key_start, key_end int32 [B, T], 0 <= start <= end <= S,
+monotone along T; carry None or float32 (out, lse) to resume from; lse the *final* LSE of all keys
+(-inf rows have zero gradient); delta = rowsum(dO . O) - dLSE; dq, dkv float32. `flash.api` and the
+strategies in `ring_jax.context` put the derivative rules around them.
+
+To add one: write the two functions, give `unsupported` a reason for what it cannot do, add it to
+`BACKENDS`, and add its name to the harness in tests/flash.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ring_jax.flash import reference, xla
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    forward: Callable
+    backward: Callable
+    # Why it cannot run these shapes here, or None. Takes (query, kv).
+    unsupported: Callable[[jax.Array, jax.Array], str | None] = lambda query, kv: None
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend("reference", reference.forward, reference.backward),
+    "xla": Backend("xla", xla.forward, xla.backward),
+}
+
+
+def select(implementation: str | None, query: jax.Array, kv: jax.Array) -> Backend:
+    """The backend that `implementation` names, or the best that runs here for None.
+
+    Raises:
+        ValueError: unknown name.
+        NotImplementedError: a named backend cannot run these inputs on this device.
+    """
+    if implementation is None:
+        return BACKENDS["xla"]
+    if implementation not in BACKENDS:
+        raise ValueError(f"unknown implementation {implementation!r}: expected None or one of {sorted(BACKENDS)}")
+    backend = BACKENDS[implementation]
+    reason = backend.unsupported(query, kv)
+    if reason is not None:
+        raise NotImplementedError(f"implementation={implementation!r} cannot run here: {reason}. Use implementation=None to let ring_jax choose.")
+    return backend
+
+
+def check_inputs(query, key, value) -> None:
+    """Shapes and dtypes that every attention call shares.
+
+    Raises:
+        ValueError: with what came and what was expected.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have shape [batch, sequence, heads, head size], got {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point (bfloat16, float16, float32 or float64), got {x.dtype}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}: cast them first")
+    B, _, N, H = query.shape
+    if key.shape[:3] != value.shape[:3] or key.shape[0] != B or key.shape[3] != H:
+        raise ValueError(
+            f"shapes do not fit: query [B, T, N, H] = {query.shape}, key [B, S, K, H] = {key.shape}, value [B, S, K, Hv] = {value.shape}"
+        )
+    if key.shape[2] == 0 or N % key.shape[2]:
+        raise ValueError(f"{N} query heads cannot share {key.shape[2]} key-value heads: N must be a multiple of K")

@@ -1,0 +1,342 @@
+"""Masks: every query sees the keys of one interval [start, end) of global positions.
+
+Causal, windowed, packed, padded and prefix masks are all of this kind, and intervals intersect with
+max and min. So a `Mask` is a tuple of parts, `&` concatenates, and the attention kernels know no mask
+kinds: they get two int32 bounds per query row, monotone along the rows.
+
+Empty rows take start = end at a neighbouring bound, never (0, 0), so that bounds stay monotone: each
+part alone has monotone bounds, max and min keep that, and so does end = max(end, start).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from ring_jax._checks import concrete
+
+Interval = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Which queries a mask is asked about: their indices, global positions and the lengths in play.
+
+    index: int32 [T], position of each query in the query sequence (>= q_len: padding).
+    position: int32 [1 or B, T], index + query_offset: the query's place among the keys.
+    q_len, kv_len: number of real queries and keys.
+    """
+
+    index: Array
+    position: Array
+    q_len: int
+    kv_len: int
+
+
+_leaf = partial(jax.tree_util.register_dataclass, meta_fields=())
+
+
+@partial(_leaf, data_fields=())
+@dataclass(frozen=True)
+class _Causal:
+    def interval(self, q: Queries) -> Interval:
+        return jnp.zeros_like(q.position), q.position + 1
+
+
+@partial(_leaf, data_fields=("left", "right"))
+@dataclass(frozen=True)
+class _Window:
+    left: int | Array | None
+    right: int | Array | None
+
+    def interval(self, q: Queries) -> Interval:
+        start = jnp.zeros_like(q.position) if self.left is None else q.position - self.left
+        end = jnp.full_like(q.position, q.kv_len) if self.right is None else q.position + self.right + 1
+        return start, end
+
+
+@partial(_leaf, data_fields=("n",))
+@dataclass(frozen=True)
+class _Prefix:
+    n: Array  # int32 [] or [B]
+
+    def interval(self, q: Queries) -> Interval:
+        return jnp.zeros_like(q.position), jnp.maximum(q.position + 1, _column(self.n))
+
+
+@partial(_leaf, data_fields=("q", "kv", "left_padding"))
+@dataclass(frozen=True)
+class _Lengths:
+    q: Array | None  # each int32 [] or [B]
+    kv: Array | None
+    left_padding: Array | None
+
+    def interval(self, q: Queries) -> Interval:
+        start, end = jnp.zeros_like(q.position), jnp.full_like(q.position, q.kv_len)
+        if self.q is not None:
+            start = jnp.where(q.index < _column(self.q), start, q.kv_len)
+        if self.kv is not None:
+            end = jnp.minimum(end, _column(self.kv))
+        if self.left_padding is not None:
+            left = _column(self.left_padding)
+            start, end = jnp.maximum(start, left), jnp.where(q.position < left, 0, end)
+        return start, end
+
+
+@partial(_leaf, data_fields=("ids",))
+@dataclass(frozen=True)
+class _Segments:
+    ids: Array  # int32 [S] or [B, S], natural order
+
+    def interval(self, q: Queries) -> Interval:
+        ids = jnp.atleast_2d(self.ids)
+        length = ids.shape[1]
+        index = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+        border = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+        first = lax.cummax(jnp.where(border, index, 0), axis=1)
+        last = jnp.concatenate([border[:, 1:], jnp.ones_like(border[:, :1])], axis=1)
+        after = lax.cummin(jnp.where(last, index + 1, length), axis=1, reverse=True)
+        after = jnp.where(ids < 0, first, after)
+        # Positions beyond the ids are padding: an empty row at the end.
+        first, after = (jnp.pad(x, ((0, 0), (0, 1)), constant_values=length) for x in (first, after))
+        where = jnp.clip(q.position, 0, length)
+        rows = max(first.shape[0], where.shape[0])
+        where = jnp.broadcast_to(where, (rows, where.shape[1]))
+        return tuple(jnp.take_along_axis(jnp.broadcast_to(x, (rows, length + 1)), where, axis=1) for x in (first, after))  # type: ignore[return-value]
+
+
+@partial(_leaf, data_fields=("cu_q", "cu_kv"))
+@dataclass(frozen=True)
+class _CuSeqlens:
+    cu_q: Array  # int32 [n+1] or [B, n+1]
+    cu_kv: Array | None
+
+    def interval(self, q: Queries) -> Interval:
+        cu_q = jnp.atleast_2d(self.cu_q)
+        cu_kv = cu_q if self.cu_kv is None else jnp.atleast_2d(self.cu_kv)
+        n = cu_q.shape[1] - 1
+        rows = max(cu_q.shape[0], q.position.shape[0], cu_kv.shape[0])
+
+        def one(cu_q, cu_kv, position):
+            # side="right" lands on the last of equal borders: documents of length zero hold nobody.
+            document = jnp.searchsorted(cu_q, position, side="right").astype(jnp.int32) - 1
+            start = cu_kv[jnp.clip(document, 0, n)]
+            end = cu_kv[jnp.clip(document + 1, 0, n)]
+            return start, jnp.where(document < 0, start, end)
+
+        args = (jnp.broadcast_to(x, (rows, x.shape[1])) for x in (cu_q, cu_kv, q.position))
+        return jax.vmap(one)(*args)
+
+
+def _column(x: "int | Array") -> Array:
+    """Scalar or per-batch [B] value as [1, 1] or [B, 1], to broadcast against [B, T]."""
+    x = jnp.asarray(x, jnp.int32)
+    return x.reshape(-1, 1)
+
+
+_Part = _Causal | _Window | _Prefix | _Lengths | _Segments | _CuSeqlens
+
+
+@partial(_leaf, data_fields=("parts",))
+@dataclass(frozen=True)
+class Mask:
+    """The keys that each query sees, as one interval; build it with `causal()`, `window()`,
+    `documents()`, `lengths()`, `prefix()` and combine with `&`. `Mask()` sees everything.
+
+    A pytree: lengths, borders and ids may be traced. All of them describe the sequence in natural order,
+    whatever the layout of the arrays.
+
+    Example:
+        >>> mask = causal() & window(2, 0)
+        >>> start, end = mask.interval(q_len=4, kv_len=4)
+        >>> start.tolist(), end.tolist()
+        ([[0, 0, 0, 1]], [[1, 2, 3, 4]])
+    """
+
+    parts: tuple[_Part, ...] = ()
+
+    def __and__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            raise ValueError(f"a Mask combines with & with another Mask, got {type(other).__name__}: {other!r}")
+        return Mask(_checked(self.parts + other.parts))
+
+    def interval(
+        self,
+        index: "Int[Array, ' T'] | None" = None,
+        *,
+        q_len: int,
+        kv_len: int,
+        query_offset: "int | Array" = 0,
+    ) -> "tuple[Int[Array, 'B T'], Int[Array, 'B T']]":
+        """Global key bounds of every query: 0 <= start <= end <= kv_len, both monotone along T.
+
+        Args:
+            index: int32 [T], ascending indices in the query sequence (default: all of them); those >= q_len are
+                padding and see nothing.
+            q_len, kv_len: number of real queries and keys.
+            query_offset: key position of query 0; an integer or int32 [B].
+
+        Returns:
+            (start, end), int32 [B or 1, T]; B where some part differs between batch rows.
+        """
+        index = jnp.arange(q_len, dtype=jnp.int32) if index is None else index
+        queries = Queries(index, index[None, :] + _column(query_offset), q_len, kv_len)
+        start = jnp.where(index < q_len, 0, kv_len)[None, :].astype(jnp.int32)
+        end = jnp.full_like(start, kv_len)
+        for part in self.parts:
+            part_start, part_end = part.interval(queries)
+            start, end = jnp.maximum(start, part_start), jnp.minimum(end, part_end)
+        start, end = jnp.broadcast_arrays(start, end)
+        start = jnp.clip(start, 0, kv_len)
+        return start, jnp.maximum(end, start)
+
+
+def _checked(parts: tuple[_Part, ...]) -> tuple[_Part, ...]:
+    def has(*kinds):
+        return any(isinstance(p, kinds) for p in parts)
+
+    if has(_Prefix) and has(_Window):
+        raise NotImplementedError(
+            "prefix(n) with window(...): a query would see the prefix and a separate window, which is two intervals of keys. "
+            "Every mask here is one interval per query; drop one of the two."
+        )
+    if has(_Prefix) and has(_Causal):
+        raise ValueError(
+            "prefix(n) is causal attention that also sees the first n keys; intersecting it with causal() would hide them again. "
+            "Use prefix(n) alone (and leave is_causal=False)."
+        )
+    if any(isinstance(p, _CuSeqlens) and p.cu_kv is not None for p in parts) and has(_Causal, _Window, _Prefix):
+        raise NotImplementedError(
+            "documents(cu_seqlens=, kv_cu_seqlens=) with causal(), window() or prefix(): these compare positions in one common sequence, "
+            "but queries and keys are packed differently. Pack both alike (cu_seqlens only), or use query_offset."
+        )
+    return parts
+
+
+def causal() -> Mask:
+    """Query at position p sees keys [0, p + 1). Top-left aligned, as jax.nn; `query_offset` shifts p."""
+    return Mask((_Causal(),))
+
+
+def window(left: "int | Array | None", right: "int | Array | None" = None) -> Mask:
+    """Sliding window: query at position p sees keys [p - left, p + right + 1).
+
+    Args:
+        left, right: number of neighbours seen on each side, >= 0; None means no limit. Integers or traced int32
+            scalars (windows that differ between the layers of a scan).
+
+    Raises:
+        ValueError: for negative or non-integer widths.
+    """
+    for name, width in (("left", left), ("right", right)):
+        known = concrete(width)
+        if known is not None and (np.ndim(known) != 0 or not np.issubdtype(np.asarray(known).dtype, np.integer) or known < 0):
+            raise ValueError(f"window(left, right) takes integers >= 0 or None, got {name}={width!r}")
+    return Mask((_Window(left, right),))
+
+
+def prefix(n: "int | Int[Array, ' B']") -> Mask:
+    """Prefix-LM: causal, but the first `n` keys are visible to every query. `n`: int or int32 [B]."""
+    return Mask((_Prefix(_count("prefix", "n", n)),))
+
+
+def lengths(
+    q: "Int[Array, ' B'] | None" = None,
+    kv: "Int[Array, ' B'] | None" = None,
+    *,
+    left_padding: "Int[Array, ' B'] | None" = None,
+) -> Mask:
+    """Padding: per batch row, queries at index >= q[b] see nothing and keys at >= kv[b] are not seen.
+
+    Args:
+        q, kv: int32 [B] (or one integer): valid lengths, counted from the start of the row. None: all valid.
+        left_padding: int32 [B]: the first left_padding[b] positions are padding, for queries and keys alike.
+    """
+    counts = {"q": q, "kv": kv, "left_padding": left_padding}
+    return Mask((_Lengths(**{key: None if n is None else _count("lengths", key, n) for key, n in counts.items()}),))
+
+
+def documents(
+    *,
+    segment_ids: "Int[Array, '*B S'] | None" = None,
+    cu_seqlens: "Int[Array, '*B n'] | None" = None,
+    kv_cu_seqlens: "Int[Array, '*B n'] | None" = None,
+) -> Mask:
+    """Packed documents: a query sees the keys of its own document only. Combine with `causal()` at will.
+
+    Args:
+        segment_ids: int32 [S] or [B, S], natural order. Every run of equal ids is a document (ids need not be
+            sorted); negative ids are padding.
+        cu_seqlens: int32 [n + 1] or [B, n + 1], ascending borders; document i is [cu[i], cu[i+1]), empty
+            documents allowed; positions outside are padding. O(n) memory, where segment ids take O(S).
+        kv_cu_seqlens: borders of the keys' documents where they differ from the queries' (cross attention);
+            document i of the queries sees document i of the keys.
+
+    Raises:
+        ValueError: for neither or both forms, wrong dtype or shape, borders that descend, or an id that two
+            separate runs use (checked where the values are known, that is outside jit).
+
+    Source: FlashAttention's varlen interface (cu_seqlens); jax.nn and MaxText (segment ids).
+    """
+    if (segment_ids is None) == (cu_seqlens is None):
+        raise ValueError("documents() takes exactly one of segment_ids= and cu_seqlens=")
+    if segment_ids is not None:
+        if kv_cu_seqlens is not None:
+            raise ValueError("documents(segment_ids=...) describes queries and keys alike; kv_cu_seqlens goes with cu_seqlens=")
+        return Mask((_Segments(_segment_ids(segment_ids)),))
+    cu_q = _borders("cu_seqlens", cu_seqlens)
+    cu_kv = None if kv_cu_seqlens is None else _borders("kv_cu_seqlens", kv_cu_seqlens)
+    if cu_kv is not None and cu_kv.shape[-1] != cu_q.shape[-1]:
+        raise ValueError(
+            f"cu_seqlens and kv_cu_seqlens must describe the same number of documents, "
+            f"got {cu_q.shape[-1] - 1} and {cu_kv.shape[-1] - 1}"
+        )
+    return Mask((_CuSeqlens(cu_q, cu_kv),))
+
+
+def _count(name: str, key: str, n) -> Array:
+    n = n if isinstance(n, jax.Array) else np.asarray(n)
+    if not np.issubdtype(n.dtype, np.integer) or n.ndim > 1:
+        raise ValueError(f"{name}({key}=...) takes an integer or int32 [B], got {n.dtype} of shape {n.shape}")
+    known = concrete(n)
+    if known is not None and np.any(known < 0):
+        raise ValueError(f"{name}({key}=...) must be >= 0, got {known}")
+    return jnp.asarray(n, jnp.int32)
+
+
+def _integers(name: str, x) -> Array:
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if not np.issubdtype(x.dtype, np.integer) or x.ndim not in (1, 2):
+        raise ValueError(f"{name} must be integers of shape [n] or [B, n], got {x.dtype} of shape {x.shape}")
+    return jnp.asarray(x, jnp.int32)
+
+
+def _segment_ids(ids) -> Array:
+    known = concrete(ids)
+    out = _integers("segment_ids", ids)
+    if known is None:
+        return out
+    for row in np.atleast_2d(known):
+        runs = row[np.r_[True, row[1:] != row[:-1]]]
+        runs = runs[runs >= 0]
+        values, counts = np.unique(runs, return_counts=True)
+        if np.any(counts > 1):
+            raise ValueError(
+                f"segment id {values[counts > 1][0]} is used by two separate runs: its tokens would see two intervals of keys. "
+                "Give every document one contiguous run of its own id."
+            )
+    return out
+
+
+def _borders(name: str, cu) -> Array:
+    known = concrete(cu)
+    out = _integers(name, cu)
+    if out.shape[-1] < 2:
+        raise ValueError(f"{name} needs at least two borders [start, end], got shape {out.shape}")
+    if known is not None and np.any(np.diff(known, axis=-1) < 0):
+        raise ValueError(f"{name} must not descend, got {known}")
+    return out
