@@ -1,0 +1,150 @@
+"""The gated delta rule in chunks of 64 tokens: matrix products inside chunks, one small scan across them.
+
+For one chunk that starts from state S, with A = I + strict_lower[(beta K) K^T . D], D_ij = exp(g_{j+1} + ... + g_i):
+
+    U = A^-1 (beta V);   W = A^-1 (beta K . e^{G});   P = lower[(Q K^T) . D]
+    V' = U - W S;   O = (Q . e^{G}) S + P V';   S <- e^{G_end} S + (K . e^{G_end - G})^T V'
+
+Everything but `W S` and the new S is batched over chunks. Chunks go in groups: the groups are a scan whose body is
+recomputed in the backward pass, so that what is kept is the inputs and one state for each group, O(S).
+
+Sums of log decays are formed directly for each pair (i, j), as a product with a triangle of ones, and never as a
+difference of two cumulative sums: those cancel where strong and weak decays mix, forward and backward.
+
+Source: Yang et al., Gated Delta Networks (arXiv 2412.06464), the chunked form with the WY representation.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ring_jax._vma import align
+from ring_jax.gdn.checks import state_dtype
+from ring_jax.gdn.inverse import BASE, unit_lower_inverse
+from ring_jax.gdn.segments import document_index
+
+CHUNK = 64
+GROUP = 16  # chunks that are batched: bounds the memory of D, A, U, W, P
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How many tokens form a chunk, chunks a group, and groups the padded sequence."""
+
+    chunk: int
+    chunks: int
+    groups: int
+
+    @classmethod
+    def of(cls, time: int) -> "Grouping":
+        chunk = CHUNK
+        while chunk > 2 * BASE and chunk // 2 >= time:
+            chunk //= 2
+        total = max(math.ceil(time / chunk), 1)
+        groups = math.ceil(total / GROUP)
+        return cls(chunk, math.ceil(total / groups), groups)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] to [groups, chunks, B, chunk, ...], zeros at the end: they are exact no-ops."""
+        pad = self.groups * self.chunks * self.chunk - x.shape[1]
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(x.shape[0], self.groups, self.chunks, self.chunk, *x.shape[2:])
+        return jnp.moveaxis(x, 0, 2)
+
+    def join(self, x: jax.Array, time: int) -> jax.Array:
+        """Inverse of `split`."""
+        x = jnp.moveaxis(x, 2, 0)
+        return x.reshape(x.shape[0], -1, *x.shape[4:])[:, :time]
+
+
+def chunked(query, key, value, log_decay, beta, *, scale, initial_state, segment_ids):
+    """See `ring_jax.gated_delta_rule`."""
+    dtype = state_dtype(query, key, value, log_decay, beta)
+    batch, time, heads, dk = key.shape
+    repeats, dv = value.shape[2] // heads, value.shape[3]
+    grouping = Grouping.of(time)
+    grouped = (batch, time, heads, repeats)
+    xs = [query, key, value.reshape(*grouped, dv), log_decay.reshape(grouped), beta.reshape(grouped)]
+    xs = [grouping.split(x) for x in xs]
+    documents = None
+    if segment_ids is not None:
+        index = document_index(segment_ids)
+        pad = grouping.groups * grouping.chunks * grouping.chunk - time
+        index = jnp.pad(index, ((0, 0), (0, pad)), mode="edge")
+        before = jnp.pad(index, ((0, 0), (1, 0)))[:, :-1]  # the document that a chunk's state comes from
+        documents = jnp.stack([grouping.split(index), grouping.split(before)])
+        documents = jnp.moveaxis(documents, 0, 1)
+    state = initial_state.reshape(batch, heads, repeats, dk, dv)
+    state, xs, documents = align(state, xs, documents)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def group(state, inputs):
+        return _group(state, *inputs, scale=scale, dtype=dtype)
+
+    state, out = lax.scan(group, state, (xs, documents))
+    out = grouping.join(out, time).reshape(batch, time, heads * repeats, dv)
+    return out.astype(value.dtype), state.reshape(initial_state.shape)
+
+
+def _group(state, operands, documents, *, scale: float, dtype):
+    """One group of chunks. Axes: c chunk, b batch, k key head, r value heads of it, l and m tokens, d and v sizes."""
+    query, key, value, log_decay, beta = operands
+    q = jnp.einsum("cblkd->cbkld", query).astype(dtype) * scale
+    k = jnp.einsum("cblkd->cbkld", key).astype(dtype)
+    v = jnp.einsum("cblkrv->cbkrlv", value).astype(dtype)
+    g, beta = (jnp.einsum("cblkr->cbkrl", x).astype(dtype) for x in (log_decay, beta))
+    decay = _decays(g, documents)
+
+    keys = _einsum("cbkld,cbkmd->cbklm", k, k)[:, :, :, None]
+    inverse = unit_lower_inverse(jnp.tril(beta[..., None] * keys * decay.between, -1))
+    u = _einsum("cbkrlm,cbkrmv->cbkrlv", inverse, beta[..., None] * v)
+    w = _einsum("cbkrlm,cbkrmd->cbkrld", inverse, (beta * decay.from_start)[..., None] * k[:, :, :, None])
+    k_out = decay.to_end[..., None] * k[:, :, :, None]
+
+    def chunk(state, xs):
+        u, w, k_out, total = xs
+        v_new = u - _einsum("bkrld,bkrdv->bkrlv", w, state)
+        following = total[..., None, None] * state + _einsum("bkrld,bkrlv->bkrdv", k_out, v_new)
+        return following, (state, v_new)
+
+    state, (states, v_new) = lax.scan(chunk, state, (u, w, k_out, decay.total))
+    scores = _einsum("cbkld,cbkmd->cbklm", q, k)[:, :, :, None] * decay.between
+    q_in = decay.from_start[..., None] * q[:, :, :, None]
+    out = _einsum("cbkrld,cbkrdv->cbkrlv", q_in, states) + _einsum("cbkrlm,cbkrmv->cbkrlv", scores, v_new)
+    return state, jnp.einsum("cbkrlv->cblkrv", out).astype(value.dtype)
+
+
+@dataclass(frozen=True)
+class _Decays:
+    """Products of decays in every chunk, each zero where a document border lies between."""
+
+    between: jax.Array  # [..., L, L], D_ij for i >= j, else 0
+    from_start: jax.Array  # [..., L], e^G: from the state that enters to token i
+    to_end: jax.Array  # [..., L], e^{G_end - G}: from token j to the state that leaves
+    total: jax.Array  # [...], e^{G_end}
+
+
+def _decays(g, documents) -> _Decays:
+    size = g.shape[-1]
+    lower = jnp.tril(jnp.ones((size, size), bool))
+    summed = jnp.where(jnp.tril(lower, -1), g[..., :, None], 0)  # g_l where l > j
+    exponent = _einsum("il,...lj->...ij", lower.astype(g.dtype), summed)
+    start = _einsum("il,...l->...i", lower.astype(g.dtype), g)
+    same = lower
+    from_start, to_end = jnp.exp(start), jnp.exp(exponent[..., -1, :])
+    total = jnp.exp(start[..., -1])
+    if documents is not None:
+        index, entering = documents[0], documents[1][..., :1]  # [c, b, L], [c, b, 1]
+        same = same & (index[..., :, None] == index[..., None, :])[:, :, None, None]
+        reaches = (index == entering)[:, :, None, None]
+        from_start = jnp.where(reaches, from_start, 0)
+        to_end = jnp.where((index == index[..., -1:])[:, :, None, None], to_end, 0)
+        total = jnp.where(reaches[..., -1], total, 0)
+    # Masked before the exponential as well: a sum of positive log decays above the diagonal must not overflow.
+    between = jnp.where(same, jnp.exp(jnp.where(same, exponent, 0)), 0)
+    return _Decays(between, from_start, to_end, total)

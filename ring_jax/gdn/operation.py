@@ -1,0 +1,83 @@
+"""The public gated delta rule: checks, defaults, and the choice of an implementation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from ring_jax.gdn.checks import check_operands, state_dtype
+from ring_jax.gdn.chunked import chunked
+from ring_jax.gdn.recurrent import UNROLLED, recurrent
+from ring_jax.gdn.reference import reference
+from ring_jax.gdn.segments import blank_padding
+
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "recurrent": recurrent}
+
+
+def gated_delta_rule(
+    query: Float[Array, "B T K dk"],
+    key: Float[Array, "B T K dk"],
+    value: Float[Array, "B T N dv"],
+    log_decay: Float32[Array, "B T N"],
+    beta: Float[Array, "B T N"],
+    *,
+    scale: float | None = None,
+    initial_state: Float32[Array, "B N dk dv"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N dv"], Float32[Array, "B N dk dv"]]:
+    """Linear attention with a decaying state that is corrected, not only added to (gated delta rule).
+
+    For every value head, with S = 0 or `initial_state` before the first token:
+
+        S <- exp(log_decay_t) S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   out_t = scale S^T q_t
+
+    Args:
+        query, key: float32, bfloat16 or float16 (float64 where x64 is on); key head h serves the value heads
+            h*r ... h*r + r - 1, r = N / K. Not normalised here: models that use the l2 norm apply it first.
+        value: same dtypes, N a multiple of K. Any T, no multiple of a chunk needed.
+        log_decay: natural logarithm of the decay, float32, <= 0 and finite (-15 or -100 is fine, -inf is not:
+            mark document borders with `segment_ids`).
+        beta: write strength, usually in (0, 1).
+        scale: factor on the query, d_k^-0.5 by default.
+        initial_state: float32, continues the first document of each row.
+        segment_ids: ids of packed documents, each one contiguous run; the state is exactly zero where a document
+            begins. Negative ids are padding, anywhere outside documents: it leaves the state untouched and gives
+            zeros, whatever the other arrays hold there.
+        implementation: "chunked" (sequences), "recurrent" (one or a few tokens) or "reference" (token by token,
+            for tests); None chooses by T.
+
+    Returns:
+        out in value's dtype, and the state after the last valid token in float32 (float64 for float64 inputs).
+        All arithmetic is float32 at highest precision.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> k = jnp.full((1, 100, 2, 16), 0.25); v = jnp.ones((1, 100, 4, 8)); g = jnp.full((1, 100, 4), -0.1)
+        >>> out, state = gated_delta_rule(k, k, v, g, jnp.full((1, 100, 4), 0.5))
+        >>> out.shape, state.shape
+        ((1, 100, 4, 8), (1, 4, 16, 8))
+
+    Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (arXiv 2412.06464); Qwen3-Next and Qwen3.5 use it so.
+    """
+    check_operands(query, key, value, log_decay, beta, initial_state, segment_ids)
+    batch, time, _, dk = key.shape
+    heads, dv = value.shape[2:]
+    if implementation is None:
+        implementation = "recurrent" if time <= UNROLLED else "chunked"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}: expected one of {sorted(IMPLEMENTATIONS)} or None")
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, dk, dv), state_dtype(query, key, value, log_decay, beta))
+    if time == 0:
+        return jnp.zeros_like(value), initial_state
+    operands = blank_padding(segment_ids, query, key, value, log_decay, beta)
+    with jax.named_scope(f"gated_delta_rule_{implementation}"):
+        return IMPLEMENTATIONS[implementation](
+            *operands,
+            scale=dk**-0.5 if scale is None else scale,
+            initial_state=initial_state,
+            segment_ids=segment_ids,
+        )
