@@ -40,12 +40,9 @@ def interpreting() -> bool:
 
 def output_like(shape: tuple[int, ...], dtype: Any, *operands: jax.Array) -> jax.ShapeDtypeStruct:
     """The type of a kernel output that varies over every manual mesh axis that one of the operands varies over."""
-    kinds = [jax.typeof(x).manual_axis_type for x in operands if hasattr(jax.typeof(x), "manual_axis_type")]
-    if kinds:
-        varying = frozenset().union(*(kind.varying for kind in kinds))
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kinds[0])(varying=varying))
-    varying = frozenset().union(*(getattr(jax.typeof(x), "vma", frozenset()) for x in operands))
-    return jax.ShapeDtypeStruct(shape, dtype, vma=varying)
+    kinds = [jax.typeof(x).manual_axis_type for x in operands]
+    varying = frozenset().union(*(kind.varying for kind in kinds))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kinds[0])(varying=varying))
 
 
 def kernel(
@@ -92,6 +89,21 @@ def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
         dtype,
         transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)),
     )
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """Registers in `layout` from any memory, also where the access is not made of whole sectors."""
+    if "idx" in inspect.signature(plgpu.load).parameters:
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """Registers to any memory, also where the access is not made of whole sectors."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def dot_registers(acc: jax.Array, lhs: jax.Array, rhs_smem: Any) -> jax.Array:

@@ -1,0 +1,216 @@
+"""Times the forward flash-attention kernel on one GPU beside cuDNN: `python -m ring_jax.bench.flash_forward --help`.
+
+Every case is first compared with a float32 reference on fresh random inputs. Times are of the device: many calls are
+queued behind each other, and ours and cuDNN's take turns, so that heat hits both. TFLOP/s count 4 H multiply-adds per
+query-key pair that the mask leaves.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ring_jax.flash import mosaic_hopper
+from ring_jax.flash.mosaic_config import ForwardConfig, forward_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """batch,length,query heads,key-value heads,head size,mask; masks: full, causal, window:W, documents:N."""
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mask: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        *sizes, mask = text.split(",")
+        return cls(*(int(size) for size in sizes), mask)
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """key_start and key_end, [B, T]."""
+        position = np.arange(self.length)
+        kind, _, argument = self.mask.partition(":")
+        start = np.zeros_like(position)
+        if kind == "full":
+            end = np.full_like(position, self.length)
+        elif kind == "causal":
+            end = position + 1
+        elif kind == "window":
+            start, end = np.maximum(position + 1 - int(argument), 0), position + 1
+        elif kind in ("documents", "documents-full"):
+            size = self.length // int(argument)
+            start = position // size * size
+            end = position + 1 if kind == "documents" else start + size
+        else:
+            raise ValueError(f"mask must be full, causal, window:W, documents:N or documents-full:N, got {self.mask!r}")
+        rows = (self.batch, self.length)
+        return np.broadcast_to(start, rows).astype(np.int32), np.broadcast_to(end, rows).astype(np.int32)
+
+    def flops(self) -> float:
+        start, end = self.bounds()
+        return 4.0 * self.head_size * self.heads * float((end.astype(np.int64) - start).sum())
+
+    def inputs(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        keys = jax.random.split(jax.random.key(time.time_ns() % 2**31), 2)
+        query = jax.random.normal(keys[0], (self.batch, self.length, self.heads, self.head_size), dtype)
+        return query, jax.random.normal(keys[1], (2, self.batch, self.length, self.kv_heads, self.head_size), dtype)
+
+
+def materialised(query, kv, key_start, key_end, scale, dtype) -> tuple[jax.Array, jax.Array]:
+    """The plain formula with inputs, logits and probabilities in `dtype`."""
+    group = query.shape[2] // kv.shape[3]
+    key, value = (jnp.repeat(x.astype(dtype), group, axis=2) for x in kv)
+    exact = jax.lax.Precision.HIGHEST
+    logits = jnp.einsum("btnh,bsnh->bnts", query.astype(dtype), key, precision=exact) * jnp.asarray(scale, dtype)
+    position = jnp.arange(kv.shape[2])
+    visible = (position >= key_start[..., None]) & (position < key_end[..., None])
+    logits = jnp.where(visible[:, None], logits, -jnp.inf)
+    lse = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+    p = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None].astype(dtype))
+    return jnp.einsum("bnts,bsnh->btnh", p, value, precision=exact), jnp.swapaxes(lse, 1, 2)
+
+
+def relative_error(out, expected) -> float:
+    out, expected = np.asarray(out, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
+
+
+def check(case: Case, dtype, config: ForwardConfig | None) -> tuple[float, float]:
+    """(our error, error of the materialised form in the same precision) at up to 2048 positions."""
+    small = dataclasses.replace(case, length=min(case.length, 2048), heads=case.heads // case.kv_heads, kv_heads=1)
+    query, kv = small.inputs(dtype)
+    bounds = tuple(map(jnp.asarray, small.bounds()))
+    scale = case.head_size**-0.5
+    expected, expected_lse = jax.jit(materialised, static_argnums=(4, 5))(query, kv, *bounds, scale, jnp.float32)
+    same, _ = jax.jit(materialised, static_argnums=(4, 5))(query, kv, *bounds, scale, dtype)
+    out, lse = jax.jit(lambda q, kv, s, e: mosaic_hopper.forward(q, kv, s, e, scale=scale, config=config))(
+        query, kv, *bounds
+    )
+    error, allowed = relative_error(out, expected), relative_error(same, expected)
+    lse_error = float(jnp.abs(lse - expected_lse).max())
+    if not (error <= 2 * allowed and lse_error < 1e-3):
+        raise AssertionError(f"{case}: error {error}, same-precision reference {allowed}, LSE error {lse_error}")
+    return error, allowed
+
+
+def seconds(calls: dict[str, Callable[[], Any]], budget: float, rounds: int = 3) -> dict[str, float]:
+    """Median seconds a call, the calls taking turns."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = {}
+    for name, call in calls.items():
+        begin = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(3)])
+        repeats[name] = max(3, int(budget * 3 / (time.perf_counter() - begin)))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            for _ in range(repeats[name]):
+                last = call()
+            jax.block_until_ready(last)
+            times[name].append((time.perf_counter() - begin) / repeats[name])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def cudnn_call(case: Case, query, kv) -> Callable[[], Any] | None:
+    """cuDNN on the same case; documents as a batch of dense causal or full sequences of their length."""
+    kind, _, argument = case.mask.partition(":")
+    if kind.startswith("documents"):
+        parts = case.batch * int(argument)
+        query = query.reshape(parts, -1, *query.shape[2:])
+        kv = kv.reshape(2, parts, -1, *kv.shape[3:])
+    causal = kind in ("causal", "window", "documents")
+    window = (int(argument) - 1, 0) if kind == "window" else None
+    attend = jax.jit(
+        lambda q, k, v: jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, local_window_size=window, implementation="cudnn"
+        )
+    )
+    key, value = kv[0] + 0, kv[1] + 0
+    return lambda: attend(query, key, value)
+
+
+def measure(case: Case, dtype, configs: dict[str, ForwardConfig], out_dtype, budget: float) -> list[dict[str, Any]]:
+    query, kv = case.inputs(dtype)
+    bounds = tuple(map(jnp.asarray, case.bounds()))
+    calls: dict[str, Callable[[], Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, config in configs.items():
+        row = rows[name] = {"case": dataclasses.asdict(case), "name": name, "config": dataclasses.asdict(config)}
+        try:
+            row["error"], row["same_precision_error"] = check(case, dtype, config)
+            attend = jax.jit(
+                lambda q, kv, s, e, config=config: mosaic_hopper.forward(
+                    q, kv, s, e, scale=case.head_size**-0.5, out_dtype=out_dtype, config=config
+                )
+            ).lower(query, kv, *bounds).compile()
+            calls[name] = lambda attend=attend: attend(query, kv, *bounds)
+        except Exception as failure:  # one config of a search must not end the search
+            row["failure"] = f"{type(failure).__name__}: {failure}"[:400]
+    try:
+        calls["cudnn"] = cudnn_call(case, query, kv)
+        jax.block_until_ready(calls["cudnn"]())
+        rows["cudnn"] = {"case": dataclasses.asdict(case), "name": "cudnn"}
+    except Exception as failure:
+        calls.pop("cudnn", None)
+        rows["cudnn"] = {"case": dataclasses.asdict(case), "name": "cudnn", "failure": str(failure)[:400]}
+    for name, value in seconds(calls, budget).items():
+        rows[name].update(seconds=value, tflops=case.flops() / value / 1e12)
+    for row in rows.values():
+        if "seconds" in row and "seconds" in rows["cudnn"]:
+            row["ratio_to_cudnn"] = rows["cudnn"]["seconds"] / row["seconds"]
+    return list(rows.values())
+
+
+def candidates(head_size: int, names: list[str]) -> dict[str, ForwardConfig]:
+    """The tuned config, changed by each of `names`: "base", or fields such as "block_kv=64/stages=3"."""
+    base = forward_config(head_size, head_size)
+    found = {}
+    for name in names:
+        fields = [] if name == "base" else [field.split("=") for field in name.split("/")]
+        changes = {key: {"True": True, "False": False}.get(value) for key, value in fields}
+        changes = {key: int(value) if changes[key] is None else changes[key] for key, value in fields}
+        found[name] = dataclasses.replace(base, **changes)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="+", help=f"{Case.__doc__}, optionally @config names, such as base")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out-dtype", default=None, help="default: the input dtype, as cuDNN writes")
+    parser.add_argument("--configs", nargs="+", default=["base"], help=candidates.__doc__)
+    parser.add_argument("--seconds", type=float, default=0.05, help="of device time for each of three rounds")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    dtype = jnp.dtype(options.dtype)
+    results = []
+    for text in options.cases:
+        text, _, names = text.partition("@")
+        case = Case.parse(text)
+        configs = candidates(case.head_size, names.split("+") if names else options.configs)
+        for row in measure(case, dtype, configs, jnp.dtype(options.out_dtype or dtype), options.seconds):
+            results.append(row)
+            outcome = row.get("failure") or (
+                f"{row['seconds'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s  ratio {row.get('ratio_to_cudnn', 0):.3f}"
+            )
+            print(f"{text:34s} {row['name']:44s} {outcome}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

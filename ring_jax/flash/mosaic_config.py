@@ -1,0 +1,68 @@
+"""Tuning parameters of the Hopper flash-attention forward kernel, validated when made."""
+
+import dataclasses
+
+SHARED_MEMORY_BYTES = 227 * 1024
+_BARRIER_BYTES = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardConfig:
+    """How the forward kernel cuts its work.
+
+    Attributes:
+        block_kv: keys per tile; a multiple of 64, at most 256.
+        stages: K tiles, and as many V tiles, in flight in shared memory.
+        warpgroups: compute warpgroups; each holds 64 query rows, so a query tile has 64 * warpgroups rows.
+        overlap: issue Q K of the next tile before the softmax of the current one (within a warpgroup).
+        ping_pong: let the warpgroups take turns at issuing matrix products.
+        persistent: as many thread blocks as multiprocessors, each walking over several query tiles, so that one
+            tile's loads hide behind the previous tile's stores. Otherwise one thread block per query tile.
+        multiprocessors: thread blocks of a persistent launch.
+        kv_bytes_in_flight: query tiles are walked in sections of heads whose K and V fit this many bytes of L2.
+    """
+
+    block_kv: int
+    stages: int
+    warpgroups: int = 2
+    overlap: bool = True
+    ping_pong: bool = True
+    persistent: bool = True
+    multiprocessors: int = 132
+    kv_bytes_in_flight: int = 24 * 2**20
+
+    def __post_init__(self):
+        if self.block_kv % 64 or not 64 <= self.block_kv <= 256:
+            raise ValueError(f"{self.block_kv=} must be 64, 128, 192 or 256")
+        if self.stages < 2:
+            raise ValueError(f"{self.stages=} must be at least 2")
+        if self.warpgroups not in (1, 2, 3):
+            raise ValueError(f"{self.warpgroups=} must be 1, 2 or 3")
+        if self.multiprocessors < 1:
+            raise ValueError(f"{self.multiprocessors=} must be positive")
+
+    @property
+    def block_q(self) -> int:
+        return 64 * self.warpgroups
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers per thread of the compute and the memory warpgroups (setmaxnreg)."""
+        return {1: (240, 24), 2: (240, 24), 3: (160, 32)}[self.warpgroups]
+
+    def shared_memory_bytes(self, head_size: int, value_head_size: int) -> int:
+        """Bytes of shared memory for 16-bit inputs."""
+        kv_bytes = self.stages * self.block_kv * (head_size + value_head_size) * 2
+        return self.block_q * head_size * 2 + kv_bytes + _BARRIER_BYTES
+
+
+def forward_config(head_size: int, value_head_size: int) -> ForwardConfig:
+    """The config that is used for these head sizes (multiples of 64, at most 256)."""
+    size = max(head_size, value_head_size)
+    if size <= 64:
+        return ForwardConfig(block_kv=128, stages=3, warpgroups=3)
+    if size <= 128:
+        return ForwardConfig(block_kv=128, stages=2)
+    if size <= 256:
+        return ForwardConfig(block_kv=64, stages=2)
+    raise ValueError(f"no config for head sizes {head_size} and {value_head_size}: at most 256")

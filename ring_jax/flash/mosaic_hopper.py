@@ -1,0 +1,605 @@
+"""Flash attention for Hopper GPUs (sm90), forward, in Pallas Mosaic GPU.
+
+Algorithm: FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608) on key intervals, resumable.
+
+One thread block walks over query tiles. A *memory* warpgroup copies Q once per tile and K, V tiles into a ring of
+`stages` shared-memory slots (TMA); *compute* warpgroups of 64 query rows each run the online softmax
+
+    S = Q K^T;  m' = max(m, rowmax(S) c);  P = exp2(S c - m');  l' = l exp2(m - m') + rowsum(P)
+    acc' = acc exp2(m - m') + P V,         c = scale * log2(e)
+
+and end with out = acc / l, lse = m ln 2 + ln l. The product Q K of tile i+1 is issued before P V of tile i, so that
+the tensor cores work while the softmax runs; the compute warpgroups take turns at issuing (ping-pong).
+
+Which keys: row t sees [key_start[t], key_end[t]), both monotone, so the first and the last row of a query tile bound
+it. Key tiles outside [start[first], end[last]) are never loaded. Key tiles that are not inside
+[start[last], end[first]) are masked and come first; the others follow and pay nothing for the mask.
+
+Names: a *step* is one key tile of one query tile; `first_step` counts the steps of the earlier query tiles and so says
+which slot of the ring a step uses. m starts at a large finite number, not at -inf, so that a row whose keys are all masked
+has exp2(-inf - m) = 0 and never -inf - -inf; such a row ends with l = 0.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ring_jax.flash import mosaic_compat
+from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
+
+_TILE = plgpu.Layout.WGMMA
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_LOG2E = math.log2(math.e)
+_LN2 = math.log(2.0)
+_NO_KEY_YET = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """Sizes and options, all static."""
+
+    batch: int
+    query_len: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    value_size: int
+    packed: bool  # kv is [2 B, S, K, H]; else [B, S, K, H + Hv]
+    carry: bool
+    scale: float
+    logits_soft_cap: float | None
+    heads_per_section: int
+    config: ForwardConfig
+
+    @property
+    def query_tiles(self) -> int:
+        return pl.cdiv(self.query_len, self.config.block_q)
+
+    @property
+    def items(self) -> int:
+        return self.batch * self.heads * self.query_tiles
+
+    @property
+    def blocks(self) -> int:
+        return min(self.config.multiprocessors, self.items) if self.config.persistent else self.items
+
+
+def _item(problem: _Problem, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(batch, head, first query row) of a work item: sections of heads whose KV fits L2, in each the last rows first.
+
+    Under causal masks the last rows have the most work, and long work must not start late.
+    """
+    section, inside = jnp.divmod(index, problem.heads_per_section * problem.query_tiles)
+    tile, head = jnp.divmod(inside, problem.heads_per_section)
+    batch, head = jnp.divmod(section * problem.heads_per_section + head, problem.heads)
+    row = (problem.query_tiles - 1 - tile) * problem.config.block_q
+    # The last tile slides back into bounds. It recomputes rows of its neighbour, to the same bits.
+    return batch, head, jnp.minimum(row, problem.query_len - problem.config.block_q)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The key tiles of one query tile, in the order in which they are visited: masked ones first."""
+
+    total: jax.Array
+    masked: jax.Array
+    left: jax.Array  # masked tiles at the left edge
+    first_tile: jax.Array
+    first_unmasked: jax.Array
+    first_right: jax.Array
+
+    def tile(self, step: jax.Array | int) -> jax.Array:
+        right = self.first_right + step - self.left
+        unmasked = self.first_unmasked + step - self.masked
+        return jnp.where(step < self.left, self.first_tile + step, jnp.where(step < self.masked, right, unmasked))
+
+
+def _steps(problem: _Problem, start_ref: Any, end_ref: Any, batch: jax.Array, row: jax.Array) -> _Steps:
+    block = problem.config.block_kv
+    last_row = row + problem.config.block_q - 1
+    low, low_max = start_ref[batch, row], start_ref[batch, last_row]
+    high_min, high = end_ref[batch, row], end_ref[batch, last_row]
+    first = lax.div(low, block)
+    last = jnp.where(high > low, pl.cdiv(high, block), first)
+    first_unmasked = jnp.clip(pl.cdiv(low_max, block), first, last)
+    first_right = jnp.clip(lax.div(high_min, block), first_unmasked, last)
+    left = first_unmasked - first
+    return _Steps(last - first, left + last - first_right, left, first, first_unmasked, first_right)
+
+
+def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn):
+    q_ref, kv_ref, start_ref, end_ref, *carry_refs, out_ref, lse_ref = refs
+    config = problem.config
+    warpgroup = lax.axis_index("warpgroup")
+    block = lax.axis_index("block")
+    blocks = problem.blocks
+
+    def walk(tile_body):
+        """Runs tile_body(first_step, steps, batch, head, row) over this thread block's work items."""
+
+        def visit(round_, first_step):
+            # Boustrophedon: sorted work dealt round-robin always in the same direction favours some blocks.
+            position = jnp.where(lax.rem(round_, 2) == 0, block, blocks - 1 - block)
+            index = round_ * blocks + position
+            batch, head, row = _item(problem, jnp.minimum(index, problem.items - 1))
+            steps = _steps(problem, start_ref, end_ref, batch, row)
+
+            @pl.when(index < problem.items)
+            def _():
+                tile_body(first_step, steps, batch, head, row)
+
+            return first_step + jnp.where(index < problem.items, steps.total, 0)
+
+        return lax.fori_loop(0, pl.cdiv(problem.items, blocks), visit, jnp.int32(0))
+
+    @pl.when(warpgroup < config.warpgroups)
+    def _compute():
+        plgpu.set_max_registers(config.registers[0], action="increase")
+        buffers = (q_smem.at[warpgroup], k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn)
+
+        if config.ping_pong:
+
+            @pl.when(warpgroup == config.warpgroups - 1)
+            def _():
+                plgpu.barrier_arrive(turn.at[0])
+
+        def tile_body(first_step, steps, batch, head, row):
+            rows = pl.ds(row + warpgroup * 64, 64)
+            outputs = (out_ref.at[batch, rows, head], lse_ref.at[batch, rows, head])
+            carry = tuple(ref.at[batch, rows, head] for ref in carry_refs)
+            bounds = (start_ref.at[batch, rows], end_ref.at[batch, rows])
+
+            @pl.when(steps.total > 0)
+            def _():
+                _attend(problem, warpgroup, first_step, steps, bounds, carry, outputs, buffers)
+
+            @pl.when(steps.total <= 0)
+            def _():
+                _pass_through(problem, carry, outputs)
+
+        walk(tile_body)
+        if config.ping_pong:
+
+            @pl.when(warpgroup == 0)
+            def _():
+                plgpu.barrier_wait(turn.at[0])
+
+    @pl.when(warpgroup == config.warpgroups)
+    def _memory():
+        plgpu.set_max_registers(config.registers[1], action="decrease")
+
+        def slot_is_free(step, free):
+            @pl.when(step >= config.stages)
+            def _():
+                plgpu.barrier_wait(free.at[lax.rem(step, config.stages)])
+
+        def tile_body(first_step, steps, batch, head, row):
+            kv_head = lax.div(head, problem.heads // problem.kv_heads)
+            key_at, value_at = batch, batch
+            key_columns, value_columns = (), ()
+            if problem.packed:
+                value_at = batch + problem.batch
+            else:
+                key_columns = (pl.ds(0, problem.head_size),)
+                value_columns = (pl.ds(problem.head_size, problem.value_size),)
+
+            def load(step, at, columns, smem, full, free):
+                slot = lax.rem(first_step + step, config.stages)
+                keys = pl.ds(steps.tile(step) * config.block_kv, config.block_kv)
+                slot_is_free(first_step + step, free)
+                plgpu.copy_gmem_to_smem(kv_ref.at[(at, keys, kv_head, *columns)], smem.at[slot], full.at[slot])
+
+            def load_key(step):
+                load(step, key_at, key_columns, k_smem, k_full, k_free)
+
+            @pl.when(steps.total > 0)
+            def _():
+                @pl.when(first_step > 0)
+                def _():
+                    plgpu.barrier_wait(q_free)
+
+                for w in range(config.warpgroups):
+                    rows = pl.ds(row + w * 64, 64)
+                    plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem.at[w], q_full.at[w])
+                load_key(jnp.int32(0))
+
+            @pl.loop(0, steps.total)
+            def _(step):
+                # K of the next step is needed together with V of this one.
+                pl.when(step + 1 < steps.total)(lambda: load_key(step + 1))
+                load(step, value_at, value_columns, v_smem, v_full, v_free)
+
+        steps_done = walk(tile_body)
+        if mosaic_compat.interpreting():
+            # The interpreter wants every phase of a barrier to be seen.
+            @pl.loop(jnp.maximum(steps_done - config.stages, 0), steps_done)
+            def _(step):
+                plgpu.barrier_wait(k_free.at[lax.rem(step, config.stages)])
+                plgpu.barrier_wait(v_free.at[lax.rem(step, config.stages)])
+
+            pl.when(steps_done > 0)(lambda: plgpu.barrier_wait(q_free))
+
+
+def _columns(shape: tuple[int, int]) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
+
+
+def _across(rows: jax.Array, columns: int) -> jax.Array:
+    return lax.broadcast_in_dim(rows, (rows.shape[0], columns), [0])
+
+
+def _fold(x: jax.Array, combine) -> jax.Array:
+    """[64, n] to [64, 8], columns 8 apart combined: what one thread holds of a row stays in that thread."""
+    parts = [x[:, i : i + 8] for i in range(0, x.shape[1], 8)]
+    while len(parts) > 1:
+        pairs = [combine(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
+    return parts[0]
+
+
+def _softmax(problem: _Problem, scores, key0, start, end, m, l, *, masked: bool):
+    """One online-softmax step: (P in the input dtype, m', l'); l is kept as [64, 8] partial sums."""
+    if problem.logits_soft_cap is None:
+        factor = problem.scale * _LOG2E
+    else:
+        # tanh(x) = 1 - 2 / (1 + e^2x): the hardware's tanh is good to 11 bits only, times the cap.
+        factor = problem.logits_soft_cap * _LOG2E
+        e2x = jnp.exp2(scores * (2 * _LOG2E * problem.scale / problem.logits_soft_cap))
+        scores = 1.0 - 2.0 / (1.0 + e2x)
+    if masked:
+        column = _columns(scores.shape)
+        visible = column >= _across(start - key0, scores.shape[1])
+        visible &= column < _across(end - key0, scores.shape[1])
+        scores = jnp.where(visible, scores, -jnp.inf)
+    m_new = jnp.maximum(m, _fold(scores, jnp.maximum).max(axis=1) * factor)
+    p = jnp.exp2(scores * factor - _across(m_new, scores.shape[1]))
+    l_new = l * _across(jnp.exp2(m - m_new), 8) + _fold(p, jnp.add)
+    return p, m_new, l_new
+
+
+def _attend(problem: _Problem, warpgroup, first_step, steps: _Steps, bounds, carry, outputs, buffers):
+    """All steps of one query tile for one compute warpgroup, and its stores."""
+    q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn = buffers
+    config = problem.config
+    start, end = (mosaic_compat.load(ref, _ROWS) for ref in bounds)
+    acc, m, l = _initial(problem, carry)
+    dtype = q_smem.dtype
+
+    def slot_of(step):
+        return lax.rem(first_step + jnp.int32(step), config.stages)
+
+    def softmax(step, scores, m, l, masked):
+        p, m, l = _softmax(problem, scores, steps.tile(step) * config.block_kv, start, end, m, l, masked=masked)
+        return p.astype(dtype), m, l
+
+    def take_turn():
+        if config.ping_pong:
+            plgpu.barrier_wait(turn.at[warpgroup])
+
+    def pass_turn():
+        if config.ping_pong:
+            plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, config.warpgroups)])
+
+    def scores_of(step, when_issued=None):
+        slot = slot_of(step)
+        plgpu.barrier_wait(k_full.at[slot])
+        scores = _scores(q_smem, k_smem.at[slot], when_issued)
+        plgpu.barrier_arrive(k_free.at[slot])
+        return scores
+
+    def add_values(step, acc, p):
+        slot = slot_of(step)
+        plgpu.barrier_wait(v_full.at[slot])
+        acc = mosaic_compat.dot_registers(acc, p, v_smem.at[slot])
+        plgpu.barrier_arrive(v_free.at[slot])
+        return acc
+
+    def overlapped(step, state, *, masked):
+        acc, m, l, p = state
+        slot, previous = slot_of(step), slot_of(step - 1)
+        plgpu.barrier_wait(k_full.at[slot])
+        take_turn()
+
+        def finish_scores(scores):
+            plgpu.barrier_arrive(k_free.at[slot])
+            return softmax(step, scores, m, l, masked)
+
+        acc, m_new, l, p = _overlapped(
+            q_smem,
+            k_smem.at[slot],
+            (acc, m, l, p),
+            v_smem.at[previous],
+            lambda: plgpu.barrier_wait(v_full.at[previous]),
+            pass_turn,
+            finish_scores,
+        )
+        plgpu.barrier_arrive(v_free.at[previous])
+        acc *= _across(jnp.exp2(m - m_new), problem.value_size)
+        return acc, m_new, l, p
+
+    def in_turn(step, state, *, masked):
+        # Holds the turn from P V of one step to Q K of the next, and gives it up for the softmax.
+        acc, m, l = state
+        p, m_new, l = softmax(step, scores_of(step, pass_turn), m, l, masked)
+        acc *= _across(jnp.exp2(m - m_new), problem.value_size)
+        acc, m_new, l, p = lax.optimization_barrier((acc, m_new, l, p))
+        take_turn()
+        return add_values(step, acc, p), m_new, l
+
+    plgpu.barrier_wait(q_full.at[warpgroup])
+    if config.overlap:
+        p, m_new, l = softmax(0, scores_of(0), m, l, True)
+        if problem.carry:
+            acc *= _across(jnp.exp2(m - m_new), problem.value_size)
+        # The first step is always masked, so the masked loop starts after it.
+        state, body, first, masked_end = (acc, m_new, l, p), overlapped, 1, jnp.maximum(steps.masked, 1)
+    else:
+        state, body, first, masked_end = (acc, m, l), in_turn, 0, steps.masked
+        take_turn()
+    state = lax.fori_loop(first, masked_end, functools.partial(body, masked=True), state)
+    state = lax.fori_loop(masked_end, steps.total, functools.partial(body, masked=False), state)
+    acc, m, l = state[:3]
+    plgpu.barrier_arrive(q_free)
+    if config.overlap:
+        acc = add_values(steps.total - 1, acc, state[3])
+    else:
+        pass_turn()
+    _store(problem, outputs, acc, m, l.sum(axis=1))
+
+
+def _scores(q_smem, k_smem, when_issued=None) -> jax.Array:
+    def product(scores_ref):
+        plgpu.wgmma(scores_ref, q_smem, k_smem.transpose((1, 0)))
+        if when_issued is not None:
+            when_issued()
+        return scores_ref[...]
+
+    return pl.run_scoped(product, plgpu.ACC((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
+
+
+def _overlapped(q_smem, k_smem, state, v_smem, wait_for_v, pass_turn, finish_scores):
+    """Q K of this step and P V of the previous one in flight together; the softmax of this step runs under P V."""
+    if mosaic_compat.interpreting():
+        acc, _, _, p = state
+        scores = _scores(q_smem, k_smem)
+        wait_for_v()
+        acc = mosaic_compat.dot_registers(acc, p, v_smem)
+        pass_turn()
+        p, m, l = finish_scores(scores)
+        return acc, m, l, p
+
+    def products(refs):
+        scores_ref, acc_ref, m_ref, l_ref, p_ref = refs
+        plgpu.wgmma(scores_ref, q_smem, k_smem.transpose((1, 0)))
+        wait_for_v()
+        plgpu.wgmma(acc_ref, p_ref[...], v_smem)
+        pass_turn()
+        scores = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1))
+        p_ref[...], m_ref[...], l_ref[...] = finish_scores(scores)
+
+    acc, m, l, p = state
+    zeros = plgpu.layout_cast(jnp.zeros((q_smem.shape[0], k_smem.shape[0]), jnp.float32), _TILE)
+    _, acc, m, l, p = pl.run_state(products)((plgpu.ACC.init(zeros), plgpu.ACC.init(acc), m, l, p))
+    return lax.optimization_barrier(acc), m, l, p
+
+
+def _initial(problem: _Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """acc [64, Hv], m [64] (base 2), l [64, 8] before the first key."""
+    if not problem.carry:
+        acc = plgpu.layout_cast(jnp.zeros((64, problem.value_size), jnp.float32), _TILE)
+        m = plgpu.layout_cast(jnp.full((64,), _NO_KEY_YET, jnp.float32), _ROWS)
+        return acc, m, plgpu.layout_cast(jnp.zeros((64, 8), jnp.float32), _TILE)
+    out_ref, lse_ref = carry
+    lse = mosaic_compat.load(lse_ref, _ROWS)
+    seen = lse > _NO_KEY_YET
+    m = jnp.where(seen, lse * _LOG2E, _NO_KEY_YET)
+    # An eighth in each of the eight columns: their sum is l = 1.
+    l = _across(jnp.where(seen, 0.125, 0.0), 8)
+    out = mosaic_compat.load(out_ref, _TILE)
+    return jnp.where(_across(seen, problem.value_size), out, 0.0), m, plgpu.layout_cast(l, _TILE)
+
+
+def _store(problem: _Problem, outputs, acc, m, l):
+    out_ref, lse_ref = outputs
+    visible = l != 0.0  # a NaN stays visible
+    inverse = jnp.where(visible, 1.0 / l, 0.0)
+    mosaic_compat.store(out_ref, (acc * _across(inverse, problem.value_size)).astype(out_ref.dtype))
+    mosaic_compat.store(lse_ref, jnp.where(visible, m * _LN2 + jnp.log(l), -jnp.inf))
+
+
+def _pass_through(problem: _Problem, carry, outputs):
+    """A query tile that sees no key: the carry as it came, or nothing."""
+    out_ref, lse_ref = outputs
+    acc, m, l = _initial(problem, carry)
+    if problem.carry:
+        mosaic_compat.store(lse_ref, mosaic_compat.load(carry[1], _ROWS))
+    else:
+        mosaic_compat.store(lse_ref, plgpu.layout_cast(jnp.full((64,), -jnp.inf, jnp.float32), _ROWS))
+    mosaic_compat.store(out_ref, acc.astype(out_ref.dtype))
+
+
+def unsupported_reason(
+    query: jax.Array,
+    kv: jax.Array,
+    *,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    out_dtype: Any = None,
+    compute_capability: str | None = None,
+) -> str | None:
+    """Why `forward` cannot take these arguments, or None. `compute_capability` is the GPU's, such as "9.0"."""
+    if compute_capability is not None and compute_capability != "9.0":
+        return f"needs a Hopper GPU (compute capability 9.0), this is {compute_capability}"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, got {query.dtype}"
+    if kv.dtype != query.dtype:
+        return f"query and kv must share a dtype, got {query.dtype} and {kv.dtype}"
+    sizes = _head_sizes(query, kv)
+    if min(sizes) < 1 or max(sizes) > 256:
+        return f"head sizes must be between 1 and 256, got {sizes[0]} for keys and {sizes[1]} for values"
+    if query.shape[2] % kv.shape[-2]:
+        return f"query heads must be a multiple of key-value heads, got {query.shape[2]} and {kv.shape[-2]}"
+    if out_dtype is not None and jnp.dtype(out_dtype) not in (jnp.dtype(jnp.float32), query.dtype):
+        return f"out_dtype must be float32 or {query.dtype}, got {jnp.dtype(out_dtype)}"
+    if scale is not None and scale <= 0:
+        return f"scale must be positive, got {scale}"
+    if logits_soft_cap is not None and logits_soft_cap <= 0:
+        return f"logits_soft_cap must be positive, got {logits_soft_cap}"
+    if 0 in query.shape or 0 in kv.shape:
+        return f"empty arrays, got {query.shape} and {kv.shape}"
+    return None
+
+
+def forward(
+    query: jax.Array,
+    kv: jax.Array,
+    key_start: jax.Array,
+    key_end: jax.Array,
+    carry: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    scale: float,
+    logits_soft_cap: float | None = None,
+    out_dtype: Any = jnp.float32,
+    config: ForwardConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of each query over its interval of keys, continued from `carry`.
+
+    Args:
+        query: [B, T, N, H], bfloat16 or float16.
+        kv: packed [2, B, S, K, H], or flat [B, S, K, H + Hv] where the value head size differs; N = K * G.
+        key_start, key_end: int32 [B, T], 0 <= start <= end <= S, both non-decreasing along T.
+        carry: (out [B, T, N, Hv], lse [B, T, N]), float32, of the keys seen so far.
+        scale: factor of the logits.
+        logits_soft_cap: cap, for cap * tanh(logits / cap).
+        out_dtype: float32 or the input dtype.
+        config: tile sizes; None takes the tuned ones.
+
+    Returns:
+        out [B, T, N, Hv] in out_dtype, normalised, and lse [B, T, N], float32, natural log. A row that has seen no key
+        has out 0 and lse -inf. The values of keys that no row sees must still be finite.
+
+    Raises:
+        NotImplementedError: if `unsupported_reason` gives one.
+    """
+    reason = unsupported_reason(query, kv, scale=scale, logits_soft_cap=logits_soft_cap, out_dtype=out_dtype)
+    if reason is not None:
+        raise NotImplementedError(f"the Hopper flash-attention kernel {reason}")
+    head_size, value_size = _head_sizes(query, kv)
+    query_len = query.shape[1]
+    config = config or forward_config(_round_up(head_size, 64), _round_up(value_size, 64))
+    query, kv, key_start, key_end, carry = _padded(query, kv, key_start, key_end, carry, config)
+    problem = _problem(query, kv, carry, scale, logits_soft_cap, config)
+    out, lse = _call(problem, query, kv, key_start, key_end, carry, out_dtype)
+    if out.shape[1] != query_len or out.shape[3] != value_size:
+        out, lse = out[:, :query_len, :, :value_size], lse[:, :query_len]
+    return out, lse
+
+
+def _head_sizes(query: jax.Array, kv: jax.Array) -> tuple[int, int]:
+    head_size = query.shape[-1]
+    return head_size, kv.shape[-1] if kv.ndim == 5 else kv.shape[-1] - head_size
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return pl.cdiv(n, multiple) * multiple
+
+
+def _pad_axis(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, mode=mode)
+
+
+def _padded(query, kv, key_start, key_end, carry, config):
+    """The arrays as TMA can read them; copies only where a length is no multiple of 8, or a head size none of 64."""
+    head_size, value_size = _head_sizes(query, kv)
+    key_columns, value_columns = _round_up(head_size, 64), _round_up(value_size, 64)
+    if kv.ndim == 5:
+        kv = _pad_axis(kv, 4, key_columns)
+    elif (key_columns, value_columns) != (head_size, value_size):
+        key, value = kv[..., :head_size], kv[..., head_size:]
+        kv = jnp.concatenate([_pad_axis(key, 3, key_columns), _pad_axis(value, 3, value_columns)], axis=-1)
+    kv = _pad_axis(kv, kv.ndim - 3, _round_up(kv.shape[-3], 8))
+    query_len = max(_round_up(query.shape[1], 8), config.block_q)
+    query = _pad_axis(_pad_axis(query, 3, key_columns), 1, query_len)
+    key_start, key_end = (_pad_axis(bound, 1, query_len, "edge") for bound in (key_start, key_end))
+    if carry is not None:
+        out, lse = carry
+        carry = (_pad_axis(_pad_axis(out, 3, value_columns), 1, query_len), _pad_axis(lse, 1, query_len))
+    return query, kv, key_start, key_end, carry
+
+
+def _problem(query, kv, carry, scale, logits_soft_cap, config) -> _Problem:
+    batch, query_len, heads, head_size = query.shape
+    kv_heads, value_size = kv.shape[-2], _head_sizes(query, kv)[1]
+    used = config.shared_memory_bytes(head_size, value_size)
+    if used > SHARED_MEMORY_BYTES:
+        raise ValueError(f"{config} needs {used} bytes of shared memory for {head_size=}, {value_size=}")
+    bytes_per_kv_head = kv.shape[-3] * (head_size + value_size) * kv.dtype.itemsize
+    wanted = max(1, config.kv_bytes_in_flight // bytes_per_kv_head)
+    kv_heads_per_section = max(n for n in range(1, batch * kv_heads + 1) if batch * kv_heads % n == 0 and n <= wanted)
+    return _Problem(
+        batch=batch,
+        query_len=query_len,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        value_size=value_size,
+        packed=kv.ndim == 5,
+        carry=carry is not None,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        heads_per_section=kv_heads_per_section * (heads // kv_heads),
+        config=config,
+    )
+
+
+def _call(problem: _Problem, query, kv, key_start, key_end, carry, out_dtype):
+    config = problem.config
+    operands = (query, kv, key_start, key_end, *(carry or ()))
+    rows = query.shape[:3]
+    out_type = (
+        mosaic_compat.output_like((*rows, problem.value_size), out_dtype, *operands),
+        mosaic_compat.output_like(rows, jnp.float32, *operands),
+    )
+    if problem.packed:
+        operands = (query, kv.reshape(-1, *kv.shape[2:]), *operands[2:])
+
+    def ring(arrivals=1):
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
+
+    scratch = dict(
+        q_smem=mosaic_compat.tiled_smem((config.warpgroups, 64, problem.head_size), query.dtype),
+        k_smem=mosaic_compat.tiled_smem((config.stages, config.block_kv, problem.head_size), query.dtype),
+        v_smem=mosaic_compat.tiled_smem((config.stages, config.block_kv, problem.value_size), query.dtype),
+        q_full=plgpu.Barrier(num_barriers=config.warpgroups),
+        q_free=plgpu.Barrier(num_arrivals=config.warpgroups),
+        k_full=ring(),
+        k_free=ring(config.warpgroups),
+        v_full=ring(),
+        v_free=ring(config.warpgroups),
+        turn=plgpu.Barrier(num_barriers=config.warpgroups),
+    )
+
+    def body(*refs, **scratch_refs):
+        _kernel(problem, *refs, **scratch_refs)
+
+    return mosaic_compat.kernel(
+        body,
+        name="flash_attention_forward",
+        out_type=out_type,
+        scratch=scratch,
+        grid=(problem.blocks,),
+        grid_names=("block",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+    )(*operands)
