@@ -50,39 +50,39 @@ class _Causal:
 @partial(_leaf, data_fields=("left", "right"))
 @dataclass(frozen=True)
 class _Window:
-    left: int | Array | None
-    right: int | Array | None
+    left: Array | None  # each int32 [1]
+    right: Array | None
 
     def interval(self, q: Queries) -> Interval:
-        start = jnp.zeros_like(q.position) if self.left is None else q.position - self.left
-        end = jnp.full_like(q.position, q.kv_len) if self.right is None else q.position + self.right + 1
+        start = jnp.zeros_like(q.position) if self.left is None else q.position - self.left[:, None]
+        end = jnp.full_like(q.position, q.kv_len) if self.right is None else q.position + self.right[:, None] + 1
         return start, end
 
 
 @partial(_leaf, data_fields=("n",))
 @dataclass(frozen=True)
 class _Prefix:
-    n: Array  # int32 [] or [B]
+    n: Array  # int32 [1] or [B]
 
     def interval(self, q: Queries) -> Interval:
-        return jnp.zeros_like(q.position), jnp.maximum(q.position + 1, _column(self.n))
+        return jnp.zeros_like(q.position), jnp.maximum(q.position + 1, self.n[:, None])
 
 
 @partial(_leaf, data_fields=("q", "kv", "left_padding"))
 @dataclass(frozen=True)
 class _Lengths:
-    q: Array | None  # each int32 [] or [B]
+    q: Array | None  # each int32 [1] or [B]
     kv: Array | None
     left_padding: Array | None
 
     def interval(self, q: Queries) -> Interval:
         start, end = jnp.zeros_like(q.position), jnp.full_like(q.position, q.kv_len)
         if self.q is not None:
-            start = jnp.where(q.index < _column(self.q), start, q.kv_len)
+            start = jnp.where(q.index < self.q[:, None], start, q.kv_len)
         if self.kv is not None:
-            end = jnp.minimum(end, _column(self.kv))
+            end = jnp.minimum(end, self.kv[:, None])
         if self.left_padding is not None:
-            left = _column(self.left_padding)
+            left = self.left_padding[:, None]
             start, end = jnp.maximum(start, left), jnp.where(q.position < left, 0, end)
         return start, end
 
@@ -90,10 +90,10 @@ class _Lengths:
 @partial(_leaf, data_fields=("ids",))
 @dataclass(frozen=True)
 class _Segments:
-    ids: Array  # int32 [S] or [B, S], natural order
+    ids: Array  # int32 [1 or B, S], natural order
 
     def interval(self, q: Queries) -> Interval:
-        ids = jnp.atleast_2d(self.ids)
+        ids = jnp.asarray(self.ids)
         length = ids.shape[1]
         index = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
         border = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
@@ -112,12 +112,12 @@ class _Segments:
 @partial(_leaf, data_fields=("cu_q", "cu_kv"))
 @dataclass(frozen=True)
 class _CuSeqlens:
-    cu_q: Array  # int32 [n+1] or [B, n+1]
+    cu_q: Array  # int32 [1 or B, n+1]
     cu_kv: Array | None
 
     def interval(self, q: Queries) -> Interval:
-        cu_q = jnp.atleast_2d(self.cu_q)
-        cu_kv = cu_q if self.cu_kv is None else jnp.atleast_2d(self.cu_kv)
+        cu_q = self.cu_q
+        cu_kv = cu_q if self.cu_kv is None else self.cu_kv
         n = cu_q.shape[1] - 1
         rows = max(cu_q.shape[0], q.position.shape[0], cu_kv.shape[0])
 
@@ -130,12 +130,6 @@ class _CuSeqlens:
 
         args = (jnp.broadcast_to(x, (rows, x.shape[1])) for x in (cu_q, cu_kv, q.position))
         return jax.vmap(one)(*args)
-
-
-def _column(x: "int | Array") -> Array:
-    """Scalar or per-batch [B] value as [1, 1] or [B, 1], to broadcast against [B, T]."""
-    x = jnp.asarray(x, jnp.int32)
-    return x.reshape(-1, 1)
 
 
 _Part = _Causal | _Window | _Prefix | _Lengths | _Segments | _CuSeqlens
@@ -178,13 +172,14 @@ class Mask:
             index: int32 [T], ascending indices in the query sequence (default: all of them); those >= q_len are
                 padding and see nothing.
             q_len, kv_len: number of real queries and keys.
-            query_offset: key position of query 0; an integer or int32 [B].
+            query_offset: key position of query 0, >= 0; an integer or int32 [B].
 
         Returns:
             (start, end), int32 [B or 1, T]; B where some part differs between batch rows.
         """
         index = jnp.arange(q_len, dtype=jnp.int32) if index is None else index
-        queries = Queries(index, index[None, :] + _column(query_offset), q_len, kv_len)
+        offset = per_row("query_offset", query_offset)
+        queries = Queries(index, index[None, :] + offset[:, None], q_len, kv_len)
         start = jnp.where(index < q_len, 0, kv_len)[None, :].astype(jnp.int32)
         end = jnp.full_like(start, kv_len)
         for part in self.parts:
@@ -193,6 +188,16 @@ class Mask:
         start, end = jnp.broadcast_arrays(start, end)
         start = jnp.clip(start, 0, kv_len)
         return start, jnp.maximum(end, start)
+
+
+@partial(_leaf, data_fields=("start", "end"))
+@dataclass(frozen=True, eq=False)
+class ResolvedMask:
+    """A mask resolved to global key bounds in layout order, int32 [B or 1, T]: made once per step by
+    `ContextParallel.resolve`, taken by `ring_attention(mask=...)` in every layer."""
+
+    start: Array
+    end: Array
 
 
 def _checked(parts: tuple[_Part, ...]) -> tuple[_Part, ...]:
@@ -232,16 +237,16 @@ def window(left: "int | Array | None", right: "int | Array | None" = None) -> Ma
     Raises:
         ValueError: for negative or non-integer widths.
     """
-    for name, width in (("left", left), ("right", right)):
-        known = concrete(width)
-        if known is not None and (np.ndim(known) != 0 or not np.issubdtype(np.asarray(known).dtype, np.integer) or known < 0):
-            raise ValueError(f"window(left, right) takes integers >= 0 or None, got {name}={width!r}")
-    return Mask((_Window(left, right),))
+    widths = {"window(left)": left, "window(right)": right}
+    for name, width in widths.items():
+        if width is not None and np.ndim(width) != 0:
+            raise ValueError(f"{name} takes one integer >= 0 or None, got shape {np.shape(width)}")
+    return Mask((_Window(*(None if w is None else per_row(name, w) for name, w in widths.items())),))
 
 
 def prefix(n: "int | Int[Array, ' B']") -> Mask:
     """Prefix-LM: causal, but the first `n` keys are visible to every query. `n`: int or int32 [B]."""
-    return Mask((_Prefix(_count("prefix", "n", n)),))
+    return Mask((_Prefix(per_row("prefix(n)", n)),))
 
 
 def lengths(
@@ -257,7 +262,7 @@ def lengths(
         left_padding: int32 [B]: the first left_padding[b] positions are padding, for queries and keys alike.
     """
     counts = {"q": q, "kv": kv, "left_padding": left_padding}
-    return Mask((_Lengths(**{key: None if n is None else _count("lengths", key, n) for key, n in counts.items()}),))
+    return Mask((_Lengths(**{key: None if n is None else per_row(f"lengths({key})", n) for key, n in counts.items()}),))
 
 
 def documents(
@@ -298,30 +303,30 @@ def documents(
     return Mask((_CuSeqlens(cu_q, cu_kv),))
 
 
-def _count(name: str, key: str, n) -> Array:
+def per_row(name: str, n) -> Array:
+    """A count >= 0 as int32 [1] or [B]: NumPy while it is known, so that masks made at import touch no device."""
     n = n if isinstance(n, jax.Array) else np.asarray(n)
     if not np.issubdtype(n.dtype, np.integer) or n.ndim > 1:
-        raise ValueError(f"{name}({key}=...) takes an integer or int32 [B], got {n.dtype} of shape {n.shape}")
+        raise ValueError(f"{name} takes an integer or int32 [B], got {n.dtype} of shape {n.shape}")
     known = concrete(n)
     if known is not None and np.any(known < 0):
-        raise ValueError(f"{name}({key}=...) must be >= 0, got {known}")
-    return jnp.asarray(n, jnp.int32)
+        raise ValueError(f"{name} must be >= 0, got {known}")
+    return n.reshape(-1).astype(np.int32)
 
 
-def _integers(name: str, x) -> Array:
+def _rows(name: str, x) -> Array:
+    """Integers [n] or [B, n] as int32 [1 or B, n]."""
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if not np.issubdtype(x.dtype, np.integer) or x.ndim not in (1, 2):
         raise ValueError(f"{name} must be integers of shape [n] or [B, n], got {x.dtype} of shape {x.shape}")
-    return jnp.asarray(x, jnp.int32)
+    return x.reshape(-1, x.shape[-1]).astype(np.int32)
 
 
 def _segment_ids(ids) -> Array:
-    known = concrete(ids)
-    out = _integers("segment_ids", ids)
-    if known is None:
-        return out
-    for row in np.atleast_2d(known):
-        runs = row[np.r_[True, row[1:] != row[:-1]]]
+    out = _rows("segment_ids", ids)
+    known = concrete(out)
+    for row in known if known is not None else ():
+        runs = row[np.append(True, row[1:] != row[:-1])]
         runs = runs[runs >= 0]
         values, counts = np.unique(runs, return_counts=True)
         if np.any(counts > 1):
@@ -333,8 +338,8 @@ def _segment_ids(ids) -> Array:
 
 
 def _borders(name: str, cu) -> Array:
-    known = concrete(cu)
-    out = _integers(name, cu)
+    out = _rows(name, cu)
+    known = concrete(out)
     if out.shape[-1] < 2:
         raise ValueError(f"{name} needs at least two borders [start, end], got shape {out.shape}")
     if known is not None and np.any(np.diff(known, axis=-1) < 0):

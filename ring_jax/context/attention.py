@@ -1,0 +1,237 @@
+"""`ring_attention`: attention over a sequence spread over a mesh axis, from one call."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from ring_jax._vma import pcast_to, varying_axes
+from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, place
+from ring_jax.context.shard import Shard
+from ring_jax.context.strategies import STRATEGIES, check_strategy, choose
+from ring_jax.flash.api import make_spec
+from ring_jax.flash.backends import check_inputs
+from ring_jax.flash.packed import pack
+from ring_jax.mask import Mask, ResolvedMask, causal, lengths, per_row, window
+
+
+def ring_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    bias: None = None,
+    mask: Mask | ResolvedMask | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[Array, " B"] | None = None,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    context: ContextParallel,
+    seq_len: int | None = None,
+    key_value_seq_len: int | None = None,
+    query_offset: int | Int[Array, " B"] = 0,
+    strategy: str | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Exact attention over a sequence sharded across a context-parallel mesh axis.
+
+        out = softmax(scale query key^T, masked) value
+
+    Up to `return_residual` the signature is that of `jax.nn.dot_product_attention`. Arrays come and go in the
+    order that `context.layout` names (`context.to_layout`); masks speak of natural order. Call it under jit on
+    global arrays, or inside a `jax.shard_map` on local shards.
+
+    Args:
+        query: [B, T, N, H]; bfloat16, float16, float32 or float64.
+        key, value: [B, S, K, H], [B, S, K, Hv], the query's dtype; N a multiple of K.
+        bias: not supported, must be None.
+        mask: a `Mask` (`causal() & documents(...)`, ...) or one resolved by `context.resolve`. Arrays are refused: a
+            mask must be one interval of keys per query.
+        scale: of the logits; default H ** -0.5.
+        is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size: shorthand for `causal()`, `lengths(q, kv)`
+            and `window(l, r)`, intersected with `mask`. Causal is top-left aligned for T != S; see query_offset.
+        implementation: block backend, "xla", "reference", ...; None takes the best that runs here.
+        return_residual: also return the LSE. Its gradient is exact.
+        context: how the arrays are spread.
+        seq_len, key_value_seq_len: real lengths where arrays were padded by `to_layout`; the rest is masked.
+            key_value_seq_len defaults to seq_len where T == S.
+        query_offset: key position of query 0, for a chunk after a cached prefix; integer or int32 [B].
+        strategy: overrides `context.strategy`.
+        logits_soft_cap: c > 0 for c * tanh(logits / c).
+        sinks: float [N], one extra logit per head that takes part in the softmax but has no value. The LSE includes it.
+
+    Returns:
+        out [B, T, N, Hv] in the query's dtype; with return_residual also lse [B, T, N], float32, natural log. A query
+        that sees no key gives out 0 and lse -inf (or its sink), with zero gradients; jax.nn gives the mean of V there.
+
+    Raises:
+        ValueError: arguments that do not fit together. NotImplementedError: what is not supported, with the reason.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> cp = ContextParallel("context", layout="zigzag", mesh=mesh)
+        >>> x = cp.to_layout(jnp.ones((1, 6, 2, 8)))
+        >>> out = ring_attention(x, x, x, is_causal=True, context=cp, seq_len=6)
+        >>> cp.from_layout(out, seq_len=6).shape
+        (1, 6, 2, 8)
+
+    Source: Liu et al., Ring Attention, arXiv 2310.01889; vLLM pull request 39875.
+    """
+    _check_call(bias, mask, context, return_residual, is_causal)
+    check_inputs(query, key, value)
+    mask = _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset)
+    call = _plan(query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation)
+    if sinks is not None and sinks.shape != (query.shape[2],):
+        raise ValueError(f"sinks must have shape [N] = {(query.shape[2],)} (one per query head), got {sinks.shape}")
+    if isinstance(mask, Mask):
+        mask = (mask, per_row("query_offset", query_offset))
+    if context.is_manual:
+        out, lse = call.local(query, key, value, mask, sinks)
+    else:
+        out, lse = _sharded(call, context, query, key, value, mask, sinks)
+    return (out, lse) if return_residual else out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static part of one call, and what one rank does in it."""
+
+    queries: Shard
+    keys: Shard
+    q_len: int
+    kv_len: int
+    strategy: str
+    scale: float | None
+    logits_soft_cap: float | None
+    implementation: str | None
+
+    def local(self, query, key, value, mask, sinks):
+        """On local shards, inside a shard_map that is manual over the context axis."""
+        B, T, N, _ = query.shape
+        kv = pack(key, value)
+        spec = make_spec(query, kv, self.scale, self.logits_soft_cap, self.implementation)
+        if isinstance(mask, ResolvedMask):
+            start, end = mask.start, mask.end
+            if start.shape[1] != T or start.shape[0] not in (1, B):
+                raise ValueError(
+                    f"the resolved mask has local shape {start.shape}, the queries are [{B}, {T}]: resolve it with this seq_len and batch"
+                )
+        else:
+            start, end = self.queries.bounds(mask[0], self.q_len, self.kv_len, mask[1])
+        start, end = (jnp.broadcast_to(x, (B, T)) for x in (start, end))
+        # Replicated inputs become varying before the custom VJP: their psum is the transpose of this cast.
+        axes = varying_axes(query, kv, start, sinks, self.queries.rank())
+        query, kv, start, end, sinks = pcast_to((query, kv, start, end, sinks), axes)
+        carry = None
+        if sinks is not None:
+            acc_dtype = jnp.promote_types(query.dtype, jnp.float32)
+            lse = jnp.broadcast_to(sinks.astype(acc_dtype), (B, T, N))
+            carry = (pcast_to(jnp.zeros((B, T, N, value.shape[-1]), acc_dtype), axes), lse)
+        return STRATEGIES[self.strategy](spec, self.keys, query, kv, start, end, carry)
+
+
+def _sharded(call: _Call, context: ContextParallel, query, key, value, mask, sinks):
+    mesh = context.resolve_mesh(query)
+    batch, heads = context.batch_axis, context.head_axis
+    _check_divides("batch", query.shape[0], mesh, batch)
+    _check_divides("query heads", query.shape[2], mesh, heads)
+    _check_divides("key-value heads", key.shape[2], mesh, heads)
+    spec = P(batch, context.axis, heads, None)
+    if isinstance(mask, ResolvedMask):
+        mask_spec = P(batch if mask.start.shape[0] > 1 else None, context.axis)
+        mask_spec = ResolvedMask(mask_spec, mask_spec)
+    else:
+        mask_spec = mask_specs(mask, query.shape[0], batch)
+    in_specs = (spec, spec, spec, mask_spec, None if sinks is None else P(heads))
+    operands = (query, key, value, mask, sinks)
+    run = jax.shard_map(call.local, mesh=mesh, in_specs=in_specs, out_specs=(spec, P(*spec[:3])))
+    return run(*place(operands, mesh, in_specs))
+
+
+def _plan(query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation) -> _Call:
+    """Lengths, shards and strategy of a call; everything that can be checked before tracing."""
+    ranks = context.ranks(query)
+    whole = ranks if context.is_manual else 1
+    query_len, key_len = query.shape[1] * whole, key.shape[1] * whole
+    for name, length in (("query", query_len), ("key", key_len)):
+        if context.layout.padded_length(length, ranks) != length:
+            raise ValueError(
+                f"{name} length {length} does not divide over {ranks} context ranks in layout {context.layout}: lay the arrays out with "
+                f"context.to_layout, which pads to {context.layout.padded_length(length, ranks)}, and pass seq_len={length}"
+            )
+    q_len = query_len if seq_len is None else seq_len
+    kv_len = key_value_seq_len
+    if kv_len is None:
+        kv_len = q_len if key_len == query_len else key_len
+    for name, given, length in (("seq_len", q_len, query_len), ("key_value_seq_len", kv_len, key_len)):
+        if not 0 <= given <= length:
+            raise ValueError(f"{name}={given} is not in [0, {length}], the length of the array")
+    strategy = context.strategy if strategy is None else strategy
+    check_strategy(strategy)
+    if (strategy == "ring_ulysses") != isinstance(context.axis, tuple) and strategy != "auto":
+        raise ValueError(
+            f"strategy {strategy!r} does not fit context axis {context.axis!r}: 'ring_ulysses' takes two mesh axes (outer, inner), the others one"
+        )
+    if strategy == "auto":
+        head_ranks = 1 if context.is_manual else axis_size(context.resolve_mesh(query), context.head_axis)
+        strategy, _ = choose(
+            query_len=query_len, key_len=key_len, ranks=ranks, axis=context.axis, head_size=query.shape[3],
+            query_heads=query.shape[2] // head_ranks, kv_heads=key.shape[2] // head_ranks,
+        )  # fmt: skip
+    make_spec(query, jax.eval_shape(pack, key, value), scale, logits_soft_cap, implementation)  # raises early
+    layout, axis = context.layout, context.axis
+    shards = (Shard(axis, ranks, layout, length) for length in (query_len, key_len))
+    return _Call(*shards, q_len, kv_len, strategy, scale, logits_soft_cap, implementation)
+
+
+def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset):
+    """`mask` and the shorthand arguments as one mask."""
+    shorthand = Mask()
+    if is_causal:
+        shorthand &= causal()
+    if query_seq_lengths is not None or key_value_seq_lengths is not None:
+        shorthand &= lengths(query_seq_lengths, key_value_seq_lengths)
+    if local_window_size is not None:
+        width = (local_window_size,) * 2 if isinstance(local_window_size, int) else tuple(local_window_size)
+        if len(width) != 2:
+            raise ValueError(f"local_window_size takes an integer or (left, right), got {local_window_size!r}")
+        shorthand &= window(*width)
+    if not isinstance(mask, ResolvedMask):
+        return shorthand if mask is None else mask & shorthand
+    if shorthand.parts or not isinstance(query_offset, int) or query_offset != 0:
+        raise ValueError(
+            "a resolved mask is complete: is_causal, lengths, local_window_size and query_offset belong into the Mask that "
+            "context.resolve(mask, seq_len, query_offset=...) is given"
+        )
+    return mask
+
+
+def _check_call(bias, mask, context, return_residual, is_causal) -> None:
+    if not isinstance(context, ContextParallel):
+        raise ValueError(f"context must be a ring_jax.ContextParallel, got {type(context).__name__}")
+    if bias is not None:
+        raise NotImplementedError(
+            "bias is not supported: blocks see intervals of keys, not arrays of logits. Express masking with mask=; "
+            "for additive biases gather the sequence and use jax.nn.dot_product_attention"
+        )
+    if mask is not None and not isinstance(mask, (Mask, ResolvedMask)):
+        raise NotImplementedError(
+            f"mask must be a ring_jax.Mask such as causal() & documents(segment_ids=...), got {type(mask).__name__}: a mask array need not "
+            "be one interval of keys per query, and would cost O(T S) memory"
+        )
+    for name, flag in (("is_causal", is_causal), ("return_residual", return_residual)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, known at trace time, got {flag!r}")
+
+
+def _check_divides(what: str, size: int, mesh, axis) -> None:
+    ranks = axis_size(mesh, axis)
+    if size % ranks:
+        raise ValueError(f"{what}: {size} does not divide over mesh axis {axis!r} of size {ranks}")

@@ -1,0 +1,278 @@
+"""`ContextParallel`: one value that says how an array is spread over a mesh."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from ring_jax.context.reshard import relayout as relayout_shard
+from ring_jax.context.shard import Axis, Shard
+from ring_jax.context.strategies import check_strategy
+from ring_jax.layout import Contiguous, Layout, as_layout
+from ring_jax.mask import Mask, ResolvedMask, per_row
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextParallel:
+    """How sequences, batch and heads are spread over mesh axes. Hashable; a static argument.
+
+    Args:
+        axis: mesh axis of the sequence, or two of them, (outer ring, inner ulysses).
+        layout: "contiguous", "striped", "zigzag" or a `Layout` value; the order of every array given to
+            `ring_attention`. Zigzag balances causal work.
+        batch_axis, head_axis: mesh axes of the batch and of the heads, where they are sharded; a name or a tuple.
+            On Auto meshes they cannot be inferred, and an unnamed one would be gathered.
+        mesh: the mesh; default: the ambient one (`jax.set_mesh`), or that of the array at hand.
+        strategy: "auto", "ring", "pass_q", "all_gather", "ulysses" or "ring_ulysses".
+
+    Inside a `jax.shard_map` that is already manual over `axis`, every method works on local shards.
+
+    Example:
+        >>> import jax
+        >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> cp = ContextParallel("context", layout="zigzag", mesh=mesh)
+        >>> cp.padded_length(7)
+        8
+    """
+
+    axis: Axis
+    _: dataclasses.KW_ONLY
+    layout: Layout | str = "contiguous"
+    batch_axis: Axis | None = None
+    head_axis: Axis | None = None
+    mesh: Mesh | None = None
+    strategy: str = "auto"
+
+    def __post_init__(self):
+        object.__setattr__(self, "layout", as_layout(self.layout))
+        for name in ("axis", "batch_axis", "head_axis"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, value := tuple(value))
+            if value is None and name != "axis":
+                continue
+            if not value or not all(isinstance(a, str) for a in _names(value)):
+                raise ValueError(f"ContextParallel({name}=...) takes a mesh axis name or a tuple of them, got {value!r}")
+        if len(_names(self.axis)) > 2:
+            raise ValueError(f"the sequence can be spread over one mesh axis, or two (ring, ulysses), got {self.axis!r}")
+        if isinstance(self.axis, tuple) and len(self.axis) == 1:
+            object.__setattr__(self, "axis", self.axis[0])
+        named = [a for value in (self.axis, self.batch_axis, self.head_axis) for a in _names(value)]
+        if len(set(named)) != len(named):
+            raise ValueError(f"a mesh axis can carry one of sequence, batch and heads, got {named}")
+        check_strategy(self.strategy)
+        if self.mesh is not None:
+            self._check_mesh(self.mesh)
+
+    # -- layouts ---------------------------------------------------------------------------------
+
+    def padded_length(self, seq_len: int, like: jax.Array | None = None) -> int:
+        """Length of a sequence of `seq_len` once laid out: the next multiple that the layout divides."""
+        return self.layout.padded_length(seq_len, self.ranks(like))
+
+    def to_layout(self, x: Array, seq_axis: int = 1) -> Array:
+        """Natural order to this layout, padded with zeros to `padded_length`, sharded over the context axis.
+
+        Args:
+            x: any array with the sequence on `seq_axis`. Axis 0 is taken as batch (unless it is the sequence), and
+                axis 2 of a 4-d array as heads, for `batch_axis` and `head_axis`.
+            seq_axis: the sequence's axis.
+
+        Returns:
+            x with length padded_length(S) on `seq_axis`; bit-exact. Pass `seq_len=S` to `ring_attention` so that the
+            padding is masked. Inside a shard_map: the local contiguous shard to the local shard in this layout.
+        """
+        seq_axis = _check_axis(x, seq_axis)
+        if not self.is_manual:
+            length = x.shape[seq_axis]
+            pad = self.padded_length(length, x) - length
+            x = jnp.pad(x, [(0, pad if a == seq_axis else 0) for a in range(x.ndim)]) if pad else x
+        return self._move(x, Contiguous(), self.layout, seq_axis)
+
+    def from_layout(self, x: Array, seq_len: int | None = None, seq_axis: int = 1) -> Array:
+        """Inverse of `to_layout`: natural order, cut to `seq_len` (default: the padded length)."""
+        seq_axis = _check_axis(x, seq_axis)
+        x = self._move(x, self.layout, Contiguous(), seq_axis)
+        if seq_len is None or seq_len == x.shape[seq_axis]:
+            return x
+        if self.is_manual:
+            raise ValueError("from_layout(seq_len=...) cannot cut local shards inside a shard_map: cut the array outside")
+        if seq_len > x.shape[seq_axis]:
+            raise ValueError(f"seq_len={seq_len} exceeds the array's length {x.shape[seq_axis]} on axis {seq_axis}")
+        return jax.lax.slice_in_dim(x, 0, seq_len, axis=seq_axis)
+
+    def relayout(self, x: Array, other: "ContextParallel | Layout | str", seq_axis: int = 1) -> Array:
+        """From this layout to `other`'s, on the same mesh axis; lengths must divide in both."""
+        target = other.layout if isinstance(other, ContextParallel) else as_layout(other)
+        if isinstance(other, ContextParallel) and other.axis != self.axis:
+            raise ValueError(f"relayout stays on one mesh axis, got {self.axis!r} and {other.axis!r}")
+        return self._move(x, self.layout, target, _check_axis(x, seq_axis))
+
+    def positions(self, seq_len: int, like: jax.Array | None = None) -> Int[Array, " S"]:
+        """Global position of every place of the laid-out sequence, int32 [padded_length(seq_len)] ([.../C], the local
+        ones, inside a shard_map); those >= seq_len are padding. For RoPE, labels and loss masks."""
+        ranks = self.ranks(like)
+        length = self.layout.padded_length(seq_len, ranks)
+        if self.is_manual:
+            return self.shard(length).positions()
+        local, index = length // ranks, jnp.arange(length, dtype=jnp.int32)
+        positions = self.layout.position(index % local, index // local, length, ranks)
+        return place(positions, self.resolve_mesh(like), P(self.axis))
+
+    def resolve(
+        self,
+        mask: Mask,
+        seq_len: int,
+        *,
+        key_value_seq_len: int | None = None,
+        query_offset: "int | Array" = 0,
+    ) -> ResolvedMask:
+        """Global key bounds of every query in layout order, computed once for all layers of a step.
+
+        Args:
+            mask: the whole mask; `is_causal` and the other shorthands of `ring_attention` cannot be added later.
+            seq_len, key_value_seq_len: real lengths of queries and keys (default: the same).
+            query_offset: key position of query 0, an integer or int32 [B].
+        """
+        kv_len = seq_len if key_value_seq_len is None else key_value_seq_len
+        mask_and_offset = (mask, per_row("query_offset", query_offset))
+        length = self.padded_length(seq_len)
+
+        def local(mask, offset):
+            return ResolvedMask(*self.shard(length).bounds(mask, seq_len, kv_len, offset))
+
+        if self.is_manual:
+            return local(*mask_and_offset)
+        rows = max([1] + [x.shape[0] for x in jax.tree.leaves(mask_and_offset)])
+        mesh = self.resolve_mesh()
+        specs = mask_specs(mask_and_offset, rows, self.batch_axis)
+        out_specs = P(self.batch_axis if rows > 1 else None, self.axis)
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(*place(mask_and_offset, mesh, specs))
+
+    def attention_fn(self, **defaults: Any):
+        """An `attention_fn` for `nnx.MultiHeadAttention` or linen's, running ring attention in this context.
+
+        Keyword arguments are defaults for `ring_attention` (is_causal, seq_len, ...). See `ring_jax.nn.adapters`.
+        """
+        from ring_jax.nn.adapters import attention_fn  # flax is imported only where it is used
+
+        return attention_fn(self, **defaults)
+
+    # -- mesh ------------------------------------------------------------------------------------
+
+    @property
+    def is_manual(self) -> bool:
+        """Whether we are inside a shard_map that is manual over the context axis."""
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        inside = [a in manual for a in _names(self.axis)]
+        if any(inside) and not all(inside):
+            raise ValueError(f"inside a shard_map that is manual over only some of the context axes {self.axis!r}: make it manual over all")
+        return all(inside)
+
+    def resolve_mesh(self, like: jax.Array | None = None):
+        """The mesh: the argument, the ambient one, or that of the array's own sharding.
+
+        Raises:
+            ValueError: there is none, or it lacks a named axis.
+        """
+        ambient = jax.sharding.get_abstract_mesh()
+        mesh = self.mesh
+        if mesh is None and not ambient.empty:
+            mesh = ambient
+        if mesh is None and like is not None:
+            sharding = like.sharding if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer) else jax.typeof(like).sharding
+            if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
+                mesh = sharding.mesh
+        if mesh is None:
+            raise ValueError(
+                f"no mesh for context axis {self.axis!r}: pass ContextParallel(mesh=...), or run under jax.set_mesh(mesh), "
+                "or give an array that is sharded over one"
+            )
+        self._check_mesh(mesh)
+        return mesh
+
+    def ranks(self, like: jax.Array | None = None) -> int:
+        """Number of context ranks C."""
+        if self.is_manual:
+            return int(jax.lax.axis_size(self.axis))
+        return axis_size(self.resolve_mesh(like), self.axis)
+
+    def shard(self, length: int, like: jax.Array | None = None) -> Shard:
+        """This context as strategies see it, for a padded sequence of `length` positions."""
+        return Shard(self.axis, self.ranks(like), self.layout, length)
+
+    def _check_mesh(self, mesh) -> None:
+        for field in ("axis", "batch_axis", "head_axis"):
+            for name in _names(getattr(self, field)):
+                if name not in mesh.axis_names:
+                    raise ValueError(f"ContextParallel({field}={name!r}): the mesh has axes {dict(mesh.shape)}, no {name!r}")
+
+    def _move(self, x, source: Layout, target: Layout, seq_axis: int):
+        if self.is_manual:
+            return relayout_shard(x, source, target, self.axis, self.ranks(), seq_axis)
+        mesh = self.resolve_mesh(x)
+        ranks, length = axis_size(mesh, self.axis), x.shape[seq_axis]
+        for layout in (source, target):
+            if layout.padded_length(length, ranks) != length:
+                raise ValueError(
+                    f"length {length} on axis {seq_axis} does not divide over {ranks} context ranks in layout {layout}; "
+                    f"the next that does is {layout.padded_length(length, ranks)}. to_layout pads natural-order arrays."
+                )
+        spec = [None] * x.ndim
+        if seq_axis != 0:
+            spec[0] = self.batch_axis
+        if x.ndim == 4 and seq_axis == 1:
+            spec[2] = self.head_axis
+        spec = [a if a is None or size % axis_size(mesh, a) == 0 else None for a, size in zip(spec, x.shape, strict=True)]
+        spec[seq_axis] = self.axis
+        return _relayout(x, mesh, P(*spec), source, target, self.axis, ranks, seq_axis)
+
+
+@functools.partial(jax.jit, static_argnums=range(1, 8))
+def _relayout(x, mesh, spec, source, target, axis, ranks, seq_axis):
+    def local(x):
+        return relayout_shard(x, source, target, axis, ranks, seq_axis)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)(place(x, mesh, spec))
+
+
+def _names(axis: Axis | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
+
+
+def axis_size(mesh, axis: Axis | None) -> int:
+    """Number of devices along `axis` (a name, a tuple or None)."""
+    return math.prod(mesh.shape[a] for a in _names(axis))
+
+
+def place(tree, mesh, specs):
+    """Reshard arrays to a shard_map's in_specs where mesh axes are Explicit: there the specs only assert. On Auto
+    axes they are constraints, and nothing is to be done."""
+    if not any(t == AxisType.Explicit for t in mesh.axis_types):
+        return tree
+    if isinstance(specs, P):
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, specs)), tree)
+    return jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), tree, specs)
+
+
+def mask_specs(tree, batch: int, batch_axis: Axis | None):
+    """PartitionSpecs of mask leaves, whose leading axis is 1 or the batch."""
+
+    def spec(x):
+        if x.shape[0] not in (1, batch):
+            raise ValueError(f"a mask made for batch size {x.shape[0]} does not fit batch size {batch}")
+        return P(batch_axis if x.shape[0] > 1 else None)
+
+    return jax.tree.map(spec, tree)
+
+
+def _check_axis(x, seq_axis: int) -> int:
+    if not -x.ndim <= seq_axis < x.ndim:
+        raise ValueError(f"seq_axis={seq_axis} is out of range for an array of shape {x.shape}")
+    return seq_axis % x.ndim

@@ -1,0 +1,63 @@
+"""Ring attention, pass-KV: the packed KV travels, queries and their partial results stay.
+
+    hop i of C:  start the permute of KV to the next rank; resume (out, lse) on the KV that is here
+
+Forward C - 1 permutes of KV. The backward is one rule around the whole ring, from the final out and
+LSE: KV travels again (C - 1), its float32 gradients follow and come home (C), dQ stays.
+
+Source: Liu, Zaharia and Abbeel, Ring Attention with Blockwise Transformers, arXiv 2310.01889.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from ring_jax.context.shard import Shard, rotate
+from ring_jax.flash.api import Partial, Spec, delta_of
+from ring_jax.flash.merge import carry_gradient
+
+OUT_NAME, LSE_NAME = "ring_jax_out", "ring_jax_lse"
+
+
+def named(out, lse) -> Partial:
+    """Residuals that a remat policy can save by name, so that no collective runs twice."""
+    return checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def ring(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
+    """(out in the query's dtype, float32 lse) of the local queries; start, end are global key bounds."""
+
+    def hop(kv, partial, source):
+        here = shard.local_bounds(start, end, source)
+        return spec.forward(query, kv, *here, partial), None
+
+    (out, lse), _ = rotate(shard, hop, kv, carry)
+    return named(out.astype(query.dtype), lse)
+
+
+def _ring_fwd(spec, shard, query, kv, start, end, carry):
+    out, lse = ring(spec, shard, query, kv, start, end, carry)
+    return (out, lse), (query, kv, start, end, carry, out, lse)
+
+
+def _ring_bwd(spec, shard, saved, cotangents):
+    query, kv, start, end, carry, out, lse = saved
+    # Tied to the cotangent, or XLA would merge this rotation with the forward's and keep all of KV alive.
+    kv, (dout, dlse) = lax.optimization_barrier((kv, cotangents))
+    delta = delta_of(out, dout, dlse)
+
+    def hop(kv, dq, source):
+        here = shard.local_bounds(start, end, source)
+        dq_part, dkv_part = spec.backward(query, kv, *here, lse, delta, dout)
+        return dq_part if dq is None else dq + dq_part, dkv_part
+
+    dq, dkv = rotate(shard, hop, kv, None, jnp.add)
+    dcarry = None if carry is None else carry_gradient(carry, lse, delta, dout)
+    return dq.astype(query.dtype), dkv.astype(kv.dtype), None, None, dcarry
+
+
+ring.defvjp(_ring_fwd, _ring_bwd)

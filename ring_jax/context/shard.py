@@ -1,0 +1,99 @@
+"""One rank's view of a sequence spread over a mesh axis, and the collectives that strategies share.
+
+Everything here runs inside a shard_map that is manual over the context axis.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ring_jax.layout import Layout
+from ring_jax.mask import Mask
+
+T = TypeVar("T")
+Axis = str | tuple[str, ...]
+
+# Hops up to this many ranks are unrolled; beyond, a scan keeps compile time constant in C.
+UNROLL = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Where a sequence lies: `length` positions (padded) in `layout` over the `ranks` of mesh axis `axis`."""
+
+    axis: Axis
+    ranks: int
+    layout: Layout
+    length: int
+
+    def rank(self) -> jax.Array:
+        return lax.axis_index(self.axis)
+
+    def positions(self) -> jax.Array:
+        """Global positions of this rank's local indices, int32 [length / ranks]."""
+        return self.layout.positions(self.rank(), self.length, self.ranks)
+
+    def bounds(self, mask: Mask, q_len: int, kv_len: int, query_offset) -> tuple[jax.Array, jax.Array]:
+        """Global key bounds of this rank's queries under `mask`, int32 [B or 1, length / ranks] each."""
+        return mask.interval(self.positions(), q_len=q_len, kv_len=kv_len, query_offset=query_offset)
+
+    def local_bounds(self, start: jax.Array, end: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Global key bounds as bounds on the local key indices of rank `source`."""
+        below = self.layout.count_below
+        return below(start, source, self.length, self.ranks), below(end, source, self.length, self.ranks)
+
+    def shift(self, tree: T) -> T:
+        """Every array of `tree` sent to the next rank of the ring."""
+        ring = [(r, (r + 1) % self.ranks) for r in range(self.ranks)]
+        return jax.tree.map(lambda x: lax.ppermute(x, self.axis, ring), tree)
+
+
+def rotate(shard: Shard, hop: Callable, travel, stay, combine: Callable[[Any, Any], Any] = lambda a, b: None):
+    """Walk `travel` once around the ring; the engine of `ring` and `pass_q`, forward and backward.
+
+    At every hop, `hop(travel, stay, source) -> (stay, part)` works on what has arrived from rank
+    `source`. `stay` is kept here. `part` (or None) belongs to rank `source`: parts follow their
+    `travel` one hop behind, joined by `combine(arrived, part)`, and come home at the end.
+
+    The permute of `travel` is issued before the hop, that of the parts beside it, so both hide behind
+    the hop's compute. C - 1 permutes of `travel`, C of the parts.
+
+    Returns (stay, the parts that belong to this rank).
+    """
+    C, rank = shard.ranks, shard.rank()
+
+    def one(i, travel, stay, parts, last: bool):
+        arriving = shard.shift(parts)
+        departing = None if last else shard.shift(travel)
+        stay, part = hop(travel, stay, (rank - i) % C)
+        parts = part if arriving is None else combine(arriving, part)
+        # Without the barrier all permutes are ready at once: memory would not fall as 1/C.
+        return lax.optimization_barrier((departing, stay, parts)) if not last else (None, stay, parts)
+
+    state = (travel, stay, None)
+    if C <= UNROLL:
+        for i in range(C):
+            state = one(i, *state, last=i == C - 1)
+    else:
+        state = one(0, *state, last=False)
+        state, _ = lax.scan(lambda s, i: (one(i, *s, last=False), None), state, jnp.arange(1, C - 1, dtype=jnp.int32))
+        state = one(C - 1, *state, last=True)
+    _, stay, parts = state
+    return stay, (parts if C == 1 else shard.shift(parts))
+
+
+def seq_to_axis(x: jax.Array, shard: Shard, split_axis: int, seq_axis: int = 1) -> jax.Array:
+    """One all-to-all: sequence shards become shards of `split_axis` (batch or heads), with the whole
+    sequence here in natural order. x.shape[split_axis] must divide by the ranks."""
+    x = lax.all_to_all(x, shard.axis, split_axis, seq_axis, tiled=True)
+    return shard.layout.restore(x, seq_axis, shard.ranks)
+
+
+def axis_to_seq(x: jax.Array, shard: Shard, split_axis: int, seq_axis: int = 1) -> jax.Array:
+    """Inverse of `seq_to_axis`: natural order, sharded along `split_axis`, back to sequence shards in the layout."""
+    x = shard.layout.scatter(x, seq_axis, shard.ranks)
+    return lax.all_to_all(x, shard.axis, seq_axis, split_axis, tiled=True)
