@@ -1,0 +1,61 @@
+"""The command line: ``ring-jax COMMAND`` or ``python -m ring_jax COMMAND``.
+
+A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> exit status``, named in `COMMANDS` with its
+line of help. It is imported only when asked for, so that ``--help`` stays quick.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": (
+        "ring_jax.commands.demo",
+        "train a small model with ring attention on a text, then read 16,384 bytes of it",
+    ),
+    "doctor": ("ring_jax.commands.doctor", "show versions, devices and what runs here; check it against the reference"),
+}
+
+
+class CommandError(Exception):
+    """What the user can put right: printed without a traceback, exit status 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: that of the process); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="ring-jax", description="Ring attention for JAX.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, summary) in COMMANDS.items():
+        # The full parser of a command needs its module, so only the command that was asked for gets one.
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name in argv[:1]:
+            _module(name).add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        return _module(args.command).run(args)
+    except CommandError as error:
+        print(f"ring-jax {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _module(command: str):
+    return importlib.import_module(COMMANDS[command][0])
+
+
+def use_all_devices(emulated: int = 8) -> None:
+    """Makes jax show `emulated` devices where it finds only a CPU; must run before jax touches a device."""
+    import os
+
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", emulated)
+
+
+def need(*modules: str) -> None:
+    """Raises `CommandError` naming the extra to install where one of `modules` is missing."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f"needs {', '.join(missing)}: pip install 'ring-jax[cli]'")

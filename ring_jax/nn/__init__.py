@@ -1,0 +1,6 @@
+"""Flax modules and adapters on top of the attention and gated-delta-rule primitives."""
+
+from ring_jax.nn.adapters import AttentionFn as AttentionFn
+from ring_jax.nn.adapters import attention_fn as attention_fn
+from ring_jax.nn.attention import Attention as Attention
+from ring_jax.nn.rope import apply_rope as apply_rope

@@ -1,0 +1,49 @@
+"""Rotary position embedding (Su et al., RoFormer, arXiv:2104.09864), half-rotation form, optionally partial."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def apply_rope(
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "T"] | Int[Array, "B T"],
+    *,
+    theta: float = 10_000.0,
+    rotary_fraction: float = 1.0,
+) -> Float[Array, "B T N H"]:
+    """Rotates the pairs (x_i, x_{i+R/2}) of the first R = rotary_fraction * H features by positions * theta^(-2i/R).
+
+    The rest passes unchanged. Angles are float32 whatever the dtype of `x`.
+
+    Args:
+      x: queries or keys [B, T, N, H], any float dtype.
+      positions: int [T] or [B, T], the position of each token in its sequence. Under a layout they are
+        ``context.positions(seq_len)``; in packed batches they start again with each document.
+      theta: base of the wave lengths.
+      rotary_fraction: share of the features that rotate, in (0, 1].
+
+    Returns:
+      The rotated array, shape and dtype of `x`.
+
+    Raises:
+      ValueError: where rotary_fraction * H is not a positive even number, or positions do not match `x`.
+
+    Example:
+      >>> query = ring_jax.nn.apply_rope(query, context.positions(seq_len))
+    """
+    rotary = round(x.shape[-1] * rotary_fraction)
+    if not 0 < rotary <= x.shape[-1] or rotary % 2:
+        raise ValueError(
+            f"RoPE rotates pairs: rotary_fraction * head size must be even and in (0, {x.shape[-1]}], got "
+            f"{rotary_fraction} * {x.shape[-1]} = {rotary}"
+        )
+    if positions.shape not in ((x.shape[1],), x.shape[:2], (1, x.shape[1])):
+        raise ValueError(f"expected positions [{x.shape[1]}] or {list(x.shape[:2])}, got {list(positions.shape)}")
+
+    frequency = theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency  # [(B,) T, 1, R/2]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x[..., :rotary].astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    rotated = rotated.astype(x.dtype)
+    return rotated if rotary == x.shape[-1] else jnp.concatenate([rotated, x[..., rotary:]], axis=-1)

@@ -1,0 +1,55 @@
+"""Importing ring_jax touches no device and no global config."""
+
+import socket
+import subprocess
+import sys
+import textwrap
+
+
+def run(code, *options):
+    return subprocess.run(
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def assert_runs(code, *options):
+    result = run(code, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_distributed_start_up_still_works_after_import():
+    """`jax.distributed.initialize` refuses once a backend exists."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert_runs(
+        f"""
+        import os
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        import ring_jax, ring_jax.nn, ring_jax.cli
+        import jax
+        jax.distributed.initialize("127.0.0.1:{port}", num_processes=1, process_id=0)
+        assert jax.process_count() == 1 and jax.distributed.is_initialized()
+        jax.distributed.shutdown()
+        """
+    )
+
+
+def test_import_changes_no_config_and_no_environment():
+    assert_runs(
+        """
+        import os, jax
+        def settings():
+            return dict(jax.config.values), dict(os.environ)
+        before = settings()
+        import ring_jax, ring_jax.nn, ring_jax.context, ring_jax.flash
+        assert settings() == before
+        from jax._src import xla_bridge
+        assert not xla_bridge.backends_are_initialized()
+        """
+    )
