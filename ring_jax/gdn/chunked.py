@@ -64,6 +64,28 @@ class Grouping:
 
 def chunked(query, key, value, log_decay, beta, *, scale, initial_state, segment_ids):
     """See `ring_jax.gated_delta_rule`."""
+    operands = query, key, value, log_decay, beta
+    return _chunked(operands, scale=scale, initial_state=initial_state, segment_ids=segment_ids, outputs=True)
+
+
+def transition(key, value, log_decay, beta, segment_ids):
+    """(M, B) of S_out = M S_in + B over the whole array, float32 [B, N, dk, dk] and [B, N, dk, dv].
+
+    The rule applied to the states [0 | I] side by side, with nothing written into the second: S_out = [B | M].
+    Padding must be zeros already. M = I and B = 0 where all is padding; M = 0 where a document border lies inside.
+    """
+    batch, _, _, dk = key.shape
+    heads, dv = value.shape[2:]
+    dtype = state_dtype(key, value, log_decay, beta)
+    identity = jnp.eye(dk, dv + dk, k=dv, dtype=dtype)
+    state = jnp.broadcast_to(identity, (batch, heads, dk, dv + dk))
+    operands = key, key, value, log_decay, beta
+    _, state = _chunked(operands, scale=1.0, initial_state=state, segment_ids=segment_ids, outputs=False)
+    return state[..., dv:], state[..., :dv]
+
+
+def _chunked(operands, *, scale, initial_state, segment_ids, outputs: bool):
+    query, key, value, log_decay, beta = operands
     dtype = state_dtype(query, key, value, log_decay, beta)
     batch, time, heads, dk = key.shape
     repeats, dv = value.shape[2] // heads, value.shape[3]
@@ -79,20 +101,20 @@ def chunked(query, key, value, log_decay, beta, *, scale, initial_state, segment
         before = jnp.pad(index, ((0, 0), (1, 0)))[:, :-1]  # the document that a chunk's state comes from
         documents = jnp.stack([grouping.split(index), grouping.split(before)])
         documents = jnp.moveaxis(documents, 0, 1)
-    state = initial_state.reshape(batch, heads, repeats, dk, dv)
+    state = initial_state.reshape(batch, heads, repeats, dk, -1)
     state, xs, documents = align(state, xs, documents)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def group(state, inputs):
-        return _group(state, *inputs, scale=scale, dtype=dtype)
+        return _group(state, *inputs, scale=scale, dtype=dtype, outputs=outputs)
 
     state, out = lax.scan(group, state, (xs, documents))
-    out = grouping.join(out, time).reshape(batch, time, heads * repeats, dv)
-    return out.astype(value.dtype), state.reshape(initial_state.shape)
+    state = state.reshape(initial_state.shape)
+    return (grouping.join(out, time).reshape(batch, time, heads * repeats, dv) if outputs else None), state
 
 
-def _group(state, operands, documents, *, scale: float, dtype):
-    """One group of chunks. Axes: c chunk, b batch, k key head, r value heads of it, l and m tokens, d and v sizes."""
+def _group(state, operands, documents, *, scale: float, dtype, outputs: bool):
+    """One group of chunks. A state wider than d_v goes through it without being written to there. Axes: c chunk, b batch, k key head, r value heads of it, l and m tokens, d and v sizes."""
     query, key, value, log_decay, beta = operands
     q = jnp.einsum("cblkd->cbkld", query).astype(dtype) * scale
     k = jnp.einsum("cblkd->cbkld", key).astype(dtype)
@@ -103,6 +125,7 @@ def _group(state, operands, documents, *, scale: float, dtype):
     keys = _einsum("cbkld,cbkmd->cbklm", k, k)[:, :, :, None]
     inverse = unit_lower_inverse(jnp.tril(beta[..., None] * keys * decay.between, -1))
     u = _einsum("cbkrlm,cbkrmv->cbkrlv", inverse, beta[..., None] * v)
+    u = jnp.pad(u, [(0, 0)] * (u.ndim - 1) + [(0, state.shape[-1] - v.shape[-1])])
     w = _einsum("cbkrlm,cbkrmd->cbkrld", inverse, (beta * decay.from_start)[..., None] * k[:, :, :, None])
     k_out = decay.to_end[..., None] * k[:, :, :, None]
 
@@ -110,9 +133,12 @@ def _group(state, operands, documents, *, scale: float, dtype):
         u, w, k_out, total = xs
         v_new = u - _einsum("bkrld,bkrdv->bkrlv", w, state)
         following = total[..., None, None] * state + _einsum("bkrld,bkrlv->bkrdv", k_out, v_new)
-        return following, (state, v_new)
+        return following, ((state, v_new) if outputs else None)
 
-    state, (states, v_new) = lax.scan(chunk, state, (u, w, k_out, decay.total))
+    state, kept = lax.scan(chunk, state, (u, w, k_out, decay.total))
+    if not outputs:
+        return state, None
+    states, v_new = kept
     scores = _einsum("cbkld,cbkmd->cbklm", q, k)[:, :, :, None] * decay.between
     q_in = decay.from_start[..., None] * q[:, :, :, None]
     out = _einsum("cbkrld,cbkrdv->cbkrlv", q_in, states) + _einsum("cbkrlm,cbkrmv->cbkrlv", scores, v_new)

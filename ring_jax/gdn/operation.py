@@ -1,5 +1,7 @@
 """The public gated delta rule: checks, defaults, and the choice of an implementation."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
@@ -9,6 +11,9 @@ from ring_jax.gdn.chunked import chunked
 from ring_jax.gdn.recurrent import UNROLLED, recurrent
 from ring_jax.gdn.reference import reference
 from ring_jax.gdn.segments import blank_padding
+
+if TYPE_CHECKING:
+    from ring_jax.context import ContextParallel
 
 IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "recurrent": recurrent}
 
@@ -24,6 +29,8 @@ def gated_delta_rule(
     initial_state: Float32[Array, "B N dk dv"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
+    context: "ContextParallel | None" = None,
+    way: str = "auto",
 ) -> tuple[Float[Array, "B T N dv"], Float32[Array, "B N dk dv"]]:
     """Linear attention with a decaying state that is corrected, not only added to (gated delta rule).
 
@@ -45,13 +52,18 @@ def gated_delta_rule(
             zeros, whatever the other arrays hold there.
         implementation: "chunked" (sequences), "recurrent" (one or a few tokens) or "reference" (token by token,
             for tests); None chooses by T.
+        context: the mesh axes and the layout that the arrays lie in, for a sequence that is spread over ranks; the
+            state is then the same on all context ranks, before and after.
+        way: with a context: "batch", "head", "state" or "auto" (see `ring_jax.gdn.context`, also for running whole
+            layers so). Padding that `to_layout` adds is zeros, which leave the state untouched.
 
     Returns:
         out in value's dtype, and the state after the last valid token in float32 (float64 for float64 inputs).
         All arithmetic is float32 at highest precision.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, or a way that the layout or the
+            number of heads does not allow.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -62,6 +74,18 @@ def gated_delta_rule(
 
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (arXiv 2412.06464); Qwen3-Next and Qwen3.5 use it so.
     """
+    if context is not None:
+        from ring_jax.gdn.context import gated_delta_rule_across  # it stands on this module
+
+        return gated_delta_rule_across(
+            (query, key, value, log_decay, beta),
+            context=context,
+            way=way,
+            initial_state=initial_state,
+            segment_ids=segment_ids,
+            scale=scale,
+            implementation=implementation,
+        )
     check_operands(query, key, value, log_decay, beta, initial_state, segment_ids)
     batch, time, _, dk = key.shape
     heads, dv = value.shape[2:]

@@ -1,0 +1,229 @@
+"""The token mixer of a GDN layer from projected inputs to heads, as pure functions: one text for every spread.
+
+    mixed = x W_qkv = [q | k | v],  (b, a) = x W_ba
+    mixed = silu(causal_convolution(mixed));  q, k <- l2norm per head
+    beta = sigmoid(b);  log_decay = -exp(A_log) softplus(a + dt_bias)      float32
+    out, state = gated_delta_rule(q, k, v, log_decay, beta)
+
+Source: transformers' `Qwen3_5GatedDeltaNet` and `Qwen3NextGatedDeltaNet`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int
+
+from ring_jax.context.shard import axis_to_seq
+from ring_jax.gdn import segments
+from ring_jax.gdn.spread import HeadSplit, OneDevice, Spread
+
+NORM_EPSILON = 1e-6
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GDNCache:
+    """What a GDN layer hands from one call to the next; a pytree.
+
+    Under context parallelism all context ranks hold the same cache (batch sharded over the batch axis): a decoded
+    token is computed on all of them without any communication.
+
+    Fields:
+        state: after the last valid token, float32.
+        tail: the last W - 1 inputs of the convolution, zeros where the document is shorter.
+        segment: id of the last valid token, negative where none was given; a first token with another id starts anew.
+    """
+
+    state: Float32[Array, "B N dk dv"]
+    tail: Float[Array, "B W-1 F"]
+    segment: Int[Array, " B"]
+
+    @classmethod
+    def empty(cls, batch: int, heads: "Heads", width: int, dtype=jnp.float32) -> "GDNCache":
+        """The cache before the first token; `dtype` is that of the activations."""
+        return cls(
+            jnp.zeros((batch, heads.value_heads, heads.key_size, heads.value_size), _wide_dtype(dtype)),
+            jnp.zeros((batch, width - 1, heads.features), dtype),
+            jnp.full((batch,), segments.PADDING, jnp.int32),
+        )
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Numbers and sizes of heads."""
+
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Features of q, k and v."""
+        keys = self.key_heads * self.key_size
+        return keys, keys, self.value_heads * self.value_size
+
+    @property
+    def features(self) -> int:
+        """Features of the convolution, q | k | v."""
+        return sum(self.parts)
+
+    def share(self, ranks: int) -> "Heads":
+        """Those of one rank of `ranks`."""
+        return dataclasses.replace(self, key_heads=self.key_heads // ranks, value_heads=self.value_heads // ranks)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MixerWeights:
+    """Weights up to the heads. Key features of all heads lie together, as do the values: [q | k | v]."""
+
+    qkv: Float[Array, "D F"]
+    ba: Float[Array, "D 2N"]  # b of all heads, then a
+    conv: Float[Array, "W F"]
+    a_log: Float32[Array, " N"]
+    dt_bias: Float32[Array, " N"]
+    heads: Heads = dataclasses.field(metadata={"static": True})
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """mixed [B, T, F] and (b | a) [B, T, 2N], in x's dtype."""
+        return x @ self.qkv.astype(x.dtype), x @ self.ba.astype(x.dtype)
+
+
+def mix(
+    weights: MixerWeights, x: Float[Array, "B T D"], cache: GDNCache | None, spread: Spread, implementation=None
+) -> tuple[Float[Array, "B T N dv"], GDNCache]:
+    """Layer input to heads before the output norm, and the cache to go on from.
+
+    Args:
+        weights: all of them, on every rank.
+        x: the tokens that are here under `spread`.
+        cache: of the tokens before; None for none.
+        spread: how tokens lie.
+        implementation: of the gated delta rule.
+    """
+    if cache is None:
+        cache = GDNCache.empty(x.shape[0], weights.heads, weights.conv.shape[0], x.dtype)
+    edges = spread.edge_segments()
+    if edges is not None:
+        first, last = edges
+        state, tail = (segments.carried(c, cache.segment, first) for c in (cache.state, cache.tail))
+        cache = GDNCache(state, tail, jnp.where(last >= 0, last, cache.segment))
+    if isinstance(spread, HeadSplit):
+        return _mix_head_split(weights, x, cache, spread, implementation)
+    return mix_projected(weights, *weights.project(x), cache, spread, implementation)
+
+
+def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, spread: Spread, implementation=None):
+    """From the projections on. `cache.segment` is already that of the last token."""
+    heads, (batch, time, _) = weights.heads, mixed.shape
+    mixed, tail = spread.causal_convolution(mixed, weights.conv, tail=cache.tail)
+    mixed = jax.nn.silu(mixed)
+    query, key, value = (
+        part.reshape(batch, time, -1, size)
+        for part, size in zip(
+            _split(mixed, heads.parts), (heads.key_size, heads.key_size, heads.value_size), strict=True
+        )
+    )
+    b, a = jnp.split(_wide(ba), 2, axis=-1)
+    log_decay = -jnp.exp(_wide(weights.a_log)) * jax.nn.softplus(a + _wide(weights.dt_bias))
+    out, state = spread.gated_delta_rule(
+        l2_normalize(query),
+        l2_normalize(key),
+        value,
+        log_decay,
+        jax.nn.sigmoid(b),
+        initial_state=cache.state,
+        implementation=implementation,
+    )
+    return out, GDNCache(state, tail, cache.segment)
+
+
+def l2_normalize(x: Float[Array, "... H"]) -> Float32[Array, "... H"]:
+    """x / sqrt(sum x^2 + 1e-6) over the last axis, in float32 and left there: the delta rule takes it so."""
+    x = _wide(x)
+    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+
+
+def _wide_dtype(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _wide(x):
+    """x in float32, or in float64 where it is so."""
+    return x.astype(_wide_dtype(x.dtype))
+
+
+def gathers_input(heads: Heads, width: int, ranks: int) -> bool:
+    """Whether `head` moves fewer bytes by gathering the layer input (width D) than by splitting its projections.
+
+    Per token of the sequence a rank receives D elements of input, or 1/C of the projections' features.
+    """
+    return width * ranks <= heads.features + 2 * heads.value_heads
+
+
+def _mix_head_split(weights: MixerWeights, x, cache: GDNCache, spread: HeadSplit, implementation):
+    heads, shard = weights.heads, spread.shard
+    spread.check_heads(heads.key_heads, heads.value_heads)
+    ranks, rank = shard.ranks, shard.rank()
+    own = _own_weights(weights, rank, ranks)
+    if gathers_input(heads, x.shape[-1], ranks):
+        x = lax.all_gather(x, shard.axis, axis=1, tiled=True)
+        mixed, ba = own.project(shard.layout.restore(x, 1, ranks))
+    else:
+        mixed, ba = _exchange(*weights.project(x), heads, spread)
+    here = GDNCache(spread.own(cache.state, 1), _own(cache.tail, heads.parts, rank, ranks), cache.segment)
+    out, here = mix_projected(own, mixed, ba, here, spread.inside, implementation)
+    out = axis_to_seq(out, shard, 2)
+    return out, GDNCache(spread.everyone(here.state, 1), _everyone(here.tail, heads.parts, spread), cache.segment)
+
+
+def _exchange(mixed, ba, heads: Heads, spread: HeadSplit):
+    """Projections of all heads for the tokens here to those of own heads for all tokens: one all-to-all."""
+    shard, parts = spread.shard, (*heads.parts, heads.value_heads, heads.value_heads)
+    packed = jnp.concatenate([mixed, ba], axis=-1)
+    by_rank = [p.reshape(*p.shape[:2], shard.ranks, -1) for p in _split(packed, parts)]
+    packed = jnp.concatenate(by_rank, axis=-1)  # [B, T/C, C, features/C]
+    packed = lax.all_to_all(packed, shard.axis, 2, 1, tiled=True)[:, :, 0]
+    packed = shard.layout.restore(packed, 1, shard.ranks)
+    features = heads.features // shard.ranks
+    return packed[..., :features], packed[..., features:]
+
+
+def _own_weights(weights: MixerWeights, rank, ranks: int) -> MixerWeights:
+    n, parts = weights.heads.value_heads, weights.heads.parts
+    return MixerWeights(
+        qkv=_own(weights.qkv, parts, rank, ranks),
+        ba=_own(weights.ba, (n, n), rank, ranks),
+        conv=_own(weights.conv, parts, rank, ranks),
+        a_log=_own(weights.a_log, (n,), rank, ranks),
+        dt_bias=_own(weights.dt_bias, (n,), rank, ranks),
+        heads=weights.heads.share(ranks),
+    )
+
+
+def _split(x, sizes: tuple[int, ...]):
+    """The last axis cut into parts of the given sizes."""
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return [x[..., start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _own(x, sizes: tuple[int, ...], rank, ranks: int):
+    """This rank's share of each part of the last axis."""
+    return jnp.concatenate(
+        [
+            lax.dynamic_slice_in_dim(part, rank * (size // ranks), size // ranks, part.ndim - 1)
+            for part, size in zip(_split(x, sizes), sizes, strict=True)
+        ],
+        axis=-1,
+    )
+
+
+def _everyone(x, sizes: tuple[int, ...], spread: HeadSplit):
+    """Inverse of `_own`, on all ranks."""
+    ranks = spread.shard.ranks
+    shares = [spread.everyone(part, part.ndim - 1) for part in _split(x, tuple(size // ranks for size in sizes))]
+    return jnp.concatenate(shares, axis=-1)

@@ -1,0 +1,174 @@
+"""What each way to spread the gated delta rule over ranks moves and multiplies, and which one `auto` takes.
+
+Bytes are those that one rank receives, FLOPs those that one rank executes (2 for each multiply-add), for one forward
+pass of a run of layers: the mixers only, without projections (`batch` also gives every rank whole rows of whatever
+else runs between its two all-to-alls, at no extra cost unless rows are padded).
+"""
+
+import math
+from dataclasses import dataclass
+
+from ring_jax.gdn.chunked import CHUNK
+from ring_jax.gdn.mixer import Heads, gathers_input
+from ring_jax.gdn.ranks import GATHER_RANKS
+from ring_jax.layout import Contiguous, Layout, Zigzag, as_layout
+
+WAYS = ("batch", "head", "state")
+
+# Nominal rates to weigh bytes against FLOPs: an H200's float32 (not TF32) products, NCCL over NVLink as measured for
+# tens of megabytes, and what one more collective costs before its first byte.
+FLOPS_PER_SECOND = 4.0e13
+BYTES_PER_SECOND = 1.5e11
+SECONDS_PER_COLLECTIVE = 3.0e-5
+
+
+@dataclass(frozen=True)
+class GDNShape:
+    """A run of GDN layers, as its cost depends on it.
+
+    Fields:
+        batch: rows on one context group (after any batch axis took its share).
+        length: tokens of a row over all ranks, padding included.
+        heads: numbers and sizes of heads.
+        width: D of the layer input; 0 for the bare operation on projected heads.
+        conv_width: W; 1 for none.
+        layers: GDN layers in the run.
+        itemsize: bytes of one activation.
+    """
+
+    batch: int
+    length: int
+    heads: Heads
+    width: int = 0
+    conv_width: int = 4
+    layers: int = 1
+    itemsize: int = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one way, for one rank and one forward pass. `obstacle` says why it cannot run here, None if it can."""
+
+    bytes: float
+    flops: float
+    collectives: int
+    obstacle: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Rough time at the nominal rates, nothing overlapped."""
+        moving = self.bytes / BYTES_PER_SECOND + self.collectives * SECONDS_PER_COLLECTIVE
+        return moving + self.flops / FLOPS_PER_SECOND
+
+
+def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous") -> dict[str, Cost]:
+    """What each way moves and multiplies for a shape on `ranks` context ranks.
+
+    Example:
+        >>> shape = GDNShape(batch=1, length=1 << 20, heads=Heads(16, 32, 128, 128), width=2048, layers=3)
+        >>> found = costs(shape, 8, "zigzag")
+        >>> found["state"].bytes < found["head"].bytes / 50
+        True
+        >>> costs(shape, 8, "striped")["state"].obstacle is None
+        False
+    """
+    layout = as_layout(layout)
+    return {
+        "batch": _batch_cost(shape, ranks),
+        "head": _head_cost(shape, ranks),
+        "state": _state_cost(shape, ranks, layout),
+    }
+
+
+def choose_way(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous") -> tuple[str, str]:
+    """The way that `auto` takes, and why: the least `Cost.seconds` among those that can run.
+
+    Example:
+        >>> heads = Heads(16, 32, 128, 128)
+        >>> choose_way(GDNShape(batch=1, length=1 << 20, heads=heads, width=2048, layers=3), 8)[0]
+        'state'
+        >>> choose_way(GDNShape(batch=64, length=8192, heads=heads, width=2048, layers=3), 4)[0]
+        'batch'
+    """
+    found = costs(shape, ranks, layout)
+    able = {way: cost for way, cost in found.items() if cost.obstacle is None}
+    way = min(able, key=lambda name: able[name].seconds)
+    words = []
+    for name, cost in found.items():
+        figures = f"{cost.bytes / 2**20:.4g} MiB, {cost.flops / 1e9:.4g} GFLOP, about {cost.seconds * 1e3:.3g} ms"
+        words.append(f"{name}: {cost.obstacle or figures}")
+    return way, "; ".join(words)
+
+
+def rule_flops(tokens: int, heads: Heads, *, extra: int = 0, outputs: bool = True) -> float:
+    """FLOPs of the chunked gated delta rule over `tokens` tokens.
+
+    Args:
+        tokens: of all rows together.
+        heads: numbers and sizes of heads.
+        extra: columns of a wider state that is only carried (d_k for a transition).
+        outputs: whether outputs are formed, not only the state.
+    """
+    dk, dv = heads.key_size, heads.value_size
+    per_key_head = CHUNK * dk * (2 if outputs else 1)  # K K^T and Q K^T
+    # Sums of decays, the inverse (blocks of 8 to 64), U, W, and the state's two products.
+    per_value_head = CHUNK * CHUNK + 4 * 8 * 8 + 8 * 8 * (1 + 4 + 16) + CHUNK * (dk + dv) + 2 * dk * (dv + extra)
+    if outputs:
+        per_value_head += dk * dv + CHUNK * dv
+    return 2.0 * tokens * (heads.key_heads * per_key_head + heads.value_heads * per_value_head)
+
+
+def _batch_cost(shape: GDNShape, ranks: int) -> Cost:
+    rows = math.ceil(shape.batch / ranks)
+    features_in, features_out = _moved_features(shape)
+    received = rows * shape.length * (features_in + features_out) * shape.itemsize * (ranks - 1) / ranks
+    return Cost(received, shape.layers * rule_flops(rows * shape.length, shape.heads), 2 if ranks > 1 else 0)
+
+
+def _moved_features(shape: GDNShape) -> tuple[float, float]:
+    """Features of a token into and out of a run: the layer's width, or the operation's operands and output."""
+    if shape.width:
+        return shape.width, shape.width
+    decay_and_beta = shape.heads.value_heads * 2 * 4 / shape.itemsize  # float32
+    return shape.heads.features + decay_and_beta, shape.heads.parts[2]
+
+
+def _head_cost(shape: GDNShape, ranks: int) -> Cost:
+    heads, others = shape.heads, (ranks - 1) / ranks
+    indivisible = [n for n in (heads.key_heads, heads.value_heads) if n % ranks]
+    obstacle = f"{indivisible[0]} heads do not divide over {ranks} ranks" if indivisible else None
+    if shape.width:
+        split = (heads.features + 2 * heads.value_heads) / ranks
+        features_in = shape.width if gathers_input(heads, shape.width, ranks) else split
+    else:
+        features_in = _moved_features(shape)[0] / ranks
+    features = features_in + heads.parts[2] / ranks
+    tokens = shape.batch * shape.length
+    received = shape.layers * tokens * features * shape.itemsize * others
+    flops = shape.layers * rule_flops(tokens, heads) / ranks
+    return Cost(received, flops, 2 * shape.layers if ranks > 1 else 0, obstacle)
+
+
+def _state_cost(shape: GDNShape, ranks: int, layout: Layout) -> Cost:
+    heads = shape.heads
+    tokens = shape.batch * shape.length / ranks
+    if ranks == 1:
+        return Cost(0.0, shape.layers * rule_flops(tokens, heads), 0)
+    zigzag = layout != Contiguous()
+    served = not zigzag or layout == Zigzag() or getattr(layout, "block", None) == shape.length // (2 * ranks) > 0
+    served = served and (not zigzag or isinstance(layout, Zigzag))
+    obstacle = None if served else f"layout {layout} cuts the sequence into more than one or two chunks a rank"
+    folds = 2 if zigzag else 1
+    update = shape.batch * heads.value_heads * heads.key_size * heads.value_size * 4
+    pair = update + shape.batch * heads.value_heads * heads.key_size**2 * 4
+    if ranks <= GATHER_RANKS:
+        passed, collectives = (ranks - 1) * folds * pair, 1
+    else:
+        steps = math.ceil(math.log2(ranks))
+        # The last step needs no transitions, and one more permute hands the result to the next chunk.
+        passed, collectives = folds * ((steps - 1) * pair + 2 * update), folds * (steps + 1)
+    hops = math.ceil((shape.conv_width - 1) / max(shape.length // (folds * ranks), 1))
+    halo = folds * shape.batch * (shape.conv_width - 1) * heads.features * shape.itemsize
+    received = shape.layers * (passed + halo + update)
+    twice = rule_flops(tokens, heads) + rule_flops(tokens, heads, extra=heads.key_size, outputs=False)
+    return Cost(received, shape.layers * twice, shape.layers * (collectives + folds * hops), obstacle)
