@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ring_jax._vma import pcast_to, varying_axes
-from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, place
+from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, run_sharded
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import STRATEGIES, check_strategy, choose
 from ring_jax.flash.api import make_spec
@@ -150,9 +150,7 @@ def _sharded(call: _Call, context: ContextParallel, query, key, value, mask, sin
     else:
         mask_spec = mask_specs(mask, query.shape[0], batch)
     in_specs = (spec, spec, spec, mask_spec, None if sinks is None else P(heads))
-    operands = (query, key, value, mask, sinks)
-    run = jax.shard_map(call.local, mesh=mesh, in_specs=in_specs, out_specs=(spec, P(*spec[:3])))
-    return run(*place(operands, mesh, in_specs))
+    return run_sharded(call.local, mesh, in_specs, (spec, P(*spec[:3])), (query, key, value, mask, sinks))
 
 
 def _plan(query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation) -> _Call:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,6 +106,9 @@ class ContextParallel:
             raise ValueError("from_layout(seq_len=...) cannot cut local shards inside a shard_map: cut the array outside")
         if seq_len > x.shape[seq_axis]:
             raise ValueError(f"seq_len={seq_len} exceeds the array's length {x.shape[seq_axis]} on axis {seq_axis}")
+        mesh = self.resolve_mesh(x)
+        if seq_len % axis_size(mesh, self.axis):  # no longer divides over the axis: Explicit meshes want that said
+            x = place(x, mesh, self._spec(x, mesh, seq_axis, None))
         return jax.lax.slice_in_dim(x, 0, seq_len, axis=seq_axis)
 
     def relayout(self, x: Array, other: "ContextParallel | Layout | str", seq_axis: int = 1) -> Array:
@@ -142,18 +146,14 @@ class ContextParallel:
         """
         kv_len = seq_len if key_value_seq_len is None else key_value_seq_len
         mask_and_offset = (mask, per_row("query_offset", query_offset))
-        length = self.padded_length(seq_len)
-
-        def local(mask, offset):
-            return ResolvedMask(*self.shard(length).bounds(mask, seq_len, kv_len, offset))
-
+        shard = self.shard(self.padded_length(seq_len))
         if self.is_manual:
-            return local(*mask_and_offset)
+            return _resolve(mask_and_offset, shard, seq_len, kv_len)
         rows = max([1] + [x.shape[0] for x in jax.tree.leaves(mask_and_offset)])
         mesh = self.resolve_mesh()
         specs = mask_specs(mask_and_offset, rows, self.batch_axis)
         out_specs = P(self.batch_axis if rows > 1 else None, self.axis)
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(*place(mask_and_offset, mesh, specs))
+        return run_sharded(Static(_resolve, (shard, seq_len, kv_len)), mesh, (specs,), out_specs, (mask_and_offset,))
 
     def attention_fn(self, **defaults: Any):
         """An `attention_fn` for `nnx.MultiHeadAttention` or linen's, running ring attention in this context.
@@ -224,22 +224,48 @@ class ContextParallel:
                     f"length {length} on axis {seq_axis} does not divide over {ranks} context ranks in layout {layout}; "
                     f"the next that does is {layout.padded_length(length, ranks)}. to_layout pads natural-order arrays."
                 )
-        spec = [None] * x.ndim
+        spec = self._spec(x, mesh, seq_axis, self.axis)
+        move = Static(relayout_shard, (source, target, self.axis, ranks, seq_axis))
+        return run_sharded(move, mesh, (spec,), spec, (x,))
+
+    def _spec(self, x, mesh, seq_axis: int, axis: Axis | None) -> P:
+        spec: list[Axis | None] = [None] * x.ndim
         if seq_axis != 0:
             spec[0] = self.batch_axis
         if x.ndim == 4 and seq_axis == 1:
             spec[2] = self.head_axis
         spec = [a if a is None or size % axis_size(mesh, a) == 0 else None for a, size in zip(spec, x.shape, strict=True)]
-        spec[seq_axis] = self.axis
-        return _relayout(x, mesh, P(*spec), source, target, self.axis, ranks, seq_axis)
+        spec[seq_axis] = axis
+        return P(*spec)
 
 
-@functools.partial(jax.jit, static_argnums=range(1, 8))
-def _relayout(x, mesh, spec, source, target, axis, ranks, seq_axis):
-    def local(x):
-        return relayout_shard(x, source, target, axis, ranks, seq_axis)
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """`fn` with static trailing arguments; unlike functools.partial it compares by value, so jit's cache finds it."""
 
-    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)(place(x, mesh, spec))
+    fn: Callable
+    args: tuple
+
+    def __call__(self, *operands):
+        return self.fn(*operands, *self.args)
+
+
+def run_sharded(local: Callable, mesh, in_specs, out_specs, operands: tuple):
+    """A jitted, fully manual shard_map of `local` (hashable) over `operands`, which are resharded first where the
+    mesh is Explicit. Eager calls hit jit's cache too: op by op, a ring would take seconds."""
+    leaves, tree = jax.tree.flatten(in_specs, is_leaf=lambda x: isinstance(x, P))
+    return _run_sharded(local, mesh, tuple(leaves), tree, out_specs, place(operands, mesh, in_specs))
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _run_sharded(local, mesh, leaves, tree, out_specs, operands):
+    in_specs = jax.tree.unflatten(tree, leaves)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*operands)
+
+
+def _resolve(mask_and_offset, shard: Shard, q_len: int, kv_len: int) -> ResolvedMask:
+    mask, offset = mask_and_offset
+    return ResolvedMask(*shard.bounds(mask, q_len, kv_len, offset))
 
 
 def _names(axis: Axis | None) -> tuple[str, ...]:
