@@ -11,7 +11,7 @@ class ForwardConfig:
     """How the forward kernel cuts its work.
 
     Attributes:
-        block_kv: keys per tile; a multiple of 64, at most 256.
+        block_kv: keys per tile; a multiple of 16, at most 256.
         stages: K tiles, and as many V tiles, in flight in shared memory.
         warpgroups: compute warpgroups; each holds 64 query rows, so a query tile has 64 * warpgroups rows.
         overlap: issue Q K of the next tile before the softmax of the current one (within a warpgroup).
@@ -32,8 +32,8 @@ class ForwardConfig:
     kv_bytes_in_flight: int = 24 * 2**20
 
     def __post_init__(self):
-        if self.block_kv % 64 or not 64 <= self.block_kv <= 256:
-            raise ValueError(f"{self.block_kv=} must be 64, 128, 192 or 256")
+        if self.block_kv % 16 or not 16 <= self.block_kv <= 256:
+            raise ValueError(f"{self.block_kv=} must be a multiple of 16, at most 256")
         if self.stages < 2:
             raise ValueError(f"{self.stages=} must be at least 2")
         if self.warpgroups not in (1, 2, 3):

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ring_jax.flash import mosaic_compat
+from ring_jax.flash import mosaic_compat, mosaic_wgmma
 from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 
 _TILE = plgpu.Layout.WGMMA
@@ -142,13 +142,9 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
     @pl.when(warpgroup < config.warpgroups)
     def _compute():
         plgpu.set_max_registers(config.registers[0], action="increase")
-        buffers = (q_smem.at[warpgroup], k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn)
-
-        if config.ping_pong:
-
-            @pl.when(warpgroup == config.warpgroups - 1)
-            def _():
-                plgpu.barrier_arrive(turn.at[0])
+        buffers = (q_smem.at[warpgroup], k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free)
+        take_turn, pass_turn = _turns(config, warpgroup, turn)
+        pl.when(warpgroup == config.warpgroups - 1)(pass_turn)
 
         def tile_body(first_step, steps, batch, head, row):
             rows = pl.ds(row + warpgroup * 64, 64)
@@ -158,18 +154,14 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
 
             @pl.when(steps.total > 0)
             def _():
-                _attend(problem, warpgroup, first_step, steps, bounds, carry, outputs, buffers)
+                _attend(problem, warpgroup, first_step, steps, bounds, carry, outputs, buffers, take_turn, pass_turn)
 
             @pl.when(steps.total <= 0)
             def _():
                 _pass_through(problem, carry, outputs)
 
         walk(tile_body)
-        if config.ping_pong:
-
-            @pl.when(warpgroup == 0)
-            def _():
-                plgpu.barrier_wait(turn.at[0])
+        pl.when(warpgroup == 0)(take_turn)
 
     @pl.when(warpgroup == config.warpgroups)
     def _memory():
@@ -227,6 +219,16 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
             pl.when(steps_done > 0)(lambda: plgpu.barrier_wait(q_free))
 
 
+def _turns(config: ForwardConfig, warpgroup: jax.Array, turn):
+    """(take, pass): the compute warpgroups issue their products one after the other."""
+    following = lax.rem(warpgroup + 1, config.warpgroups)
+    if not config.ping_pong:
+        return (lambda: None), (lambda: None)
+    if mosaic_compat.interpreting():
+        return (lambda: plgpu.barrier_wait(turn.at[warpgroup])), (lambda: plgpu.barrier_arrive(turn.at[following]))
+    return (lambda: mosaic_wgmma.take_turn(warpgroup)), (lambda: mosaic_wgmma.pass_turn(following))
+
+
 def _columns(shape: tuple[int, int]) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
 
@@ -264,9 +266,11 @@ def _softmax(problem: _Problem, scores, key0, start, end, m, l, *, masked: bool)
     return p, m_new, l_new
 
 
-def _attend(problem: _Problem, warpgroup, first_step, steps: _Steps, bounds, carry, outputs, buffers):
+def _attend(
+    problem: _Problem, warpgroup, first_step, steps: _Steps, bounds, carry, outputs, buffers, take_turn, pass_turn
+):
     """All steps of one query tile for one compute warpgroup, and its stores."""
-    q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn = buffers
+    q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free = buffers
     config = problem.config
     start, end = (mosaic_compat.load(ref, _ROWS) for ref in bounds)
     acc, m, l = _initial(problem, carry)
@@ -279,47 +283,36 @@ def _attend(problem: _Problem, warpgroup, first_step, steps: _Steps, bounds, car
         p, m, l = _softmax(problem, scores, steps.tile(step) * config.block_kv, start, end, m, l, masked=masked)
         return p.astype(dtype), m, l
 
-    def take_turn():
-        if config.ping_pong:
-            plgpu.barrier_wait(turn.at[warpgroup])
-
-    def pass_turn():
-        if config.ping_pong:
-            plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, config.warpgroups)])
-
     def scores_of(step, when_issued=None):
         slot = slot_of(step)
         plgpu.barrier_wait(k_full.at[slot])
-        scores = _scores(q_smem, k_smem.at[slot], when_issued)
+        scores = mosaic_wgmma.start_scores(q_smem, k_smem.at[slot])
+        if when_issued is not None:
+            when_issued()
+        scores = mosaic_wgmma.wait(scores, 0)
         plgpu.barrier_arrive(k_free.at[slot])
         return scores
 
     def add_values(step, acc, p):
         slot = slot_of(step)
         plgpu.barrier_wait(v_full.at[slot])
-        acc = mosaic_compat.dot_registers(acc, p, v_smem.at[slot])
+        acc = mosaic_wgmma.wait(mosaic_wgmma.start_values(acc, p, v_smem.at[slot]), 0)
         plgpu.barrier_arrive(v_free.at[slot])
         return acc
 
     def overlapped(step, state, *, masked):
+        # The softmax of this step runs while P V of the previous one is in flight.
         acc, m, l, p = state
         slot, previous = slot_of(step), slot_of(step - 1)
         plgpu.barrier_wait(k_full.at[slot])
+        plgpu.barrier_wait(v_full.at[previous])
         take_turn()
-
-        def finish_scores(scores):
-            plgpu.barrier_arrive(k_free.at[slot])
-            return softmax(step, scores, m, l, masked)
-
-        acc, m_new, l, p = _overlapped(
-            q_smem,
-            k_smem.at[slot],
-            (acc, m, l, p),
-            v_smem.at[previous],
-            lambda: plgpu.barrier_wait(v_full.at[previous]),
-            pass_turn,
-            finish_scores,
-        )
+        scores, acc = mosaic_wgmma.start(q_smem, k_smem.at[slot], acc, p, v_smem.at[previous])
+        pass_turn()
+        scores = mosaic_wgmma.wait(scores, 1)
+        plgpu.barrier_arrive(k_free.at[slot])
+        p, m_new, l = softmax(step, scores, m, l, masked)
+        acc = mosaic_wgmma.wait(acc, 0)
         plgpu.barrier_arrive(v_free.at[previous])
         acc *= _across(jnp.exp2(m - m_new), problem.value_size)
         return acc, m_new, l, p
@@ -352,42 +345,6 @@ def _attend(problem: _Problem, warpgroup, first_step, steps: _Steps, bounds, car
     else:
         pass_turn()
     _store(problem, outputs, acc, m, l.sum(axis=1))
-
-
-def _scores(q_smem, k_smem, when_issued=None) -> jax.Array:
-    def product(scores_ref):
-        plgpu.wgmma(scores_ref, q_smem, k_smem.transpose((1, 0)))
-        if when_issued is not None:
-            when_issued()
-        return scores_ref[...]
-
-    return pl.run_scoped(product, plgpu.ACC((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
-
-
-def _overlapped(q_smem, k_smem, state, v_smem, wait_for_v, pass_turn, finish_scores):
-    """Q K of this step and P V of the previous one in flight together; the softmax of this step runs under P V."""
-    if mosaic_compat.interpreting():
-        acc, _, _, p = state
-        scores = _scores(q_smem, k_smem)
-        wait_for_v()
-        acc = mosaic_compat.dot_registers(acc, p, v_smem)
-        pass_turn()
-        p, m, l = finish_scores(scores)
-        return acc, m, l, p
-
-    def products(refs):
-        scores_ref, acc_ref, m_ref, l_ref, p_ref = refs
-        plgpu.wgmma(scores_ref, q_smem, k_smem.transpose((1, 0)))
-        wait_for_v()
-        plgpu.wgmma(acc_ref, p_ref[...], v_smem)
-        pass_turn()
-        scores = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1))
-        p_ref[...], m_ref[...], l_ref[...] = finish_scores(scores)
-
-    acc, m, l, p = state
-    zeros = plgpu.layout_cast(jnp.zeros((q_smem.shape[0], k_smem.shape[0]), jnp.float32), _TILE)
-    _, acc, m, l, p = pl.run_state(products)((plgpu.ACC.init(zeros), plgpu.ACC.init(acc), m, l, p))
-    return lax.optimization_barrier(acc), m, l, p
 
 
 def _initial(problem: _Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:

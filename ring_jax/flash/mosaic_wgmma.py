@@ -1,0 +1,230 @@
+"""Hopper matrix products (wgmma) of the attention kernels, as PTX.
+
+`plgpu.wgmma` cannot express what an overlapped softmax needs: it moves a register operand at the moment of issue, and ptxas
+then serialises whatever product is already in flight (C7513); it also spends one move a register on zeroing an accumulator
+that the first instruction could overwrite, and takes key tiles in steps of 64 only. Here one asm block issues S = Q K^T
+and acc += P V back to back, and `wait` ties the registers to the instruction that makes them readable.
+
+Operands in shared memory are in `mosaic_compat.tiled_smem` layout: 8 x 64 tiles of 1024 bytes, 128-byte swizzle (PTX
+ISA, "Asynchronous warpgroup level matrix shared memory layout"). A register array in `Layout.WGMMA` lists its registers in the order
+of wgmma's own fragments. None of this can be interpreted, so in interpret mode the same products are `lax.dot`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ring_jax.flash import mosaic_compat
+
+_WGMMA = plgpu.Layout.WGMMA
+_SMEM = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+_TILE_BYTES = 1024  # 8 rows of 64 16-bit elements
+_K = 16  # contraction of one instruction
+
+
+def start(q_smem: Any, k_smem: Any, acc: jax.Array, p: jax.Array, v_smem: Any) -> tuple[jax.Array, jax.Array]:
+    """Issues scores = Q K^T, then acc += P V; `wait(scores, 1)`, then `wait(acc, 0)` before reading them."""
+    if mosaic_compat.interpreting():
+        return start_scores(q_smem, k_smem), start_values(acc, p, v_smem)
+
+    @plgpu.inline_mgpu(
+        arg_types=(_SMEM, _SMEM, _WGMMA, _WGMMA, _SMEM),
+        return_type=(_float32(q_smem.shape[0], k_smem.shape[0]), _float32(*acc.shape)),
+    )
+    def issue(_, q, k, acc, p, v):
+        return _issue((q, k), (acc, p, v))
+
+    return issue(q_smem, k_smem, acc, p, v_smem)
+
+
+def start_scores(q_smem: Any, k_smem: Any) -> jax.Array:
+    """Issues Q K^T; `wait` before reading it."""
+    if mosaic_compat.interpreting():
+        return lax.dot(q_smem[...], k_smem[...].T, preferred_element_type=jnp.float32)
+
+    @plgpu.inline_mgpu(arg_types=(_SMEM, _SMEM), return_type=_float32(q_smem.shape[0], k_smem.shape[0]))
+    def issue(_, q, k):
+        return _issue((q, k), None)[0]
+
+    return issue(q_smem, k_smem)
+
+
+def start_values(acc: jax.Array, p: jax.Array, v_smem: Any) -> jax.Array:
+    """Issues acc + P V; `wait` before reading it."""
+    if mosaic_compat.interpreting():
+        return acc + lax.dot(p, v_smem[...], preferred_element_type=jnp.float32)
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, _WGMMA, _SMEM), return_type=_float32(*acc.shape))
+    def issue(_, acc, p, v):
+        return _issue(None, (acc, p, v))[0]
+
+    return issue(acc, p, v_smem)
+
+
+def wait(x: jax.Array, pending: int) -> jax.Array:
+    """x, readable once at most `pending` of the products issued last are still in flight."""
+    if mosaic_compat.interpreting():
+        return x
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA,), return_type=_float32(*x.shape))
+    def await_group(_, x):
+        registers = _registers(x)
+        results = _asm(f"wgmma.wait_group.sync.aligned {pending};", tied=registers, outputs=0, inputs=[])
+        return _array(results, x.shape)
+
+    return await_group(x)
+
+
+def take_turn(warpgroup: jax.Array) -> None:
+    """Waits until another warpgroup has called `pass_turn` for this one."""
+    _named_barrier("sync", warpgroup)
+
+
+def pass_turn(warpgroup: jax.Array) -> None:
+    _named_barrier("arrive", warpgroup)
+
+
+def _named_barrier(operation: str, warpgroup: jax.Array) -> None:
+    """bar.sync / bar.arrive of two warpgroups: cheaper than an mbarrier. Mosaic itself uses the low barrier numbers."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def barrier(_, number):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [number.registers[()]],
+            f"bar.{operation} $0, 256;",
+            "r",
+            has_side_effects=True,
+        )
+
+    barrier(warpgroup + 8)
+
+
+def _float32(rows: int, columns: int) -> Any:
+    return plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=_WGMMA)
+
+
+def _issue(scores_of, values_of) -> tuple[Any, ...]:
+    """Emits the products of (q, k) and of (acc, p, v), each its own wgmma group; the float32 arrays in flight."""
+    outputs, tied, inputs, shapes = 0, [], [], []
+    if scores_of is not None:
+        q, k = scores_of
+        (rows, depth), (keys, _) = _logical_shape(q), _logical_shape(k)
+        kind = str(ir.MemRefType(q.type).element_type)
+        outputs = rows * keys // 128
+        shapes.append((rows, keys))
+        inputs += [(_descriptor(x, leading=0, stride=depth // 64 * _TILE_BYTES), "l") for x in (q, k)]
+    if values_of is not None:
+        acc, p, v = values_of
+        kind = str(p.mlir_dtype)
+        tied = _registers(acc)
+        shapes.append(tuple(acc.shape))
+        columns = acc.shape[1]
+        inputs += [(register, "r") for register in _registers(p)]
+        inputs.append((_descriptor(v, leading=_TILE_BYTES, stride=columns // 64 * _TILE_BYTES), "l"))
+
+    operand = [f"${i}" for i in range(outputs + 2 * len(tied) + len(inputs))]
+    results, arguments = operand[: outputs + len(tied)], operand[outputs + 2 * len(tied) :]
+    lines = [".reg .pred old, new;", ".reg .b64 a, b;", "setp.eq.b32 old, 0, 0;", "setp.ne.b32 new, 0, 0;"]
+    lines.append("wgmma.fence.sync.aligned;")
+    if scores_of is not None:
+        (q_base, k_base), arguments = arguments[:2], arguments[2:]
+        for i in range(depth // _K):
+            # 64 columns are one tile, and one tile row is one step of the swizzled 128 bytes.
+            offset = (i // 4 * _TILE_BYTES + i % 4 * 2 * _K) >> 4
+            lines += [f"add.s64 a, {q_base}, {offset};", f"add.s64 b, {k_base}, {offset};"]
+            flags = f"{'new' if i == 0 else 'old'}, 1, 1, 0, 0"
+            lines.append(_instruction(keys, kind, results[:outputs], "a", flags))
+        lines.append("wgmma.commit_group.sync.aligned;")
+    if values_of is not None:
+        *p_registers, v_base = arguments
+        for i in range(p.shape[1] // _K):
+            lines.append(f"add.s64 b, {v_base}, {i * 2 * (columns // 64) * _TILE_BYTES >> 4};")
+            fragment = "{" + ",".join(p_registers[4 * i : 4 * i + 4]) + "}"
+            lines.append(_instruction(columns, kind, results[outputs:], fragment, "old, 1, 1, 1"))
+        lines.append("wgmma.commit_group.sync.aligned;")
+    registers = _asm("{\n" + "\n".join(lines) + "\n}", tied=tied, outputs=outputs, inputs=inputs)
+    arrays = []
+    for shape in shapes:
+        count = shape[0] * shape[1] // 128
+        arrays.append(_array(registers[:count], shape))
+        registers = registers[count:]
+    return tuple(arrays)
+
+
+def _instruction(n: int, kind: str, accumulator: list[str], a: str, flags: str) -> str:
+    names = "{" + ",".join(accumulator) + "}"
+    return f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {names}, {a}, b, {flags};"
+
+
+def _logical_shape(ref: ir.Value) -> tuple[int, int]:
+    row_tiles, column_tiles, rows, columns = ir.MemRefType(ref.type).shape
+    return row_tiles * rows, column_tiles * columns
+
+
+def _descriptor(ref: ir.Value, *, leading: int, stride: int) -> ir.Value:
+    """Shared-memory matrix descriptor; the strides in bytes between tiles along the contiguous and the other axis."""
+    i64 = ir.IntegerType.get_signless(64)
+
+    def constant(value):
+        return llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, value)).result
+
+    address = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
+    address = llvm.lshr(llvm.and_(address, constant(0x3FFFF)), constant(4))
+    swizzle_128 = 1 << 62
+    return llvm.or_(address, constant(swizzle_128 | (stride >> 4) << 32 | (leading >> 4) << 16))
+
+
+def _registers(x: Any) -> list[ir.Value]:
+    """The 32-bit registers of an array in WGMMA layout, in fragment order."""
+    i32 = ir.IntegerType.get_signless(32)
+    registers = []
+    for pair in x.registers.flat:
+        if mgpu.bitwidth(x.mlir_dtype) == 16:
+            registers.append(llvm.bitcast(i32, pair))
+        else:
+            registers += [llvm.extractelement(pair, _index(i)) for i in range(2)]
+    return registers
+
+
+def _array(registers: list[ir.Value], shape: tuple[int, int]) -> Any:
+    f32 = ir.F32Type.get()
+    pair_type = ir.VectorType.get((2,), f32)
+    pairs = []
+    for first, second in zip(registers[::2], registers[1::2], strict=True):
+        pair = llvm.mlir_undef(pair_type)
+        pair = llvm.insertelement(pair, first, _index(0))
+        pairs.append(llvm.insertelement(pair, second, _index(1)))
+    array = np.empty(len(pairs), dtype=object)
+    array[:] = pairs
+    array = array.reshape(mgpu.WGMMA_LAYOUT.registers_shape(tuple(shape)))
+    return mgpu.FragmentedArray(_registers=array, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+
+def _index(i: int) -> ir.Value:
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, i))
+
+
+def _asm(text: str, *, tied: list[ir.Value], outputs: int, inputs: list[tuple[ir.Value, str]]) -> list[ir.Value]:
+    """Volatile asm with `outputs` fresh float32 results, then the `tied` float32 registers, read and written."""
+    f32 = ir.F32Type.get()
+    count = outputs + len(tied)
+    constraints = ["=f"] * count + [str(outputs + i) for i in range(len(tied))] + [kind for _, kind in inputs]
+    struct = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * count),
+        [*tied, *(value for value, _ in inputs)],
+        text,
+        ",".join(constraints),
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(f32, struct, [i]) for i in range(count)]
