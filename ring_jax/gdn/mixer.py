@@ -10,6 +10,7 @@ Source: transformers' `Qwen3_5GatedDeltaNet` and `Qwen3NextGatedDeltaNet`.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,10 +88,13 @@ class MixerWeights:
     a_log: Float32[Array, " N"]
     dt_bias: Float32[Array, " N"]
     heads: Heads = dataclasses.field(metadata={"static": True})
+    precision: Any = dataclasses.field(default=None, metadata={"static": True})  # of the projections
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """mixed [B, T, F] and (b | a) [B, T, 2N], in x's dtype."""
-        return x @ self.qkv.astype(x.dtype), x @ self.ba.astype(x.dtype)
+        kernels = (kernel.astype(x.dtype) for kernel in (self.qkv, self.ba))
+        mixed, ba = (jnp.matmul(x, kernel, precision=self.precision) for kernel in kernels)
+        return mixed, ba
 
 
 def mix(
@@ -202,6 +206,7 @@ def _own_weights(weights: MixerWeights, rank, ranks: int) -> MixerWeights:
         a_log=_own(weights.a_log, (n,), rank, ranks),
         dt_bias=_own(weights.dt_bias, (n,), rank, ranks),
         heads=weights.heads.share(ranks),
+        precision=weights.precision,
     )
 
 
