@@ -1,0 +1,184 @@
+"""Times the backward flash-attention kernels on one GPU beside cuDNN: `python -m ring_jax.bench.flash_backward --help`.
+
+Each case is first compared with a float32 reference on fresh random inputs. Times are of the device: many calls are
+queued behind each other, and ours and cuDNN's take turns, so that heat hits both. TFLOP/s count 14 H multiply-adds per
+query-key pair that the mask leaves for forward and backward, 10 H for the backward alone (dkv and dq likewise, by the
+whole backward's work).
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ring_jax.bench.flash_forward import Case, materialised, relative_error, seconds
+from ring_jax.flash import mosaic_hopper, mosaic_hopper_backward
+from ring_jax.flash.mosaic_hopper_backward import BackwardConfig, default_config
+
+
+def inputs(case: Case, dtype) -> tuple[jax.Array, ...]:
+    """query, kv, dout, key_start, key_end."""
+    dout = jax.random.normal(jax.random.key(time.time_ns() % 2**31), (case.batch, case.length, case.heads, case.head_size))
+    return *case.inputs(dtype), dout.astype(dtype), *map(jnp.asarray, case.bounds())
+
+
+def both(case: Case, config: BackwardConfig | None, deterministic: bool):
+    """Forward and backward as one program."""
+    scale = case.head_size**-0.5
+
+    def run(query, kv, dout, key_start, key_end):
+        out, lse = mosaic_hopper.forward(query, kv, key_start, key_end, scale=scale)
+        delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+        return out, mosaic_hopper_backward.backward(
+            query, kv, key_start, key_end, lse, delta, dout, scale=scale, config=config, deterministic=deterministic
+        )
+
+    return run
+
+
+def check(case: Case, dtype, config: BackwardConfig | None, deterministic: bool) -> dict[str, tuple[float, float]]:
+    """(our error, error of the materialised form in the same precision) of each gradient, at up to 1024 positions."""
+    small = dataclasses.replace(case, length=min(case.length, 1024), heads=case.heads // case.kv_heads, kv_heads=1)
+    query, kv, dout, *bounds = inputs(small, dtype)
+    scale = case.head_size**-0.5
+
+    def gradients(dtype):
+        def out(query, kv):
+            return materialised(query, kv, *bounds, scale, dtype)[0]
+
+        operands = (query.astype(jnp.float32), kv.astype(jnp.float32)) if dtype == jnp.float32 else (query, kv)
+        dq, dkv = jax.jit(lambda *x: jax.vjp(out, *x)[1](dout.astype(dtype)))(*operands)
+        return dq, dkv[0], dkv[1]
+
+    _, (dq, dkv) = jax.jit(both(small, config, deterministic))(query, kv, dout, *bounds)
+    found = {}
+    for name, ours, same, exact in zip(
+        ("dq", "dk", "dv"), (dq, dkv[0], dkv[1]), gradients(dtype), gradients(jnp.float32), strict=True
+    ):
+        error, allowed = relative_error(ours, exact), relative_error(same, exact)
+        found[name] = (error, allowed)
+        if not error <= 2 * allowed:
+            raise AssertionError(f"{case}: {name} error {error}, same-precision reference {allowed}")
+    return found
+
+
+def cudnn_call(case: Case, query, kv, dout):
+    """cuDNN's forward and backward; documents as a batch of dense sequences of their length."""
+    kind, _, argument = case.mask.partition(":")
+    if kind.startswith("documents"):
+        parts = case.batch * int(argument)
+        query, dout = (x.reshape(parts, -1, *x.shape[2:]) for x in (query, dout))
+        kv = kv.reshape(2, parts, -1, *kv.shape[3:])
+    causal = kind in ("causal", "window", "documents")
+    window = (int(argument) - 1, 0) if kind == "window" else None
+
+    def run(query, key, value, dout):
+        def attend(*x):
+            return jax.nn.dot_product_attention(*x, is_causal=causal, local_window_size=window, implementation="cudnn")
+
+        out, transpose = jax.vjp(attend, query, key, value)
+        return out, transpose(dout)
+
+    key, value = kv[0] + 0, kv[1] + 0
+    compiled = jax.jit(run).lower(query, key, value, dout).compile()
+    return lambda: compiled(query, key, value, dout)
+
+
+def parts(case: Case, config: BackwardConfig, operands) -> dict[str, Any]:
+    """Calls of the backward's kernels one by one."""
+    query, kv, dout, key_start, key_end = operands
+    module = mosaic_hopper_backward
+    B, T, N, H = query.shape
+    S, K = kv.shape[-3:-1]
+    problem = module._Problem(B, T, S, N, K, H, H, False, jnp.dtype(query.dtype), H**-0.5, None, config)
+    lse = jnp.full((B, T, N), 10.0)
+    rows = jax.jit(lambda *x: module._prepare_rows(problem, *x))(key_start, key_end, lse, 0.1 * lse)
+    found = {}
+    for name, table in (("dq", module._dq_table), ("dkv", module._dkv_table)):
+        full = (query, kv.reshape(-1, S, K, H), dout, *rows, table(problem, key_start, key_end))
+        kernel = jax.jit(lambda *x, name=name: getattr(module, f"_{name}")(problem, *x)).lower(*full).compile()
+        found[name] = lambda kernel=kernel, full=full: kernel(*full)
+    return found
+
+
+def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
+    operands = inputs(case, dtype)
+    calls: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    deterministic = not options.fast
+
+    def add(name, make, work, **facts):
+        row = rows[name] = {"case": dataclasses.asdict(case), "name": name, "work": work, **facts}
+        try:
+            call = make()
+            jax.block_until_ready(call())
+            calls[name] = call
+        except Exception as failure:  # one config of a search must not end the search
+            row["failure"] = f"{type(failure).__name__}: {failure}"[:600]
+
+    add("cudnn", lambda: cudnn_call(case, *operands[:3]), 3.5)
+    for name, config in candidates(case.head_size, options.configs).items():
+
+        def ours(config=config, name=name):
+            run = jax.jit(both(case, config, deterministic)).lower(*operands).compile()
+            return lambda: run(*operands)
+
+        facts = {"config": dataclasses.asdict(config)}
+        if options.check:
+            try:
+                facts["errors"] = check(case, dtype, config, deterministic)
+            except Exception as failure:
+                facts["failure"] = f"{type(failure).__name__}: {failure}"[:600]
+                rows[name] = {"case": dataclasses.asdict(case), "name": name, **facts}
+                continue
+        add(name, ours, 3.5, **facts)
+        if options.parts:
+            for part in ("dq", "dkv"):
+                add(f"{name} {part}", lambda part=part, config=config: parts(case, config, operands)[part], 2.5)
+    for name, value in seconds(calls, options.seconds).items():
+        rows[name].update(seconds=value, tflops=rows[name]["work"] * case.flops() / value / 1e12)
+        if "seconds" in rows["cudnn"] and rows[name]["work"] == 3.5:
+            rows[name]["ratio_to_cudnn"] = rows["cudnn"]["seconds"] / value
+    return list(rows.values())
+
+
+def candidates(head_size: int, names: list[str]) -> dict[str, BackwardConfig]:
+    """The tuned config, changed by each of `names`: "base", or fields such as "block_q_dkv=96/stages=3"."""
+    base = default_config(head_size, head_size)
+    found = {}
+    for name in names:
+        changes = {} if name == "base" else dict(field.split("=") for field in name.split("/"))
+        found[name] = dataclasses.replace(base, **{key: int(value) for key, value in changes.items()})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="+", help=Case.__doc__)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--configs", nargs="+", default=["base"], help=candidates.__doc__)
+    parser.add_argument("--fast", action="store_true", help="the form that need not repeat bitwise")
+    parser.add_argument("--parts", action="store_true", help="time the kernels one by one, too")
+    parser.add_argument("--no-check", dest="check", action="store_false")
+    parser.add_argument("--seconds", type=float, default=0.05, help="of device time for each of three rounds")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    dtype = jnp.dtype(options.dtype)
+    results = []
+    for text in options.cases:
+        for row in measure(Case.parse(text), dtype, options):
+            results.append(row)
+            outcome = row.get("failure") or f"{row['seconds'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s"
+            ratio = f"  ratio {row['ratio_to_cudnn']:.3f}" if "ratio_to_cudnn" in row else ""
+            print(f"{text:32s} {row['name']:36s} {outcome}{ratio}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The Hopper backward kernels: lowering for CUDA on any machine, interpret mode on jax 0.11+, the matrix on a GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from ring_jax.flash import mosaic_compat, reference
+from ring_jax.flash import mosaic_hopper_backward as hopper
+from ring_jax.flash.packed import pack
+
+Config = hopper.BackwardConfig
+needs_interpret = pytest.mark.skipif(
+    not mosaic_compat.INTERPRET_AVAILABLE, reason="Mosaic GPU interpret mode needs jax 0.11 or later"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    B: int = 1
+    T: int = 128
+    S: int = 128
+    N: int = 1
+    K: int = 1
+    H: int = 64
+    Hv: int = 64
+    mask: str = "causal"
+    dtype: str = "bfloat16"
+    soft_cap: float | None = None
+    blocks: int = 1
+    config: Config | None = None
+
+    def __str__(self):
+        return f"h{self.H}-v{self.Hv}-{self.mask}-{self.dtype}-t{self.T}-s{self.S}-blocks{self.blocks}"
+
+    def bounds(self, rng):
+        t = np.arange(self.T)
+        if self.mask == "full":
+            start, end = 0 * t, 0 * t + self.S
+        elif self.mask == "causal":
+            start, end = 0 * t, t + 1
+        elif self.mask == "window":
+            start, end = t - 70, t + 1
+        elif self.mask == "documents":
+            start = t // 90 * 90
+            end = start + 90
+        elif self.mask == "empty":
+            # The first half of the rows sees nothing, the rest a growing prefix.
+            start, end = 0 * t, t - self.T // 2
+        elif self.mask == "nothing":
+            start, end = 0 * t, 0 * t
+        else:
+            starts, ends = np.sort(rng.integers(0, self.S + 1, (2, self.T)), axis=1)
+            start, end = np.minimum(starts, ends), ends
+        return tuple(
+            jnp.broadcast_to(jnp.asarray(np.clip(x, 0, self.S), jnp.int32), (self.B, self.T)) for x in (start, end)
+        )
+
+    def inputs(self, seed):
+        rng = np.random.default_rng(seed)
+
+        def normal(*shape):
+            return jnp.asarray(rng.normal(size=shape), self.dtype)
+
+        query, dout = normal(self.B, self.T, self.N, self.H), normal(self.B, self.T, self.N, self.Hv)
+        key, value = normal(self.B, self.S, self.K, self.H), normal(self.B, self.S, self.K, self.Hv)
+        return query, key, value, dout, jnp.asarray(rng.normal(size=query.shape[:3]), jnp.float32), *self.bounds(rng)
+
+
+def relative(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def run(case, seed, backward):
+    """Our gradients and two references, one in float32 and one whose operands of every product are rounded.
+
+    With several blocks, each is called with its own keys and the final LSE of all.
+    """
+    query, key, value, dout, dlse, start, end = case.inputs(seed)
+    scale = case.H**-0.5
+    wide = [x.astype(jnp.float32) for x in (query, key, value, dout)]
+    options = dict(scale=scale, logits_soft_cap=case.soft_cap)
+    out, lse = reference.forward(wide[0], pack(*wide[1:3]), start, end, None, **options)
+    delta = jnp.sum(out * wide[3], axis=-1) - dlse
+    dq, dkv = reference.backward(wide[0], pack(*wide[1:3]), start, end, lse, delta, wide[3], **options)
+    expected = (dq, dkv[0], dkv[1]) if dkv.ndim == 5 else (dq, dkv[..., : case.H], dkv[..., case.H :])
+    size = case.S // case.blocks
+    parts = []
+    for low in range(0, case.S, size):
+        block = slice(low, low + size)
+        inside = [jnp.clip(x - low, 0, size) for x in (start, end)]
+        parts.append(backward(query, pack(key[:, block], value[:, block]), *inside, lse, delta, dout, **options))
+    got_dq = sum(part[0] for part in parts)
+    got_dkv = jnp.concatenate([part[1] for part in parts], axis=-3)
+    got = (got_dq, got_dkv[0], got_dkv[1]) if dkv.ndim == 5 else (got_dq, got_dkv[..., : case.H], got_dkv[..., case.H :])
+    return got, rounded(case, wide, start, end, lse, delta), expected
+
+
+def rounded(case, wide, start, end, lse, delta):
+    """The materialised formula with logits, P and dS rounded to the input dtype."""
+    query, key, value, dout = wide
+    G = case.N // case.K
+    key, value = (jnp.repeat(x, G, axis=2) for x in (key, value))
+    exact = jax.lax.Precision.HIGHEST
+
+    def round_(x):
+        return x.astype(case.dtype).astype(jnp.float32)
+
+    s = round_(jnp.einsum("btnh,bsnh->bnts", query, key, precision=exact) * case.H**-0.5)
+    if case.soft_cap is not None:
+        s = case.soft_cap * jnp.tanh(s / case.soft_cap)
+    index = jnp.arange(case.S)
+    visible = ((index >= start[..., None]) & (index < end[..., None]))[:, None]
+    lse, delta = (jnp.swapaxes(x, 1, 2)[..., None] for x in (lse, delta))
+    p = round_(jnp.where(visible, jnp.exp(s - jnp.where(jnp.isneginf(lse), 0.0, lse)), 0.0))
+    ds = p * (round_(jnp.einsum("btnh,bsnh->bnts", dout, value, precision=exact)) - delta)
+    if case.soft_cap is not None:
+        ds = ds * (1 - (s / case.soft_cap) ** 2)
+    ds = round_(ds)
+    dq = jnp.einsum("bnts,bsnh->btnh", ds, key, precision=exact) * case.H**-0.5
+    dk = jnp.einsum("bnts,btnh->bsnh", ds, query, precision=exact) * case.H**-0.5
+    dv = jnp.einsum("bnts,btnh->bsnh", p, dout, precision=exact)
+    return dq, *(x.reshape(*x.shape[:2], case.K, G, -1).sum(axis=3) for x in (dk, dv))
+
+
+def check(case, seed=0, backward=None):
+    backward = backward or (lambda *x, **options: hopper.backward(*x, **options, config=case.config))
+    got, same, expected = run(case, seed, backward)
+    for name, ours, theirs, exact in zip(("dq", "dk", "dv"), got, same, expected, strict=True):
+        assert ours.dtype == jnp.float32 and ours.shape == exact.shape
+        error, allowed = relative(ours, exact), 2 * relative(theirs, exact)
+        assert error <= allowed, f"{case}: {name} error {error:.2e}, allowed {allowed:.2e}"
+    return got
+
+
+CONFIGS = [(64, 64), (128, 128), (256, 256), (192, 128), (64, 128)]
+
+
+@pytest.mark.parametrize("H,Hv", CONFIGS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lowers_for_cuda(H, Hv, dtype):
+    case = Case(B=2, T=300, S=515, N=4, K=2, H=H, Hv=Hv, dtype=dtype, soft_cap=30.0 if dtype == "float16" else None)
+    assert "mosaic_gpu" in lower(case, lambda *x: hopper.backward(*x, scale=0.1, logits_soft_cap=case.soft_cap))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_lowers_inside_shard_map(check_vma):
+    def wrapped(mesh, *x):
+        spec = PartitionSpec("context")
+        return jax.shard_map(
+            lambda *x: hopper.backward(*x, scale=0.1),
+            mesh=mesh,
+            in_specs=(spec, PartitionSpec(None, "context"), *[spec] * 5),
+            out_specs=(spec, PartitionSpec(None, "context")),
+            check_vma=check_vma,
+        )(*x)
+
+    lower(Case(B=2, T=256, S=256, N=4, K=2), wrapped, mesh_axis="context")
+
+
+def lower(case, f, mesh_axis=None):
+    """The module for an H200, lowered without one."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    sizes, names = ((2,), (mesh_axis,)) if mesh_axis else ((), ())
+    types = (jax.sharding.AxisType.Auto,) * len(names)
+    mesh = AbstractMesh(sizes, names, axis_types=types, abstract_device=device)
+    rows = (case.B, case.T)
+    kv = (2, case.B, case.S, case.K, case.H) if case.H == case.Hv else (case.B, case.S, case.K, case.H + case.Hv)
+    shapes = [
+        ((*rows, case.N, case.H), case.dtype),
+        (kv, case.dtype),
+        (rows, jnp.int32),
+        (rows, jnp.int32),
+        ((*rows, case.N), jnp.float32),
+        ((*rows, case.N), jnp.float32),
+        ((*rows, case.N, case.Hv), case.dtype),
+    ]
+    shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda *x: f(mesh, *x) if mesh_axis else f(*x)).trace(*shapes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+SMALL = Config(block_q_dkv=64, stages=2, block_kv_dq=64, slots=2)
+
+
+@needs_interpret
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=136, S=200, N=2, mask="random", soft_cap=5.0, config=SMALL),
+        Case(T=200, S=136, mask="empty", blocks=1, dtype="float16", config=SMALL),
+        Case(T=70, S=128, H=256, Hv=256, mask="window", config=SMALL),
+    ],
+    ids=str,
+)
+def test_interpreted(case):
+    with mosaic_compat.interpret_mode():
+        check(case)
+
+
+GPU_CASES = [
+    Case(B=2, T=300, S=300, N=4, K=2, H=H, Hv=H, mask=mask, dtype=dtype)
+    for H in (64, 128, 256)
+    for mask in ("full", "causal", "window", "documents", "empty", "random")
+    for dtype in ("bfloat16", "float16")
+]
+GPU_CASES += [
+    Case(T=T, S=S, N=8, K=1, H=H, Hv=H, mask="random", blocks=blocks)
+    for H in (64, 128, 256)
+    for T, S, blocks in ((1, 1, 1), (1, 700, 1), (700, 1, 1), (129, 383, 1), (1000, 1030, 2), (640, 640, 2))
+]
+GPU_CASES += [Case(T=500, S=500, N=2, K=1, H=H, Hv=H, mask="causal", soft_cap=20.0) for H in (64, 128, 256)]
+GPU_CASES += [Case(T=500, S=400, N=2, K=1, H=H, Hv=Hv, mask="causal") for H, Hv in ((192, 128), (64, 128), (128, 64))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_matches_the_formula(case):
+    check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [64, 128, 256])
+def test_repeats_bitwise(H):
+    case = Case(T=1111, S=1111, N=8, K=2, H=H, Hv=H)
+    first, second = check(case), check(case)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.gpu
+def test_rows_that_see_nothing_get_zeros():
+    case = Case(T=300, S=300, N=2, mask="nothing")
+    query, key, value, dout, dlse, start, end = case.inputs(0)
+    lse = jnp.full(query.shape[:3], -jnp.inf)
+    for x in hopper.backward(query, pack(key, value), start, end, lse, dlse, dout, scale=1.0):
+        assert not np.asarray(x).any()
+
+
+def test_says_what_it_cannot_do():
+    query = jnp.zeros((1, 8, 2, 80), jnp.bfloat16)
+    assert "head sizes" in hopper.unsupported_reason(query, jnp.zeros((2, 1, 8, 2, 80), jnp.bfloat16))
+    assert "bfloat16" in hopper.unsupported_reason(jnp.zeros((1, 8, 2, 64)), jnp.zeros((2, 1, 8, 2, 64)))
+    with pytest.raises(ValueError, match="shared memory"):
+        Config(block_q_dkv=128, stages=4).check(256, 256)
