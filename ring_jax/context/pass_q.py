@@ -41,7 +41,7 @@ def pass_q(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | Non
         return stay, _join(*spec.forward(query, kv, *here, None))
 
     bounds = jnp.stack([start, end])
-    _, partial = rotate(shard, hop, (query, bounds), (), lambda a, b: _join(*merge_partials(*_split(a), *_split(b))))
+    _, partial = rotate(shard, spec.backend.unroll, hop, (query, bounds), (), lambda a, b: _join(*merge_partials(*_split(a), *_split(b))))
     out, lse = _split(partial) if carry is None else merge_partials(*_split(partial), *carry)
     return named(out.astype(query.dtype), lse)
 
@@ -69,7 +69,7 @@ def _pass_q_bwd(spec, shard, saved, cotangents):
         jnp.stack([lse, delta]),
         jnp.stack([start, end]),
     )
-    dkv, dq = rotate(shard, hop, travel, None, jnp.add)
+    dkv, dq = rotate(shard, spec.backend.unroll, hop, travel, None, jnp.add)
     dcarry = None if carry is None else carry_gradient(carry, lse, delta, dout)
     return dq.astype(query.dtype), dkv.astype(kv.dtype), None, None, dcarry
 

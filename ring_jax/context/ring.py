@@ -35,7 +35,7 @@ def ring(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None)
         here = shard.local_bounds(start, end, source)
         return spec.forward(query, kv, *here, partial), None
 
-    (out, lse), _ = rotate(shard, hop, kv, carry)
+    (out, lse), _ = rotate(shard, spec.backend.unroll, hop, kv, carry)
     return named(out.astype(query.dtype), lse)
 
 
@@ -55,7 +55,7 @@ def _ring_bwd(spec, shard, saved, cotangents):
         dq_part, dkv_part = spec.backward(query, kv, *here, lse, delta, dout)
         return dq_part if dq is None else dq + dq_part, dkv_part
 
-    dq, dkv = rotate(shard, hop, kv, None, jnp.add)
+    dq, dkv = rotate(shard, spec.backend.unroll, hop, kv, None, jnp.add)
     dcarry = None if carry is None else carry_gradient(carry, lse, delta, dout)
     return dq.astype(query.dtype), dkv.astype(kv.dtype), None, None, dcarry
 

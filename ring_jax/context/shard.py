@@ -17,9 +17,6 @@ from ring_jax.mask import Mask
 T = TypeVar("T")
 Axis = str | tuple[str, ...]
 
-# Hops up to this many ranks are unrolled; beyond, a scan keeps compile time constant in C.
-UNROLL = 4
-
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -52,7 +49,7 @@ class Shard:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, ring), tree)
 
 
-def rotate(shard: Shard, hop: Callable, travel, stay, combine: Callable[[Any, Any], Any] = lambda a, b: None):
+def rotate(shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Callable[[Any, Any], Any] = lambda a, b: None):
     """Walk `travel` once around the ring; the engine of `ring` and `pass_q`, forward and backward.
 
     At every hop, `hop(travel, stay, source) -> (stay, part)` works on what has arrived from rank
@@ -60,7 +57,8 @@ def rotate(shard: Shard, hop: Callable, travel, stay, combine: Callable[[Any, An
     `travel` one hop behind, joined by `combine(arrived, part)`, and come home at the end.
 
     The permute of `travel` is issued before the hop, that of the parts beside it, so both hide behind
-    the hop's compute. C - 1 permutes of `travel`, C of the parts.
+    the hop's compute. C - 1 permutes of `travel`, C of the parts. Up to `unroll` ranks the hops are unrolled, beyond
+    they are a scan, whose compile time does not grow with C.
 
     Returns (stay, the parts that belong to this rank).
     """
@@ -75,7 +73,7 @@ def rotate(shard: Shard, hop: Callable, travel, stay, combine: Callable[[Any, An
         return lax.optimization_barrier((departing, stay, parts)) if not last else (None, stay, parts)
 
     state = (travel, stay, None)
-    if C <= UNROLL:
+    if C <= unroll:
         for i in range(C):
             state = one(i, *state, last=i == C - 1)
     else:

@@ -28,6 +28,9 @@ class Backend:
     name: str
     forward: Callable
     backward: Callable
+    # Rings of up to this many ranks are unrolled. A kernel is one small op, so unrolling is cheap and lets XLA overlap
+    # freely; a block made of XLA loops is large to compile, and CPUs keep all hops' buffers when they are unrolled.
+    unroll: int = 2
     # Why it cannot run these shapes here, or None. Takes (query, kv).
     unsupported: Callable[[jax.Array, jax.Array], str | None] = lambda query, kv: None
 
