@@ -5,7 +5,6 @@ Training and the long pass run over all devices. The long pass is checked agains
 
 import argparse
 import dataclasses
-import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from ring_jax.cli import CommandError, need, use_all_devices
 from ring_jax.commands.balance import Balance, causal_balance, plot
 from ring_jax.commands.collectives import count_collectives
+from ring_jax.layout import Layout
 
 MAX_TOKENS = 16_384
 MIN_TOKENS = 256
@@ -120,10 +120,16 @@ class Setup:
         from ring_jax.commands.demo_model import ByteModel
 
         mesh = jax.sharding.Mesh(np.asarray(devices), ("context",))
-        context = ring_jax.ContextParallel("context", layout=ring_jax.Zigzag(), mesh=mesh)
+        context = ring_jax.ContextParallel("context", layout=ring_jax.Zigzag(), mesh=mesh, strategy="ring")
         model = ByteModel(context=context, rngs=nnx.Rngs(0))
-        nnx.update(model, jax.device_put(nnx.state(model), jax.NamedSharding(mesh, jax.P())))
         return cls(mesh, context, model)
+
+    def replicate(self, module: Any) -> None:
+        """Puts every array of a module on all devices; left on one, the first step would compile twice."""
+        import jax
+        from flax import nnx
+
+        nnx.update(module, jax.device_put(nnx.state(module), jax.NamedSharding(self.mesh, jax.P())))
 
     def lay_out(self, tokens: np.ndarray) -> tuple[Any, Any, Any]:
         """Bytes, next bytes (int32) and weights (float32, 0 where none follows), [B, T] in the context's layout."""
@@ -153,9 +159,11 @@ def train(setup: Setup, text: np.ndarray, bar: Any) -> Losses:
     from ring_jax.commands.demo_model import loss_fn
 
     optimizer = nnx.Optimizer(setup.model, optax.adamw(3e-3), wrt=nnx.Param)
+    setup.replicate(setup.model)
+    setup.replicate(optimizer)
     window = min(WINDOW, len(text))
 
-    @functools.partial(nnx.jit, donate_argnums=(0, 1))
+    @nnx.jit(donate_argnums=(0, 1))
     def step(model, optimizer, batch):
         loss, grads = nnx.value_and_grad(loss_fn)(model, *batch, seq_len=window)
         optimizer.update(model, grads)
@@ -220,13 +228,13 @@ def long_pass(setup: Setup, text: np.ndarray, bar: Any) -> LongPass:
     unsharded = np.asarray(forward_here(state, text[None].astype(np.int32)))
     bar.update(2)
     difference, largest = float(np.abs(sharded - unsharded).max()), float(np.abs(unsharded).max())
-    return LongPass(seq_len, seconds, loss, difference, largest, count_collectives(compiled.as_text()))
+    return LongPass(seq_len, seconds, loss, difference, largest, count_collectives(compiled.as_text() or ""))
 
 
 def work_balance(tokens: int, ranks: int) -> list[Balance]:
     import ring_jax
 
-    layouts = {
+    layouts: dict[str, Layout] = {
         "contiguous": ring_jax.Contiguous(),
         "striped": ring_jax.Striped(),
         "zigzag": ring_jax.Zigzag(),

@@ -36,8 +36,8 @@ class ByteModel(nnx.Module):
 
     def __init__(
         self,
-        features: int = 96,
-        num_heads: int = 4,
+        features: int = 64,
+        num_heads: int = 2,
         num_layers: int = 2,
         *,
         context: ring_jax.ContextParallel | None,

@@ -108,7 +108,7 @@ def check_strategies(devices: list[Any], seq_len: int) -> bool:
 
     mesh = jax.sharding.Mesh(np.asarray(devices), ("context",))
     cp = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh)
-    arrays = _random_qkv(seq_len, heads=max(8, len(devices)))
+    arrays = _random_qkv(seq_len, heads=2 * len(devices))
     bounds = jnp.zeros((1, seq_len), jnp.int32), jnp.arange(1, seq_len + 1, dtype=jnp.int32)[None]
     want = ring_jax.flash_attention(*arrays, *bounds, implementation="reference")[0]
 
