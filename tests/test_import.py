@@ -53,3 +53,15 @@ def test_import_changes_no_config_and_no_environment():
         assert not xla_bridge.backends_are_initialized()
         """
     )
+
+
+def test_every_module_imports():
+    assert_runs(
+        """
+        import importlib, pkgutil, ring_jax
+        names = [m.name for m in pkgutil.walk_packages(ring_jax.__path__, "ring_jax.") if m.name != "ring_jax.__main__"]
+        assert len(names) > 20
+        for name in names:
+            importlib.import_module(name)
+        """
+    )

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import ring_jax
+import ring_jax.nn
 
 FEATURES, HEADS, LENGTH = 16, 4, 32
 
@@ -117,6 +118,23 @@ def test_rope_by_input_positions():
     attend = cp.attention_fn(is_causal=True, rope=rope)
     got = attend(*(cp.to_layout(x) for x in (q, k, v)), input_positions=cp.positions(LENGTH))
     np.testing.assert_allclose(cp.from_layout(got, LENGTH), want, atol=2e-5)
+
+
+@pytest.mark.skipif(
+    "input_positions" not in inspect.signature(nnx.MultiHeadAttention.__call__).parameters,
+    reason="this Flax has no input_positions in nnx.MultiHeadAttention",
+)
+def test_nnx_layer_passes_input_positions():
+    cp, x = context(), inputs(2)
+    attend = cp.attention_fn(is_causal=True, rope=ring_jax.nn.apply_rope)
+    positions = cp.positions(LENGTH)
+    got = nnx.jit(lambda layer, x: layer(x, input_positions=positions))(nnx_layer(attention_fn=attend), cp.to_layout(x))
+
+    def plain(query, key, value, **_):
+        query, key = (ring_jax.nn.apply_rope(x, jnp.arange(LENGTH)) for x in (query, key))
+        return nnx.dot_product_attention(query, key, value, mask=causal_mask())
+
+    np.testing.assert_allclose(cp.from_layout(got, LENGTH), nnx_layer(attention_fn=plain)(x), atol=2e-5)
 
 
 def test_dtype_is_honoured():
