@@ -20,7 +20,7 @@ MAX_TOKENS = 16_384
 MIN_TOKENS = 256
 STEPS = 30
 BATCH = 4
-WINDOW = 1024
+WINDOW = 512
 PLOT = Path("ring-jax-demo.png")
 # Sums in another order: float32 logits of this model agree to about 1e-5.
 TOLERANCE = 1e-3
