@@ -10,6 +10,11 @@ def state_dtype(*arrays: jax.Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """x in float32, or in float64 where it is so."""
+    return x.astype(state_dtype(x))
+
+
 def check_operands(query, key, value, log_decay, beta, initial_state, segment_ids) -> None:
     """Raises ValueError unless the operands of one gated delta rule fit together."""
     for name, x in (("query", query), ("key", key), ("value", value)):

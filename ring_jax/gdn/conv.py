@@ -56,7 +56,7 @@ def causal_convolution(
     first, last = first_valid(segment_ids), last_valid(segment_ids)
     buffer, ids = jnp.concatenate([jnp.zeros_like(tail), x], axis=1), pad_ids(segment_ids, history)
     buffer, ids = insert_tail(buffer, ids, tail, first, segment_at(segment_ids, first))
-    y = convolve_buffer(buffer, weight, ids)
+    y = convolve_buffer(buffer, weight, ids, segment_ids)
     return y, jnp.where((last >= 0)[:, None, None], tail_at(buffer, ids, last + history, history), tail)
 
 
@@ -73,15 +73,16 @@ def check_convolution(x, weight, tail, segment_ids) -> None:
     check_segments(segment_ids, *x.shape[:2])
 
 
-def convolve_buffer(buffer, weight, ids=None):
-    """y [B, T, F] from [B, W-1+T, F] inputs with the history in front; `ids` [B, W-1+T] are their segment ids."""
+def convolve_buffer(buffer, weight, ids=None, segment_ids=None):
+    """y [B, T, F] from [B, W-1+T, F] inputs with the history in front; `ids` [B, W-1+T] are their segment ids,
+    `segment_ids` [B, T] those of the outputs (padding, where a tail may stand in the buffer)."""
     width = weight.shape[0]
     time = buffer.shape[1] - width + 1
     total, dtype = None, state_dtype(buffer, weight)
     for j in range(width):
         term = buffer[:, j : j + time].astype(dtype) * weight[j].astype(dtype)
         if ids is not None:
-            same = (ids[:, j : j + time] == ids[:, width - 1 :]) & (ids[:, width - 1 :] >= 0)
+            same = (ids[:, j : j + time] == segment_ids) & (segment_ids >= 0)
             term = jnp.where(same[..., None], term, 0)
         total = term if total is None else total + term
     return total.astype(buffer.dtype)

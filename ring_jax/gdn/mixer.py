@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from ring_jax.context.shard import axis_to_seq
 from ring_jax.gdn import segments
+from ring_jax.gdn.checks import widened
 from ring_jax.gdn.spread import HeadSplit, OneDevice, Spread
 
 NORM_EPSILON = 1e-6
@@ -46,7 +47,7 @@ class GDNCache:
     def empty(cls, batch: int, heads: "Heads", width: int, dtype=jnp.float32) -> "GDNCache":
         """The cache before the first token; `dtype` is that of the activations."""
         return cls(
-            jnp.zeros((batch, heads.value_heads, heads.key_size, heads.value_size), _wide_dtype(dtype)),
+            jnp.zeros((batch, heads.value_heads, heads.key_size, heads.value_size), jnp.float64 if dtype == jnp.float64 else jnp.float32),
             jnp.zeros((batch, width - 1, heads.features), dtype),
             jnp.full((batch,), segments.PADDING, jnp.int32),
         )
@@ -132,8 +133,8 @@ def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, spread: Spr
             _split(mixed, heads.parts), (heads.key_size, heads.key_size, heads.value_size), strict=True
         )
     )
-    b, a = jnp.split(_wide(ba), 2, axis=-1)
-    log_decay = -jnp.exp(_wide(weights.a_log)) * jax.nn.softplus(a + _wide(weights.dt_bias))
+    b, a = jnp.split(widened(ba), 2, axis=-1)
+    log_decay = -jnp.exp(widened(weights.a_log)) * jax.nn.softplus(a + widened(weights.dt_bias))
     out, state = spread.gated_delta_rule(
         l2_normalize(query),
         l2_normalize(key),
@@ -148,17 +149,8 @@ def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, spread: Spr
 
 def l2_normalize(x: Float[Array, "... H"]) -> Float32[Array, "... H"]:
     """x / sqrt(sum x^2 + 1e-6) over the last axis, in float32 and left there: the delta rule takes it so."""
-    x = _wide(x)
+    x = widened(x)
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
-
-
-def _wide_dtype(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _wide(x):
-    """x in float32, or in float64 where it is so."""
-    return x.astype(_wide_dtype(x.dtype))
 
 
 def gathers_input(heads: Heads, width: int, ranks: int) -> bool:

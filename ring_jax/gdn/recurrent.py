@@ -18,7 +18,7 @@ from ring_jax.gdn.segments import document_index
 
 HIGHEST = lax.Precision.HIGHEST
 SLOW = -0.5  # log decays above it are applied as a change of the state
-UNROLLED = 8  # tokens that are written out one after the other instead of in a loop
+UNROLLED = 8  # tokens that are written out one after the other; more go through a loop
 
 
 def recurrent(query, key, value, log_decay, beta, *, scale, initial_state, segment_ids):
@@ -38,7 +38,7 @@ def recurrent(query, key, value, log_decay, beta, *, scale, initial_state, segme
     xs = (*xs, beta.astype(dtype).reshape(per_head))
     state = initial_state.reshape(batch, heads, repeats, dk, dv)
     state, xs = align(state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs))
-    state, out = lax.scan(_token, state, xs, unroll=min(time, UNROLLED))
+    state, out = lax.scan(_token, state, xs, unroll=time if time <= UNROLLED else 1)
     out = jnp.moveaxis(out, 0, 1).reshape(batch, time, heads * repeats, dv)
     return out.astype(value.dtype), state.reshape(initial_state.shape)
 

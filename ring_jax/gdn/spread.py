@@ -169,7 +169,7 @@ class StatePassing:
             ids = _merge(self._with_halo(chunks.split(self.segment_ids)[..., None] + 1, history)[..., 0] - 1)
             each = [jnp.tile(x, chunks.folds) for x in (self.borders.first, self.borders.first_segment)]
             buffer, ids = insert_tail(_merge(buffer), ids, tails, each[0] - starts, each[1])
-            y = convolve_buffer(buffer, weight, ids)
+            y = convolve_buffer(buffer, weight, ids, _merge(chunks.split(self.segment_ids)))
             leaving = self._leaving_tail(buffer, ids, starts, tail)
         return chunks.join(y.reshape(chunks.folds, batch, *y.shape[1:])), leaving
 

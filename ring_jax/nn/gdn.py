@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ring_jax.gdn.checks import state_dtype
 from ring_jax.gdn.context import run
 from ring_jax.gdn.mixer import GDNCache, Heads, MixerWeights, mix
 from ring_jax.gdn.plan import GDNShape
@@ -213,10 +214,10 @@ def gated_rms_norm(
     x: Float[Array, "B T N dv"], gate: Float[Array, "B T N dv"], weight: Float[Array, " dv"], epsilon: float
 ) -> Float[Array, "B T N dv"]:
     """weight * x / sqrt(mean(x^2) + epsilon) * silu(gate), per head, in float32; returned in gate's dtype."""
-    wide = jnp.promote_types(gate.dtype, jnp.float32)
-    x, scale = x.astype(wide), weight.astype(wide)
+    dtype = state_dtype(gate, weight)
+    x = x.astype(dtype)
     x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return (scale * x * jax.nn.silu(gate.astype(wide))).astype(gate.dtype)
+    return (weight.astype(dtype) * x * jax.nn.silu(gate.astype(dtype))).astype(gate.dtype)
 
 
 def split_fused_projections(
