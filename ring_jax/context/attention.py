@@ -13,6 +13,7 @@ from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import STRATEGIES, check_strategy, choose
 from ring_jax.flash.api import make_spec
 from ring_jax.flash.backends import check_inputs
+from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.packed import pack
 from ring_jax.mask import Mask, ResolvedMask, causal, lengths, per_row, window
 
@@ -131,7 +132,7 @@ class _Call:
         query, kv, start, end, sinks = pcast_to((query, kv, start, end, sinks), axes)
         carry = None
         if sinks is not None:
-            acc_dtype = jnp.promote_types(query.dtype, jnp.float32)
+            acc_dtype = partial_dtype(query.dtype)
             lse = jnp.broadcast_to(sinks.astype(acc_dtype), (B, T, N))
             carry = (pcast_to(jnp.zeros((B, T, N, value.shape[-1]), acc_dtype), axes), lse)
         return STRATEGIES[self.strategy](spec, self.keys, query, kv, start, end, carry)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ring_jax._checks import concrete
 from ring_jax._vma import align
 from ring_jax.flash.backends import Backend, check_inputs, select
-from ring_jax.flash.merge import carry_gradient
+from ring_jax.flash.merge import carry_gradient, partial_dtype
 from ring_jax.flash.packed import pack, unpack, value_size
 
 Partial = tuple[jax.Array, jax.Array]  # (out, lse)
@@ -129,7 +129,7 @@ def flash_attention(
     start, end = _check_bounds(key_start, key_end, B, T, S)
     kv = pack(key, value)
     spec = make_spec(query, kv, scale, logits_soft_cap, implementation)
-    acc_dtype = jnp.promote_types(query.dtype, jnp.float32)
+    acc_dtype = partial_dtype(query.dtype)
     if carry is not None:
         out_in, lse_in = carry
         if out_in.shape != (B, T, N, value.shape[3]) or lse_in.shape != (B, T, N):

@@ -11,6 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def partial_dtype(dtype) -> jnp.dtype:
+    """Dtype of partial results and products of inputs of `dtype`: float32, float64 for float64."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def weight(lse_part: jax.Array, lse: jax.Array) -> jax.Array:
     """e^(lse_part - lse), the share of a partial in the whole; 0 where the part is empty, never NaN."""
     empty = jnp.isneginf(lse_part)

@@ -9,7 +9,7 @@ reference gradients too; `backward` is the block rule that a ring needs, from th
 import jax
 import jax.numpy as jnp
 
-from ring_jax.flash.merge import merge_partials
+from ring_jax.flash.merge import merge_partials, partial_dtype
 from ring_jax.flash.packed import pack, unpack
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -17,7 +17,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 def _logits(query, key, key_start, key_end, scale, soft_cap):
     """Masked logits [B, K, G, T, S], and what the soft cap's derivative needs."""
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = partial_dtype(query.dtype)
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     q_btkgh = query.reshape(B, T, K, N // K, H).astype(dtype)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_jax._vma import pcast_to, varying_axes
+from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.packed import pack, seq_axis, unpack, value_size
 
 _BLOCK_Q = 512
@@ -87,7 +88,7 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
     B, T, N, H = query.shape
     K, Hv = kv.shape[-2], value_size(kv, H)
     S = kv.shape[seq_axis(kv)]
-    acc_dtype = jnp.promote_types(query.dtype, jnp.float32)
+    acc_dtype = partial_dtype(query.dtype)
     bq, bk = min(_BLOCK_Q, T), min(_BLOCK_K, S)
     kv = _pad_keys(kv, bk)
     axes = varying_axes(query, kv, key_start, carry)
@@ -132,7 +133,7 @@ def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_s
     B, T, N, H = query.shape
     K = kv.shape[-2]
     S = kv.shape[seq_axis(kv)]
-    acc_dtype = jnp.promote_types(query.dtype, jnp.float32)
+    acc_dtype = partial_dtype(query.dtype)
     bq, bk = min(_BLOCK_Q, T), min(_BLOCK_K, S)
     kv_padded = _pad_keys(kv, bk)
     axis = seq_axis(kv)
