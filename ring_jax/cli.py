@@ -1,13 +1,16 @@
 """The command line: ``ring-jax COMMAND`` or ``python -m ring_jax COMMAND``.
 
 A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> exit status``, named in `COMMANDS` with its
-line of help. It is imported only when asked for, so that ``--help`` stays quick.
+line of help. It is imported only when asked for: what it needs may not be installed.
 """
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
+
+import jax
 
 COMMANDS = {
     "demo": (
@@ -45,13 +48,17 @@ def _module(command: str):
 
 
 def use_all_devices(emulated: int = 8) -> None:
-    """Makes jax show `emulated` devices where it finds only a CPU; must run before jax touches a device."""
-    import os
+    """Makes jax show `emulated` devices where it finds only a CPU, unless the user has chosen their number.
 
-    import jax
-
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    Must run before jax touches a device; where one was touched already, the devices stay as they are.
+    """
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or jax.config.values["jax_num_cpu_devices"] > 0:
+        return
+    try:
         jax.config.update("jax_num_cpu_devices", emulated)
+    except RuntimeError:
+        pass
 
 
 def need(*modules: str) -> None:

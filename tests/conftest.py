@@ -10,7 +10,12 @@ off fresh executables, and a cached one answers for a different compilation.
 import os
 import re
 
+import hypothesis
 import pytest
+
+# Compiling takes longer than hypothesis' deadline. CI repeats itself: a red run there can be run again.
+hypothesis.settings.register_profile("ring_jax", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("ring_jax")
 
 
 def _selects_gpu(mark_expression: str) -> bool:

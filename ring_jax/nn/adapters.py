@@ -179,7 +179,7 @@ def _combine_masks(mask: Any, default: Mask | None) -> Mask | ResolvedMask | Non
         raise ValueError(
             f"ring attention takes a ring_jax.Mask, got mask={type(mask).__name__} with shape "
             f"{getattr(mask, 'shape', None)}. Say it as intervals: ring_jax.causal() & ring_jax.documents(...) & "
-            "ring_jax.lengths(...). decode=True also makes an array mask: decode with ring_jax.inference instead"
+            "ring_jax.lengths(...). Flax's decode=True makes such an array, and is not supported"
         )
     return mask if default is None else mask & default
 
