@@ -15,8 +15,9 @@ Which keys: row t sees [key_start[t], key_end[t]), both monotone, so the first a
 it. Key tiles outside [start[first], end[last]) are never loaded. Key tiles that are not inside
 [start[last], end[first]) are masked and come first; the others follow and pay nothing for the mask.
 
-Names: a *step* is one key tile of one query tile; `first_step` counts the steps of the earlier query tiles and so says
-which slot of the ring a step uses. m starts at a large finite number, not at -inf, so that a row whose keys are all masked
+Names: a *step* is one key tile of one query tile; step i uses slot i mod stages, whatever the query tile, so that slots
+follow from a loop counter and stay in uniform registers (a running count over query tiles costs two register moves a
+product, and with them 10% of the time). Every load waits for its slot to be free; all slots are declared free at first. m starts at a large finite number, not at -inf, so that a row whose keys are all masked
 has exp2(-inf - m) = 0 and never -inf - -inf; such a row ends with l = 0.
 """
 
@@ -122,22 +123,18 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
     blocks = problem.blocks
 
     def walk(tile_body):
-        """Runs tile_body(first_step, steps, batch, head, row) over this thread block's work items."""
+        """Runs tile_body(steps, batch, head, row) over this thread block's work items."""
 
-        def visit(round_, first_step):
+        @pl.loop(0, pl.cdiv(problem.items, blocks))
+        def _(round_):
             # Boustrophedon: sorted work dealt round-robin always in the same direction favours some blocks.
             position = jnp.where(lax.rem(round_, 2) == 0, block, blocks - 1 - block)
             index = round_ * blocks + position
-            batch, head, row = _item(problem, jnp.minimum(index, problem.items - 1))
-            steps = _steps(problem, start_ref, end_ref, batch, row)
 
             @pl.when(index < problem.items)
             def _():
-                tile_body(first_step, steps, batch, head, row)
-
-            return first_step + jnp.where(index < problem.items, steps.total, 0)
-
-        return lax.fori_loop(0, pl.cdiv(problem.items, blocks), visit, jnp.int32(0))
+                batch, head, row = _item(problem, index)
+                tile_body(_steps(problem, start_ref, end_ref, batch, row), batch, head, row)
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute():
@@ -145,8 +142,12 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
         buffers = (q_smem.at[warpgroup], k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free)
         take_turn, pass_turn = _turns(config, warpgroup, turn)
         pl.when(warpgroup == config.warpgroups - 1)(pass_turn)
+        plgpu.barrier_arrive(q_free)
+        for slot in range(config.stages):
+            plgpu.barrier_arrive(k_free.at[slot])
+            plgpu.barrier_arrive(v_free.at[slot])
 
-        def tile_body(first_step, steps, batch, head, row):
+        def tile_body(steps, batch, head, row):
             rows = pl.ds(row + warpgroup * 64, 64)
             outputs = (out_ref.at[batch, rows, head], lse_ref.at[batch, rows, head])
             carry = tuple(ref.at[batch, rows, head] for ref in carry_refs)
@@ -154,7 +155,7 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
 
             @pl.when(steps.total > 0)
             def _():
-                _attend(problem, warpgroup, first_step, steps, bounds, carry, outputs, buffers, take_turn, pass_turn)
+                _attend(problem, warpgroup, steps, bounds, carry, outputs, buffers, take_turn, pass_turn)
 
             @pl.when(steps.total <= 0)
             def _():
@@ -167,12 +168,7 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
     def _memory():
         plgpu.set_max_registers(config.registers[1], action="decrease")
 
-        def slot_is_free(step, free):
-            @pl.when(step >= config.stages)
-            def _():
-                plgpu.barrier_wait(free.at[lax.rem(step, config.stages)])
-
-        def tile_body(first_step, steps, batch, head, row):
+        def tile_body(steps, batch, head, row):
             kv_head = lax.div(head, problem.heads // problem.kv_heads)
             key_at, value_at = batch, batch
             key_columns, value_columns = (), ()
@@ -183,9 +179,9 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
                 value_columns = (pl.ds(problem.head_size, problem.value_size),)
 
             def load(step, at, columns, smem, full, free):
-                slot = lax.rem(first_step + step, config.stages)
+                slot = _slot(config, step)
                 keys = pl.ds(steps.tile(step) * config.block_kv, config.block_kv)
-                slot_is_free(first_step + step, free)
+                plgpu.barrier_wait(free.at[slot])
                 plgpu.copy_gmem_to_smem(kv_ref.at[(at, keys, kv_head, *columns)], smem.at[slot], full.at[slot])
 
             def load_key(step):
@@ -193,10 +189,7 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
 
             @pl.when(steps.total > 0)
             def _():
-                @pl.when(first_step > 0)
-                def _():
-                    plgpu.barrier_wait(q_free)
-
+                plgpu.barrier_wait(q_free)
                 for w in range(config.warpgroups):
                     rows = pl.ds(row + w * 64, 64)
                     plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem.at[w], q_full.at[w])
@@ -208,15 +201,17 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
                 pl.when(step + 1 < steps.total)(lambda: load_key(step + 1))
                 load(step, value_at, value_columns, v_smem, v_full, v_free)
 
-        steps_done = walk(tile_body)
+        walk(tile_body)
         if mosaic_compat.interpreting():
             # The interpreter wants every phase of a barrier to be seen.
-            @pl.loop(jnp.maximum(steps_done - config.stages, 0), steps_done)
-            def _(step):
-                plgpu.barrier_wait(k_free.at[lax.rem(step, config.stages)])
-                plgpu.barrier_wait(v_free.at[lax.rem(step, config.stages)])
+            for barrier in (q_free, *(free.at[slot] for slot in range(config.stages) for free in (k_free, v_free))):
+                plgpu.barrier_wait(barrier)
 
-            pl.when(steps_done > 0)(lambda: plgpu.barrier_wait(q_free))
+
+def _slot(config: ForwardConfig, step: jax.Array) -> jax.Array:
+    if config.stages & (config.stages - 1) == 0:
+        return step & (config.stages - 1)
+    return lax.rem(step, config.stages)
 
 
 def _turns(config: ForwardConfig, warpgroup: jax.Array, turn):
@@ -227,10 +222,6 @@ def _turns(config: ForwardConfig, warpgroup: jax.Array, turn):
     if mosaic_compat.interpreting():
         return (lambda: plgpu.barrier_wait(turn.at[warpgroup])), (lambda: plgpu.barrier_arrive(turn.at[following]))
     return (lambda: mosaic_wgmma.take_turn(warpgroup)), (lambda: mosaic_wgmma.pass_turn(following))
-
-
-def _columns(shape: tuple[int, int]) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
 
 
 def _across(rows: jax.Array, columns: int) -> jax.Array:
@@ -247,7 +238,7 @@ def _fold(x: jax.Array, combine) -> jax.Array:
 
 
 def _softmax(problem: _Problem, scores, key0, start, end, m, l, *, masked: bool):
-    """One online-softmax step: (P in the input dtype, m', l'); l is kept as [64, 8] partial sums."""
+    """One online-softmax step: (P in float32, m', l'); l is kept as [64, 8] partial sums."""
     if problem.logits_soft_cap is None:
         factor = problem.scale * _LOG2E
     else:
@@ -256,10 +247,7 @@ def _softmax(problem: _Problem, scores, key0, start, end, m, l, *, masked: bool)
         e2x = jnp.exp2(scores * (2 * _LOG2E * problem.scale / problem.logits_soft_cap))
         scores = 1.0 - 2.0 / (1.0 + e2x)
     if masked:
-        column = _columns(scores.shape)
-        visible = column >= _across(start - key0, scores.shape[1])
-        visible &= column < _across(end - key0, scores.shape[1])
-        scores = jnp.where(visible, scores, -jnp.inf)
+        scores = mosaic_wgmma.mask(scores, start - key0, end - key0)
     m_new = jnp.maximum(m, _fold(scores, jnp.maximum).max(axis=1) * factor)
     p = jnp.exp2(scores * factor - _across(m_new, scores.shape[1]))
     l_new = l * _across(jnp.exp2(m - m_new), 8) + _fold(p, jnp.add)
@@ -267,7 +255,7 @@ def _softmax(problem: _Problem, scores, key0, start, end, m, l, *, masked: bool)
 
 
 def _attend(
-    problem: _Problem, warpgroup, first_step, steps: _Steps, bounds, carry, outputs, buffers, take_turn, pass_turn
+    problem: _Problem, warpgroup, steps: _Steps, bounds, carry, outputs, buffers, take_turn, pass_turn
 ):
     """All steps of one query tile for one compute warpgroup, and its stores."""
     q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free = buffers
@@ -277,11 +265,10 @@ def _attend(
     dtype = q_smem.dtype
 
     def slot_of(step):
-        return lax.rem(first_step + jnp.int32(step), config.stages)
+        return _slot(config, jnp.int32(step))
 
     def softmax(step, scores, m, l, masked):
-        p, m, l = _softmax(problem, scores, steps.tile(step) * config.block_kv, start, end, m, l, masked=masked)
-        return p.astype(dtype), m, l
+        return _softmax(problem, scores, steps.tile(step) * config.block_kv, start, end, m, l, masked=masked)
 
     def scores_of(step, when_issued=None):
         slot = slot_of(step)
@@ -289,14 +276,14 @@ def _attend(
         scores = mosaic_wgmma.start_scores(q_smem, k_smem.at[slot])
         if when_issued is not None:
             when_issued()
-        scores = mosaic_wgmma.wait(scores, 0)
+        (scores,) = mosaic_wgmma.wait(0, scores)
         plgpu.barrier_arrive(k_free.at[slot])
         return scores
 
     def add_values(step, acc, p):
         slot = slot_of(step)
         plgpu.barrier_wait(v_full.at[slot])
-        acc = mosaic_wgmma.wait(mosaic_wgmma.start_values(acc, p, v_smem.at[slot]), 0)
+        (acc,) = mosaic_wgmma.wait(0, mosaic_wgmma.start_values(acc, p, v_smem.at[slot]))
         plgpu.barrier_arrive(v_free.at[slot])
         return acc
 
@@ -309,22 +296,23 @@ def _attend(
         take_turn()
         scores, acc = mosaic_wgmma.start(q_smem, k_smem.at[slot], acc, p, v_smem.at[previous])
         pass_turn()
-        scores = mosaic_wgmma.wait(scores, 1)
+        (scores,) = mosaic_wgmma.wait(1, scores)
         plgpu.barrier_arrive(k_free.at[slot])
         p, m_new, l = softmax(step, scores, m, l, masked)
-        acc = mosaic_wgmma.wait(acc, 0)
+        mosaic_wgmma.hold_back(l, q_smem)
+        acc, p = mosaic_wgmma.wait(0, acc, p)
         plgpu.barrier_arrive(v_free.at[previous])
         acc *= _across(jnp.exp2(m - m_new), problem.value_size)
-        return acc, m_new, l, p
+        return acc, m_new, l, p.astype(dtype)
 
     def in_turn(step, state, *, masked):
         # Holds the turn from P V of one step to Q K of the next, and gives it up for the softmax.
         acc, m, l = state
         p, m_new, l = softmax(step, scores_of(step, pass_turn), m, l, masked)
         acc *= _across(jnp.exp2(m - m_new), problem.value_size)
-        acc, m_new, l, p = lax.optimization_barrier((acc, m_new, l, p))
+        mosaic_wgmma.hold_back(l, q_smem)
         take_turn()
-        return add_values(step, acc, p), m_new, l
+        return add_values(step, acc, p.astype(dtype)), m_new, l
 
     plgpu.barrier_wait(q_full.at[warpgroup])
     if config.overlap:
@@ -332,7 +320,7 @@ def _attend(
         if problem.carry:
             acc *= _across(jnp.exp2(m - m_new), problem.value_size)
         # The first step is always masked, so the masked loop starts after it.
-        state, body, first, masked_end = (acc, m_new, l, p), overlapped, 1, jnp.maximum(steps.masked, 1)
+        state, body, first, masked_end = (acc, m_new, l, p.astype(dtype)), overlapped, 1, jnp.maximum(steps.masked, 1)
     else:
         state, body, first, masked_end = (acc, m, l), in_turn, 0, steps.masked
         take_turn()

@@ -31,7 +31,10 @@ _K = 16  # contraction of one instruction
 
 
 def start(q_smem: Any, k_smem: Any, acc: jax.Array, p: jax.Array, v_smem: Any) -> tuple[jax.Array, jax.Array]:
-    """Issues scores = Q K^T, then acc += P V; `wait(scores, 1)`, then `wait(acc, 0)` before reading them."""
+    """Issues scores = Q K^T, then acc += P V; `wait(1, scores)`, then `wait(0, acc)` before reading them.
+
+    p must not be computed before the previous product that read it is done: its registers are the same.
+    """
     if mosaic_compat.interpreting():
         return start_scores(q_smem, k_smem), start_values(acc, p, v_smem)
 
@@ -69,18 +72,79 @@ def start_values(acc: jax.Array, p: jax.Array, v_smem: Any) -> jax.Array:
     return issue(acc, p, v_smem)
 
 
-def wait(x: jax.Array, pending: int) -> jax.Array:
-    """x, readable once at most `pending` of the products issued last are still in flight."""
+def wait(pending: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, once at most `pending` of the products issued last are still in flight; none is used earlier."""
     if mosaic_compat.interpreting():
-        return x
+        return arrays
 
-    @plgpu.inline_mgpu(arg_types=(_WGMMA,), return_type=_float32(*x.shape))
-    def await_group(_, x):
-        registers = _registers(x)
-        results = _asm(f"wgmma.wait_group.sync.aligned {pending};", tied=registers, outputs=0, inputs=[])
-        return _array(results, x.shape)
+    @plgpu.inline_mgpu(arg_types=(_WGMMA,) * len(arrays), return_type=tuple(_float32(*x.shape) for x in arrays))
+    def await_group(_, *arrays):
+        tied = [register for x in arrays for register in _registers(x)]
+        registers = _asm(f"wgmma.wait_group.sync.aligned {pending};", tied=tied, outputs=0, inputs=[])
+        return _arrays(registers, [x.shape for x in arrays])
 
-    return await_group(x)
+    return await_group(*arrays)
+
+
+def hold_back(l: jax.Array, smem: Any) -> None:
+    """Keeps what l is computed from ahead of the `wait` that follows.
+
+    ptxas moves arithmetic freely across wgmma waits, and so would run the softmax after the products that it is to
+    hide. It does not move stores; this one, to `smem`, depends on l and never happens (l is not negative).
+    """
+    if mosaic_compat.interpreting():
+        return
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, _SMEM))
+    def conditional_store(_, l, smem):
+        total, *others = _registers(l)
+        for register in others:
+            total = arith.addf(total, register)
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [total, mgpu_utils.memref_ptr(smem)],
+            "{ .reg .pred p; setp.lt.f32 p, $0, 0fBF800000; @p st.shared.f32 [$1], $0; }",
+            "f,r",
+            has_side_effects=True,
+        )
+
+    conditional_store(l, smem)
+
+
+def mask(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """scores [64, n] with -inf wherever not low <= column < high; low and high [64] int32 per row.
+
+    Written out because each register's column is its thread's offset plus a constant: with the offset moved over to the
+    bounds, two comparisons with constants are left, and no column indices that fill registers across the loop.
+    """
+    if mosaic_compat.interpreting():
+        column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        visible = (column >= low[:, None]) & (column < high[:, None])
+        return jnp.where(visible, scores, -jnp.inf)
+    rows = plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, rows, rows), return_type=_float32(*scores.shape))
+    def select(_, scores, low, high):
+        f32 = ir.F32Type.get()
+        lane = arith.andi(mgpu.thread_idx(), _index(3))
+        first_column = arith.muli(lane, _index(2))
+        low, high = (
+            [arith.subi(llvm.extractelement(row, _index(0)), first_column) for row in bound.registers.flat]
+            for bound in (low, high)
+        )
+        hidden = arith.constant(f32, ir.FloatAttr.get(f32, float("-inf")))
+        selected = []
+        for i, score in enumerate(_registers(scores)):
+            # In fragment order: 8 columns at a time, in them the upper and the lower row, of each two columns.
+            column, row = _index(i // 4 * 8 + i % 2), i // 2 % 2
+            visible = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.sle, low[row], column),
+                arith.cmpi(arith.CmpIPredicate.sgt, high[row], column),
+            )
+            selected.append(arith.select(visible, score, hidden))
+        return _array(selected, scores.shape)
+
+    return select(scores, low, high)
 
 
 def take_turn(warpgroup: jax.Array) -> None:
@@ -133,36 +197,33 @@ def _issue(scores_of, values_of) -> tuple[Any, ...]:
 
     operand = [f"${i}" for i in range(outputs + 2 * len(tied) + len(inputs))]
     results, arguments = operand[: outputs + len(tied)], operand[outputs + 2 * len(tied) :]
-    lines = [".reg .pred old, new;", ".reg .b64 a, b;", "setp.eq.b32 old, 0, 0;", "setp.ne.b32 new, 0, 0;"]
-    lines.append("wgmma.fence.sync.aligned;")
+    # Every register that a product reads is defined before the first one starts, or ptxas serialises them.
+    before = [".reg .pred old, new;", "setp.eq.b32 old, 0, 0;", "setp.ne.b32 new, 0, 0;"]
+    products = []
     if scores_of is not None:
         (q_base, k_base), arguments = arguments[:2], arguments[2:]
         for i in range(depth // _K):
             # 64 columns are one tile, and one tile row is one step of the swizzled 128 bytes.
             offset = (i // 4 * _TILE_BYTES + i % 4 * 2 * _K) >> 4
-            lines += [f"add.s64 a, {q_base}, {offset};", f"add.s64 b, {k_base}, {offset};"]
+            before.append(f".reg .b64 q{i}, k{i};\nadd.s64 q{i}, {q_base}, {offset};\nadd.s64 k{i}, {k_base}, {offset};")
             flags = f"{'new' if i == 0 else 'old'}, 1, 1, 0, 0"
-            lines.append(_instruction(keys, kind, results[:outputs], "a", flags))
-        lines.append("wgmma.commit_group.sync.aligned;")
+            products.append(_instruction(keys, kind, results[:outputs], f"q{i}", f"k{i}", flags))
+        products.append("wgmma.commit_group.sync.aligned;")
     if values_of is not None:
         *p_registers, v_base = arguments
         for i in range(p.shape[1] // _K):
-            lines.append(f"add.s64 b, {v_base}, {i * 2 * (columns // 64) * _TILE_BYTES >> 4};")
+            offset = i * 2 * (columns // 64) * _TILE_BYTES >> 4
+            before.append(f".reg .b64 v{i};\nadd.s64 v{i}, {v_base}, {offset};")
             fragment = "{" + ",".join(p_registers[4 * i : 4 * i + 4]) + "}"
-            lines.append(_instruction(columns, kind, results[outputs:], fragment, "old, 1, 1, 1"))
-        lines.append("wgmma.commit_group.sync.aligned;")
-    registers = _asm("{\n" + "\n".join(lines) + "\n}", tied=tied, outputs=outputs, inputs=inputs)
-    arrays = []
-    for shape in shapes:
-        count = shape[0] * shape[1] // 128
-        arrays.append(_array(registers[:count], shape))
-        registers = registers[count:]
-    return tuple(arrays)
+            products.append(_instruction(columns, kind, results[outputs:], fragment, f"v{i}", "old, 1, 1, 1"))
+        products.append("wgmma.commit_group.sync.aligned;")
+    text = "\n".join(["{", *before, "wgmma.fence.sync.aligned;", *products, "}"])
+    return _arrays(_asm(text, tied=tied, outputs=outputs, inputs=inputs), shapes)
 
 
-def _instruction(n: int, kind: str, accumulator: list[str], a: str, flags: str) -> str:
+def _instruction(n: int, kind: str, accumulator: list[str], a: str, b: str, flags: str) -> str:
     names = "{" + ",".join(accumulator) + "}"
-    return f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {names}, {a}, b, {flags};"
+    return f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {names}, {a}, {b}, {flags};"
 
 
 def _logical_shape(ref: ir.Value) -> tuple[int, int]:
@@ -171,7 +232,7 @@ def _logical_shape(ref: ir.Value) -> tuple[int, int]:
 
 
 def _descriptor(ref: ir.Value, *, leading: int, stride: int) -> ir.Value:
-    """Shared-memory matrix descriptor; the strides in bytes between tiles along the contiguous and the other axis."""
+    """Shared-memory matrix descriptor: bytes between tiles of 64 columns (leading) and between tiles of 8 rows (stride)."""
     i64 = ir.IntegerType.get_signless(64)
 
     def constant(value):
@@ -193,6 +254,15 @@ def _registers(x: Any) -> list[ir.Value]:
         else:
             registers += [llvm.extractelement(pair, _index(i)) for i in range(2)]
     return registers
+
+
+def _arrays(registers: list[ir.Value], shapes: list[tuple[int, int]]) -> tuple[Any, ...]:
+    arrays = []
+    for shape in shapes:
+        count = shape[0] * shape[1] // 128
+        arrays.append(_array(registers[:count], shape))
+        registers = registers[count:]
+    return tuple(arrays)
 
 
 def _array(registers: list[ir.Value], shape: tuple[int, int]) -> Any:
