@@ -58,7 +58,7 @@ class ContextParallel:
                 object.__setattr__(self, name, value := tuple(value))
             if value is None and name != "axis":
                 continue
-            if not value or not all(isinstance(a, str) for a in _names(value)):
+            if not value or not isinstance(value, (str, tuple)) or not all(isinstance(a, str) for a in _names(value)):
                 raise ValueError(f"ContextParallel({name}=...) takes a mesh axis name or a tuple of them, got {value!r}")
         if len(_names(self.axis)) > 2:
             raise ValueError(f"the sequence can be spread over one mesh axis, or two (ring, ulysses), got {self.axis!r}")

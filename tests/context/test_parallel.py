@@ -1,0 +1,271 @@
+"""ContextParallel: layouts as resharding, meshes of all kinds, resolved masks, callers' own shard_maps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ring_jax
+from ring_jax import ContextParallel
+from tests import oracle
+from tests.context.harness import expected, inputs, make_mesh, natural
+from tests.masks import B, S, cases
+
+LAYOUTS = [ring_jax.Contiguous(), ring_jax.Zigzag(), ring_jax.Zigzag(1), ring_jax.Zigzag(3), ring_jax.Striped()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 6, 7, 8])
+def test_round_trips_are_bit_exact(ranks):
+    mesh = make_mesh(context=ranks)
+    rng = np.random.default_rng(0)
+    x = rng.integers(-(2**30), 2**30, (2, 41, 3), dtype=np.int32)
+    for layout in LAYOUTS:
+        context = ContextParallel("context", layout=layout, mesh=mesh)
+        laid = context.to_layout(x)
+        assert laid.shape[1] == context.padded_length(41)
+        positions = np.asarray(context.positions(41))
+        np.testing.assert_array_equal(np.asarray(laid)[:, positions < 41], x[:, positions[positions < 41]])
+        assert np.all(np.asarray(laid)[:, positions >= 41] == 0)
+        np.testing.assert_array_equal(context.from_layout(laid, 41), x)
+
+
+def test_relayout_walks_through_all_layouts():
+    mesh = make_mesh(data=2, context=4)
+    x = np.arange(2 * 48, dtype=np.float32).reshape(2, 48)
+    contexts = [ContextParallel("context", layout=a, batch_axis="data", mesh=mesh) for a in LAYOUTS]
+    for source, target in zip(contexts, contexts[1:] + contexts[:1], strict=True):
+        np.testing.assert_array_equal(source.relayout(source.to_layout(x), target), target.to_layout(x))
+
+
+def test_gradient_of_to_layout_is_from_layout():
+    context = ContextParallel("context", layout=ring_jax.Zigzag(2), mesh=make_mesh(context=3))
+    weights = jnp.arange(1.0, 13).reshape(1, 12)
+    grad = jax.grad(lambda x: jnp.sum(context.to_layout(x) * weights))(jnp.ones((1, 11)))
+    np.testing.assert_array_equal(grad, context.from_layout(weights, 11))
+
+
+def test_sequence_on_another_axis():
+    context = ContextParallel("context", layout="zigzag", mesh=make_mesh(context=4))
+    x = np.arange(3 * 2 * 10.0).reshape(3, 2, 10)
+    assert context.to_layout(x, seq_axis=-1).shape == (3, 2, 16)
+    np.testing.assert_array_equal(context.from_layout(context.to_layout(x, seq_axis=2), 10, seq_axis=2), x)
+    positions = context.to_layout(np.arange(10), seq_axis=0)
+    np.testing.assert_array_equal(np.where(context.positions(10) < 10, context.positions(10), 0), positions)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", ring_jax.Zigzag(4)])
+def test_resolved_masks_equal_masks(layout):
+    """`resolve` in layout order, for every mask, and ring_attention with either."""
+    context = ContextParallel("context", layout=layout, batch_axis="data", mesh=make_mesh(data=2, context=4), strategy="all_gather")
+    order = np.asarray(context.positions(S))
+    for name, (mask, _) in cases().items():
+        start, end = mask.interval(q_len=S, kv_len=S)
+        resolved = context.resolve(mask, S)
+        for got, want in ((resolved.start, start), (resolved.end, end)):
+            np.testing.assert_array_equal(natural(got, order, S), want, err_msg=name)
+    x = inputs(B, S, S, 4, 2, H=8)
+    q, k, v = (context.to_layout(x[n]) for n in ("query", "key", "value"))
+    mask = cases()["causal left padding"][0]
+    kwargs = {"context": context, "seq_len": S, "scale": 0.3}
+    whole = ring_jax.ring_attention(q, k, v, mask=mask, **kwargs)
+    np.testing.assert_array_equal(whole, ring_jax.ring_attention(q, k, v, mask=context.resolve(mask, S), **kwargs))
+    start, end = (np.broadcast_to(b, (B, S)) for b in mask.interval(q_len=S, kv_len=S))
+    x["sinks"][:] = -np.inf
+    want = expected(x, start, end, gradients=False)["out"]
+    assert oracle.relative(context.from_layout(whole, S), want) < 2e-6
+
+
+def test_shorthand_arguments_are_the_same_masks():
+    context = ContextParallel("context", layout="zigzag", mesh=make_mesh(context=4), strategy="ring")
+    x = inputs(2, 32, 32, 2, 2, H=8)
+    q, k, v = (context.to_layout(x[n]) for n in ("query", "key", "value"))
+    n = jnp.array([32, 19], jnp.int32)
+    got = ring_jax.ring_attention(
+        q, k, v, is_causal=True, local_window_size=(5, 5), query_seq_lengths=n, key_value_seq_lengths=n, context=context
+    )
+    natural_order = [jnp.asarray(x[name]) for name in ("query", "key", "value")]
+    want = jax.nn.dot_product_attention(
+        *natural_order, is_causal=True, local_window_size=(5, 5), query_seq_lengths=n, key_value_seq_lengths=n
+    )
+    valid = np.arange(32)[None, :, None, None] < np.asarray(n)[:, None, None, None]
+    np.testing.assert_allclose(context.from_layout(got), np.where(valid, want, 0), atol=2e-6)
+
+
+# -- meshes --------------------------------------------------------------------------------------------------------------
+
+
+def loss_and_reference():
+    x = inputs(2, 40, 40, 4, 2, H=8)
+    start, end = (np.broadcast_to(b, (2, 40)) for b in ring_jax.causal().interval(q_len=40, kv_len=40))
+    want = expected(x, start, end)
+    args = tuple(jnp.asarray(x[n]) for n in ("query", "key", "value", "sinks"))
+    return x, args, want
+
+
+def assert_value_and_grads(attend, x, args, want):
+    def loss(*args):
+        out, lse = attend(*args)
+        return jnp.sum(out * x["dout"]) + jnp.sum(lse * x["dlse"]), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*args)
+    got = dict(zip(("out", "dq", "dk", "dv", "dsinks"), (out, *grads), strict=True))
+    oracle.assert_close(got, want, 2e-6)
+
+
+def attend_with(context, strategy):
+    def attend(q, k, v, sinks):
+        seq_len = q.shape[1]
+        q, k, v = (context.to_layout(x) for x in (q, k, v))
+        out, lse = ring_jax.ring_attention(
+            q, k, v, is_causal=True, sinks=sinks, scale=0.3, context=context, seq_len=seq_len, strategy=strategy, return_residual=True
+        )
+        return context.from_layout(out, seq_len), context.from_layout(lse, seq_len)
+
+    return attend
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+@pytest.mark.parametrize("kind", ["explicit argument", "ambient", "of the array"])
+def test_explicit_meshes_and_where_the_mesh_comes_from(kind, strategy):
+    x, args, want = loss_and_reference()
+    mesh = jax.make_mesh((2, 3), ("data", "context"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:6])
+    context = ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh if kind == "explicit argument" else None)
+    if kind == "ambient":
+        with jax.set_mesh(mesh):
+            assert_value_and_grads(attend_with(context, strategy), x, args, want)
+        return
+    if kind == "of the array":
+        args = tuple(jax.device_put(a, NamedSharding(mesh, P("data") if a.ndim == 4 else P())) for a in args)
+    assert_value_and_grads(attend_with(context, strategy), x, args, want)
+
+
+def test_ambient_auto_mesh():
+    x, args, want = loss_and_reference()
+    with jax.set_mesh(make_mesh(data=2, context=4)):
+        context = ContextParallel("context", layout="zigzag", batch_axis="data")
+        assert_value_and_grads(attend_with(context, "ring"), x, args, want)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("strategy", ["ring", "pass_q", "all_gather", "ulysses"])
+def test_inside_the_callers_shard_map(strategy, check_vma):
+    """Replicated sinks too: their gradient must be summed exactly once over ranks, whatever check_vma says."""
+    x, args, want = loss_and_reference()
+    context = ContextParallel("context", layout="zigzag")
+    mesh = make_mesh(data=2, context=2)
+
+    def local(q, k, v, sinks):
+        q, k, v = (context.to_layout(a) for a in (q, k, v))
+        out, lse = ring_jax.ring_attention(
+            q, k, v, is_causal=True, sinks=sinks, scale=0.3, context=context, strategy=strategy, return_residual=True
+        )
+        return context.from_layout(out), context.from_layout(lse)
+
+    spec = P("data", "context")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec, P()), out_specs=(spec, spec), check_vma=check_vma)
+    assert_value_and_grads(mapped, x, args, want)
+
+
+def test_scan_over_layers_with_remat_and_donation():
+    context = ContextParallel("context", layout="zigzag", mesh=make_mesh(context=4), strategy="ring")
+    x = context.to_layout(np.random.default_rng(0).normal(size=(1, 32, 2, 8)).astype(np.float32))
+    weights = jnp.linspace(0.5, 1.5, 3)
+
+    def model(x, w, wrap):
+        layer = wrap(lambda h, w: (h + ring_jax.ring_attention(w * h, h, h, is_causal=True, context=context), None))
+        return jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2)
+
+    plain = jax.grad(model, argnums=(0, 1))(x, weights, lambda f: f)
+    remat = jax.jit(jax.grad(model, argnums=(0, 1)), static_argnums=2, donate_argnums=0)(jnp.copy(x), weights, jax.checkpoint)
+    for a, b in zip(plain, remat, strict=True):
+        assert oracle.relative(b, a) < 2e-6
+
+
+def test_memory_falls_with_ranks_and_hlo_sizes():
+    """Strategies that rotate keep O(S / C): temporaries at C = 8 at most half of those at C = 2."""
+    for strategy in ("ring", "pass_q"):
+        for gradient in (False, True):
+            small, large = (temporary_bytes(strategy, ranks, gradient) for ranks in (8, 2))
+            assert small <= 0.5 * large, f"{strategy}, gradient={gradient}: {small} at C = 8, {large} at C = 2"
+
+
+def temporary_bytes(strategy, ranks, gradient):
+    mesh = make_mesh(context=ranks)
+    context = ContextParallel("context", layout="zigzag", mesh=mesh, strategy=strategy)
+    x = jax.ShapeDtypeStruct((1, 16384, 4, 128), jnp.float32, sharding=NamedSharding(mesh, P(None, "context")))
+
+    def f(q, k, v):
+        return ring_jax.ring_attention(q, k, v, is_causal=True, context=context)
+
+    g = (lambda q, k, v, d: jax.vjp(f, q, k, v)[1](d)) if gradient else f
+    args = (x,) * (4 if gradient else 3)
+    return jax.jit(g).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+# -- errors --------------------------------------------------------------------------------------------------------------
+
+X = np.ones((1, 8, 4, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"axis": "ring"}, r"ContextParallel\(axis='ring'\): the mesh has axes {'data': 2, 'context': 4}, no 'ring'"),
+        ({"batch_axis": "dp"}, r"batch_axis='dp'"),
+        ({"layout": "snake"}, "unknown layout 'snake'"),
+        ({"strategy": "star"}, "unknown strategy 'star': expected 'auto' or one of"),
+        ({"axis": ("data", "context", "x")}, "one mesh axis, or two"),
+        ({"batch_axis": "context"}, "one of sequence, batch and heads"),
+        ({"axis": 3}, "takes a mesh axis name"),
+    ],
+)
+def test_context_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ContextParallel(**({"axis": "context", "mesh": make_mesh(data=2, context=4)} | arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"bias": X}, NotImplementedError, "bias is not supported"),
+        ({"mask": np.ones((8, 8), bool)}, NotImplementedError, "mask must be a ring_jax.Mask .* got ndarray"),
+        ({"key": X.astype(np.float16)}, ValueError, "must share one dtype"),
+        ({"query": np.ones((1, 6, 4, 8), np.float32)}, ValueError, "query length 6 does not divide over 4 .* pads to 8"),
+        ({"strategy": "star"}, ValueError, "unknown strategy"),
+        ({"strategy": "ring_ulysses"}, ValueError, "takes two mesh axes"),
+        ({"strategy": "ulysses", "query": X[:, :, :2], "key": X[:, :, :2], "value": X[:, :, :2]}, ValueError, "Use strategy='ring'"),
+        ({"implementation": "tpu"}, ValueError, "unknown implementation 'tpu'"),
+        ({"seq_len": 9}, ValueError, r"seq_len=9 is not in \[0, 8\]"),
+        ({"sinks": np.ones(3, np.float32)}, ValueError, r"sinks must have shape \[N\] = \(4,\)"),
+        ({"is_causal": 1}, ValueError, "is_causal must be True or False"),
+        ({"local_window_size": (1, 2, 3)}, ValueError, "integer or \\(left, right\\)"),
+        ({"context": "context"}, ValueError, "must be a ring_jax.ContextParallel, got str"),
+        ({"query_seq_lengths": np.array([8, 8])}, ValueError, "mask made for batch size 2 does not fit batch size 1"),
+    ],
+)
+def test_call_errors(arguments, error, message):
+    context = ContextParallel("context", layout="zigzag", mesh=make_mesh(data=2, context=4))
+    call = {"query": X, "key": X, "value": X, "context": context} | arguments
+    with pytest.raises(error, match=message):
+        ring_jax.ring_attention(**call)
+
+
+def test_more_errors():
+    mesh = make_mesh(data=2, context=4)
+    context = ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh)
+    with pytest.raises(ValueError, match="batch: 1 does not divide over mesh axis 'data' of size 2"):
+        ring_jax.ring_attention(X, X, X, context=context)
+    with pytest.raises(ValueError, match="a resolved mask is complete"):
+        ring_jax.ring_attention(X, X, X, mask=context.resolve(ring_jax.Mask(), 8), is_causal=True, context=context)
+    with pytest.raises(ValueError, match="no mesh for context axis 'context': pass"):
+        ring_jax.ring_attention(X, X, X, context=ContextParallel("context"))
+    with pytest.raises(ValueError, match="length 7 on axis 1 does not divide"):
+        context.from_layout(X[:, :7])
+    with pytest.raises(ValueError, match="exceeds the array's length 8"):
+        context.from_layout(X, 9)
+    with pytest.raises(ValueError, match="seq_axis=4 is out of range"):
+        context.to_layout(X, seq_axis=4)
+    with pytest.raises(ValueError, match="stays on one mesh axis"):
+        context.relayout(X, ContextParallel("data", mesh=mesh))

@@ -1,0 +1,122 @@
+"""Every strategy against float64: masks x layouts x ranks, forward, LSE and all gradients."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ring_jax
+from ring_jax.context.strategies import STRATEGIES, choose
+from tests import oracle
+from tests.context.harness import expected, inputs, make_mesh, run
+from tests.masks import B, S, cases
+
+LAYOUTS = {"contiguous": ring_jax.Contiguous(), "zigzag": ring_jax.Zigzag(), "striped": ring_jax.Striped(), "zigzag 4": ring_jax.Zigzag(4)}
+RANKS = (1, 2, 3, 4, 5, 8)
+SINGLE_AXIS = ("ring", "pass_q", "all_gather", "ulysses")
+TOLERANCE = 2e-6  # relative L2, everywhere; the contract is 2e-5
+
+EVERYTHING = list(itertools.product(RANKS, SINGLE_AXIS, LAYOUTS))
+# Pairwise: each strategy meets each number of ranks, and every layout with some of both.
+COVER = [(C, s, list(LAYOUTS)[(i + j) % 4]) for (i, C), (j, s) in itertools.product(enumerate(RANKS), enumerate(SINGLE_AXIS))]
+
+
+def check_every_mask(ranks, strategy, layout):
+    heads = {3: (6, 3), 5: (5, 5), 8: (8, 8)}.get(ranks, (4, 4 if ranks == 4 else 2)) if strategy == "ulysses" else (4, 2)
+    x = inputs(B, S, S, *heads, H=8)
+    data = 2 if 2 * ranks <= 8 else 1
+    context = ring_jax.ContextParallel(
+        "context", layout=LAYOUTS[layout], batch_axis="data", mesh=make_mesh(data=data, context=ranks), strategy=strategy
+    )
+    cap = 2.0 if layout == "striped" else None
+    failures = []
+    for name, (mask, _) in cases().items():
+        start, end = (np.broadcast_to(b, (B, S)) for b in mask.interval(q_len=S, kv_len=S))
+        try:
+            oracle.assert_close(run(x, start, end, context=context, cap=cap), expected(x, start, end, cap=cap), TOLERANCE)
+        except AssertionError as error:
+            failures.append(f"{name}: {error}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("ranks, strategy, layout", COVER)
+def test_every_mask(ranks, strategy, layout):
+    check_every_mask(ranks, strategy, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, strategy, layout", [case for case in EVERYTHING if case not in COVER])
+def test_every_mask_full_product(ranks, strategy, layout):
+    check_every_mask(ranks, strategy, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ring_ulysses_over_two_axes(layout):
+    x = inputs(1, S, S, 4, 2, H=8)
+    context = ring_jax.ContextParallel(("outer", "inner"), layout=LAYOUTS[layout], mesh=make_mesh(outer=3, inner=2))
+    for name in ("causal", "causal cu_seqlens", "full"):
+        start, end = cases()[name][0].interval(q_len=S, kv_len=S)
+        oracle.assert_close(run(x, start, end, context=context), expected(x, start, end), TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "pass_q", "all_gather"])
+def test_short_chunk_after_a_long_prefix(strategy):
+    """T != S: a chunk of 10 queries at offset 50 over 60 keys, and values wider than keys."""
+    x = inputs(1, 10, 60, 4, 2, H=8, Hv=12)
+    context = ring_jax.ContextParallel("context", layout="zigzag", mesh=make_mesh(context=4), strategy=strategy)
+    start, end = ring_jax.causal().interval(q_len=10, kv_len=60, query_offset=50)
+    oracle.assert_close(run(x, start, end, context=context), expected(x, start, end), TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", SINGLE_AXIS)
+def test_head_axis_beside_the_context_axis(strategy):
+    x = inputs(1, S, S, 8, 4, H=8)
+    mesh = make_mesh(tensor=2, context=2)
+    context = ring_jax.ContextParallel("context", layout="zigzag", head_axis="tensor", mesh=mesh, strategy=strategy)
+    start, end = ring_jax.causal().interval(q_len=S, kv_len=S)
+    oracle.assert_close(run(x, start, end, context=context), expected(x, start, end), TOLERANCE)
+
+
+# The cases of vLLM pull request 39875: documents x direction x heads x dtype, and one long causal run.
+DOCUMENTS = {"single": [0, 96], "equal": [0, 32, 64, 96], "different": [0, 7, 61, 96]}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["MHA", "GQA"])
+def test_half_precision_error_does_not_grow_with_ranks(heads, dtype):
+    check_half_precision(heads, dtype, 96, DOCUMENTS)
+
+
+def test_half_precision_long_causal_gqa():
+    check_half_precision((8, 2), jnp.bfloat16, 1024, {"single": [0, 1024]}, causal=(True,), ranks=(2, 4))
+
+
+def check_half_precision(heads, dtype, length, documents, causal=(True, False), ranks=(2, 4, 8)):
+    x = inputs(1, length, length, *heads, H=16)
+    x = {name: v.astype(dtype) if name in ("query", "key", "value", "dout") else v for name, v in x.items()}
+    layout = "zigzag"
+    contexts = {C: ring_jax.ContextParallel("context", layout=layout, mesh=make_mesh(context=C), strategy="ring") for C in (1, *ranks)}
+    for (name, cu), is_causal in itertools.product(documents.items(), causal):
+        mask = ring_jax.documents(cu_seqlens=cu) & (ring_jax.causal() if is_causal else ring_jax.Mask())
+        start, end = mask.interval(q_len=length, kv_len=length)
+        want = expected({k: np.asarray(v, np.float64) for k, v in x.items()}, start, end, gradients=False)
+        reference = run(x, start, end, context=contexts[1], gradients=False, implementation="reference")
+        base = {key: oracle.relative(reference[key], want[key]) for key in want}
+        errors = {C: run(x, start, end, context=contexts[C], gradients=False) for C in ranks}
+        for C, got in errors.items():
+            for key in want:
+                error = oracle.relative(got[key], want[key])
+                assert error <= 2 * base[key] + 1e-7, f"{name}, C={C}, {key}: {error} against {base[key]} unsharded"
+        first, last = (oracle.relative(errors[C]["out"], want["out"]) for C in (ranks[0], ranks[-1]))
+        assert last <= 1.1 * first, f"{name}: error grew from {first} to {last} with the ranks"
+
+
+def test_choose_gives_reasons():
+    common = {"query_heads": 8, "kv_heads": 8, "head_size": 128}
+    assert choose(query_len=8192, key_len=8192, ranks=4, **common)[0] == "all_gather"
+    assert choose(query_len=1 << 20, key_len=1 << 20, ranks=8, **common)[0] == "ring"
+    name, reason = choose(query_len=1024, key_len=1 << 20, ranks=8, **common)
+    assert name == "pass_q" and "bytes of KV" in reason
+    assert choose(query_len=64, key_len=64, ranks=4, axis=("a", "b"), **common)[0] == "ring_ulysses"
+    assert set(STRATEGIES) == {*SINGLE_AXIS, "ring_ulysses"}
