@@ -3,6 +3,9 @@
 Tests run on eight emulated CPU devices, chosen here because XLA reads the setting only once, when jax first touches a
 device. A run that selects GPU tests (``-m gpu``, ``-m multi_gpu``) leaves the choice of platform to jax instead.
 
+Tests compile far more than they compute, so the CPU's code generator runs unoptimised, which halves the suite's time.
+The programs in HLO are the same. CI runs the smoke tests and the demo as users have them, optimised.
+
 There is no persistent compilation cache on purpose: the suite reads memory analyses, collectives and compile times
 off fresh executables, and a cached one answers for a different compilation.
 """
@@ -23,11 +26,13 @@ def _selects_gpu(mark_expression: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    flags = {"xla_force_host_platform_device_count": 8}
     if not _selects_gpu(config.option.markexpr):
+        flags["xla_backend_optimization_level"] = 0
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [f"--{flag}={value}" for flag, value in flags.items() if flag not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
     import jax
 
