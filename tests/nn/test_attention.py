@@ -27,11 +27,15 @@ def inputs(batch=2, length=32, dtype=jnp.float32):
 
 
 def build(**options):
-    layer = Attention(D, N, K, H, rngs=nnx.Rngs(3), **options)
-    # Away from the initial ones and zeros, so that a norm or bias that is left out shows.
-    state = nnx.state(layer, nnx.Param)
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(state))))
-    nnx.update(layer, jax.tree.map(lambda p: p + 0.2 * jax.random.normal(next(keys), p.shape, p.dtype), state))
+    """A layer with random parameters, norms and biases too, filled in without compiling its initialisers."""
+    layer = nnx.eval_shape(lambda: Attention(D, N, K, H, rngs=nnx.Rngs(0), **options))
+    random = np.random.default_rng(3)
+
+    def fill(p):
+        scale, offset = (0.2, 1.0) if p.ndim == 1 else (0.3, 0.0)
+        return jnp.asarray(offset + scale * random.standard_normal(p.shape), p.dtype)
+
+    nnx.update(layer, jax.tree.map(fill, nnx.state(layer, nnx.Param)))
     return layer
 
 
@@ -111,19 +115,24 @@ def test_context_changes_nothing(variant, layout):
 def test_packed_documents_with_their_own_positions():
     ids = jnp.asarray([0] * 11 + [1] * 21)
     positions = jnp.asarray([*range(11), *range(21)])
-    cp, layer, x = context(), build(), inputs(batch=1)
-    layer.context = cp
+    cp, layer, x = context(), build(implementation="reference"), inputs(batch=1)
     mask = ring_jax.documents(segment_ids=ids)
-    got = cp.from_layout(layer(cp.to_layout(x), mask=mask, positions=cp.to_layout(positions, seq_axis=0)), 32)
-    layer.context = None
-    np.testing.assert_allclose(layer(x, mask=mask, positions=positions), got, atol=2e-5)
-    np.testing.assert_allclose(got[:, 11:], layer(x[:, 11:]), atol=2e-5)
+
+    @nnx.jit
+    def over_context(layer, x):
+        out = layer(cp.to_layout(x), mask=mask, positions=cp.to_layout(positions, seq_axis=0))
+        return cp.from_layout(out, 32)
+
+    here = nnx.jit(lambda layer, x: layer(x, mask=mask, positions=positions))(layer, x)
+    np.testing.assert_allclose(here[:, 11:], nnx.jit(lambda layer, x: layer(x))(layer, x[:, 11:]), atol=2e-5)
+    layer.context = cp
+    np.testing.assert_allclose(over_context(layer, x), here, atol=2e-5)
 
 
 def test_padding_is_not_seen():
     layer, x = build(is_causal=False, implementation="reference"), inputs()
-    got = layer(x.at[:, 20:].set(7.0), seq_len=20)
-    np.testing.assert_allclose(got[:, :20], layer(x[:, :20]), atol=2e-5)
+    got = nnx.jit(lambda layer, x: layer(x, seq_len=20))(layer, x.at[:, 20:].set(7.0))
+    np.testing.assert_allclose(got[:, :20], nnx.jit(lambda layer, x: layer(x))(layer, x[:, :20]), atol=2e-5)
     assert bool(jnp.isfinite(got).all())
 
 
