@@ -15,11 +15,21 @@ from ring_jax.layout import Contiguous, Layout, Zigzag, as_layout
 
 WAYS = ("batch", "head", "state")
 
-# Nominal rates to weigh bytes against FLOPs: an H200's float32 (not TF32) products, NCCL over NVLink as measured for
-# tens of megabytes, and what one more collective costs before its first byte.
-FLOPS_PER_SECOND = 4.0e13
-BYTES_PER_SECOND = 1.5e11
-SECONDS_PER_COLLECTIVE = 3.0e-5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Nominal rates that weigh bytes against FLOPs: an H200's float32 (not TF32) products, and NCCL over NVLink.
+
+    Between hosts, or with a kernel on tensor cores, give your own: both favour `state`.
+    """
+
+    flops_per_second: float = 4.0e13
+    bytes_per_second: float = 1.5e11
+    seconds_per_collective: float = 3.0e-5
+
+
+BETWEEN_HOSTS = Rates(bytes_per_second=2.5e10)  # one 400 Gb/s link to each GPU, half of it used
 
 
 @dataclass(frozen=True)
@@ -54,11 +64,10 @@ class Cost:
     collectives: int
     obstacle: str | None = None
 
-    @property
-    def seconds(self) -> float:
-        """Rough time at the nominal rates, nothing overlapped."""
-        moving = self.bytes / BYTES_PER_SECOND + self.collectives * SECONDS_PER_COLLECTIVE
-        return moving + self.flops / FLOPS_PER_SECOND
+    def seconds(self, rates: Rates = Rates()) -> float:  # noqa: B008 (a frozen value)
+        """Rough time at nominal rates, nothing overlapped."""
+        moving = self.bytes / rates.bytes_per_second + self.collectives * rates.seconds_per_collective
+        return moving + self.flops / rates.flops_per_second
 
 
 def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous") -> dict[str, Cost]:
@@ -80,22 +89,32 @@ def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous") -> d
     }
 
 
-def choose_way(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous") -> tuple[str, str]:
+def choose_way(
+    shape: GDNShape,
+    ranks: int,
+    layout: Layout | str = "contiguous",
+    rates: Rates = Rates(),  # noqa: B008
+) -> tuple[str, str]:
     """The way that `auto` takes, and why: the least `Cost.seconds` among those that can run.
+
+    In words: `batch` where rows divide over the ranks; else `head` where heads divide and links are fast (it multiplies
+    nothing twice); else `state` (twice the FLOPs of the rule, next to no bytes); a layout too fine for `state` leaves
+    `batch`, rows padded.
 
     Example:
         >>> heads = Heads(16, 32, 128, 128)
-        >>> choose_way(GDNShape(batch=1, length=1 << 20, heads=heads, width=2048, layers=3), 8)[0]
-        'state'
+        >>> one_row = GDNShape(batch=1, length=1 << 20, heads=heads, width=2048, layers=3)
+        >>> choose_way(one_row, 8)[0], choose_way(one_row, 32)[0], choose_way(one_row, 8, rates=BETWEEN_HOSTS)[0]
+        ('head', 'state', 'state')
         >>> choose_way(GDNShape(batch=64, length=8192, heads=heads, width=2048, layers=3), 4)[0]
         'batch'
     """
     found = costs(shape, ranks, layout)
     able = {way: cost for way, cost in found.items() if cost.obstacle is None}
-    way = min(able, key=lambda name: able[name].seconds)
+    way = min(able, key=lambda name: able[name].seconds(rates))
     words = []
     for name, cost in found.items():
-        figures = f"{cost.bytes / 2**20:.4g} MiB, {cost.flops / 1e9:.4g} GFLOP, about {cost.seconds * 1e3:.3g} ms"
+        figures = f"{cost.bytes / 2**20:.4g} MiB, {cost.flops / 1e9:.4g} GFLOP, about {cost.seconds(rates) * 1e3:.3g} ms"
         words.append(f"{name}: {cost.obstacle or figures}")
     return way, "; ".join(words)
 
