@@ -7,10 +7,12 @@ query-key pair that the mask leaves.
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +152,26 @@ def measure(
     bounds = tuple(map(jnp.asarray, case.bounds()))
     calls: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, config in configs.items():
-        row = rows[name] = {"case": dataclasses.asdict(case), "name": name, "config": dataclasses.asdict(config)}
+
+    def prepare(name):
+        row = rows[name]
+        if checked:
+            row["error"], row["same_precision_error"] = check(case, dtype, configs[name])
+        attend = functools.partial(
+            mosaic_hopper.forward, scale=case.head_size**-0.5, out_dtype=out_dtype, config=configs[name]
+        )
+        return jax.jit(attend).lower(query, kv, *bounds).compile()
+
+    # Compilation is most of a search's time, and runs beside itself.
+    with ThreadPoolExecutor() as pool:
+        for name, config in configs.items():
+            rows[name] = {"case": dataclasses.asdict(case), "name": name, "config": dataclasses.asdict(config)}
+        prepared = {name: pool.submit(prepare, name) for name in configs}
+    for name, future in prepared.items():
         try:
-            if checked:
-                row["error"], row["same_precision_error"] = check(case, dtype, config)
-            attend = jax.jit(
-                lambda q, kv, s, e, config=config: mosaic_hopper.forward(
-                    q, kv, s, e, scale=case.head_size**-0.5, out_dtype=out_dtype, config=config
-                )
-            ).lower(query, kv, *bounds).compile()
-            calls[name] = lambda attend=attend: attend(query, kv, *bounds)
+            calls[name] = functools.partial(future.result(), query, kv, *bounds)
         except Exception as failure:  # one config of a search must not end the search
-            row["failure"] = f"{type(failure).__name__}: {failure}"[:400]
+            rows[name]["failure"] = f"{type(failure).__name__}: {failure}"[:400]
     try:
         calls["cudnn"] = cudnn_call(case, query, kv)
         jax.block_until_ready(calls["cudnn"]())

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-import jax.experimental.pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _interpret = contextvars.ContextVar("ring_jax_mosaic_interpret", default=None)
@@ -93,7 +93,8 @@ def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def load(ref: Any, layout: Any) -> jax.Array:
     """Registers in `layout` from any memory, also where the access is not made of whole sectors."""
-    if "idx" in inspect.signature(plgpu.load).parameters:
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    if index is not None and index.default is inspect.Parameter.empty:
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)
 

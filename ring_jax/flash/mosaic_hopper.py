@@ -15,13 +15,12 @@ Which keys: row t sees [key_start[t], key_end[t]), both monotone, so the first a
 it. Key tiles outside [start[first], end[last]) are never loaded. Key tiles that are not inside
 [start[last], end[first]) are masked and come first; the others follow and pay nothing for the mask.
 
-Names: a *step* is one key tile of one query tile; step i uses slot i mod stages, whatever the query tile, so that slots
-follow from a loop counter and stay in uniform registers (a running count over query tiles costs two register moves a
-product, and with them 10% of the time). Every load waits for its slot to be free; all slots are declared free at first. m starts at a large finite number, not at -inf, so that a row whose keys are all masked
-has exp2(-inf - m) = 0 and never -inf - -inf; such a row ends with l = 0.
+Names: a *step* is one key tile of one query tile. Step i uses slot i mod stages, whatever the query tile, so that slots follow
+from a loop counter; every load waits for its slot to be free, and all slots are declared free at first. m starts at a
+large finite number, not at -inf, so that a row whose keys are all masked has exp2(-inf - m) = 0 and never -inf - -inf; such a
+row ends with l = 0.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -34,88 +33,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.flash import mosaic_compat, mosaic_wgmma
 from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
+from ring_jax.flash.mosaic_schedule import Problem, Steps, steps_of, work_item
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2.0)
 _NO_KEY_YET = -1e30
+_LAZY_BITS = 8.0  # P then reaches 2^8, far below what float16 holds
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """Sizes and options, all static."""
-
-    batch: int
-    query_len: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    value_size: int
-    packed: bool  # kv is [2 B, S, K, H]; else [B, S, K, H + Hv]
-    carry: bool
-    scale: float
-    logits_soft_cap: float | None
-    heads_per_section: int
-    config: ForwardConfig
-
-    @property
-    def query_tiles(self) -> int:
-        return pl.cdiv(self.query_len, self.config.block_q)
-
-    @property
-    def items(self) -> int:
-        return self.batch * self.heads * self.query_tiles
-
-    @property
-    def blocks(self) -> int:
-        return min(self.config.multiprocessors, self.items) if self.config.persistent else self.items
-
-
-def _item(problem: _Problem, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(batch, head, first query row) of a work item: sections of heads whose KV fits L2, in each the last rows first.
-
-    Under causal masks the last rows have the most work, and long work must not start late.
-    """
-    section, inside = jnp.divmod(index, problem.heads_per_section * problem.query_tiles)
-    tile, head = jnp.divmod(inside, problem.heads_per_section)
-    batch, head = jnp.divmod(section * problem.heads_per_section + head, problem.heads)
-    row = (problem.query_tiles - 1 - tile) * problem.config.block_q
-    # The last tile slides back into bounds. It recomputes rows of its neighbour, to the same bits.
-    return batch, head, jnp.minimum(row, problem.query_len - problem.config.block_q)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """The key tiles of one query tile, in the order in which they are visited: masked ones first."""
-
-    total: jax.Array
-    masked: jax.Array
-    left: jax.Array  # masked tiles at the left edge
-    first_tile: jax.Array
-    first_unmasked: jax.Array
-    first_right: jax.Array
-
-    def tile(self, step: jax.Array | int) -> jax.Array:
-        right = self.first_right + step - self.left
-        unmasked = self.first_unmasked + step - self.masked
-        return jnp.where(step < self.left, self.first_tile + step, jnp.where(step < self.masked, right, unmasked))
-
-
-def _steps(problem: _Problem, start_ref: Any, end_ref: Any, batch: jax.Array, row: jax.Array) -> _Steps:
-    block = problem.config.block_kv
-    last_row = row + problem.config.block_q - 1
-    low, low_max = start_ref[batch, row], start_ref[batch, last_row]
-    high_min, high = end_ref[batch, row], end_ref[batch, last_row]
-    first = lax.div(low, block)
-    last = jnp.where(high > low, pl.cdiv(high, block), first)
-    first_unmasked = jnp.clip(pl.cdiv(low_max, block), first, last)
-    first_right = jnp.clip(lax.div(high_min, block), first_unmasked, last)
-    left = first_unmasked - first
-    return _Steps(last - first, left + last - first_right, left, first, first_unmasked, first_right)
-
-
-def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn):
+def _kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn):
     q_ref, kv_ref, start_ref, end_ref, *carry_refs, out_ref, lse_ref = refs
     config = problem.config
     warpgroup = lax.axis_index("warpgroup")
@@ -133,8 +61,8 @@ def _kernel(problem: _Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_
 
             @pl.when(index < problem.items)
             def _():
-                batch, head, row = _item(problem, index)
-                tile_body(_steps(problem, start_ref, end_ref, batch, row), batch, head, row)
+                batch, head, row = work_item(problem, index)
+                tile_body(steps_of(problem, start_ref, end_ref, batch, row), batch, head, row)
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute():
@@ -237,7 +165,7 @@ def _fold(x: jax.Array, combine) -> jax.Array:
     return parts[0]
 
 
-def _softmax(problem: _Problem, scores, key0, start, end, m, l, *, masked: bool):
+def _softmax(problem: Problem, scores, key0, start, end, m, l, *, masked: bool):
     """One online-softmax step: (P in float32, m', l'); l is kept as [64, 8] partial sums."""
     if problem.logits_soft_cap is None:
         factor = problem.scale * _LOG2E
@@ -249,14 +177,15 @@ def _softmax(problem: _Problem, scores, key0, start, end, m, l, *, masked: bool)
     if masked:
         scores = mosaic_wgmma.mask(scores, start - key0, end - key0)
     m_new = jnp.maximum(m, _fold(scores, jnp.maximum).max(axis=1) * factor)
+    if problem.config.lazy_rescale:
+        # A stale maximum is as good a reference while exp2 of what exceeds it stays small (FlashAttention-4).
+        m_new = jnp.where(m_new - m > _LAZY_BITS, m_new, m)
     p = jnp.exp2(scores * factor - _across(m_new, scores.shape[1]))
     l_new = l * _across(jnp.exp2(m - m_new), 8) + _fold(p, jnp.add)
     return p, m_new, l_new
 
 
-def _attend(
-    problem: _Problem, warpgroup, steps: _Steps, bounds, carry, outputs, buffers, take_turn, pass_turn
-):
+def _attend(problem: Problem, warpgroup, steps: Steps, bounds, carry, outputs, buffers, take_turn, pass_turn):
     """All steps of one query tile for one compute warpgroup, and its stores."""
     q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free = buffers
     config = problem.config
@@ -269,6 +198,12 @@ def _attend(
 
     def softmax(step, scores, m, l, masked):
         return _softmax(problem, scores, steps.tile(step) * config.block_kv, start, end, m, l, masked=masked)
+
+    def rescale(acc, m, m_new):
+        alpha = jnp.exp2(m - m_new)
+        if config.lazy_rescale:
+            return mosaic_wgmma.rescale(acc, alpha)
+        return acc * _across(alpha, problem.value_size)
 
     def scores_of(step, when_issued=None):
         slot = slot_of(step)
@@ -302,14 +237,13 @@ def _attend(
         mosaic_wgmma.hold_back(l, q_smem)
         acc, p = mosaic_wgmma.wait(0, acc, p)
         plgpu.barrier_arrive(v_free.at[previous])
-        acc *= _across(jnp.exp2(m - m_new), problem.value_size)
-        return acc, m_new, l, p.astype(dtype)
+        return rescale(acc, m, m_new), m_new, l, p.astype(dtype)
 
     def in_turn(step, state, *, masked):
         # Holds the turn from P V of one step to Q K of the next, and gives it up for the softmax.
         acc, m, l = state
         p, m_new, l = softmax(step, scores_of(step, pass_turn), m, l, masked)
-        acc *= _across(jnp.exp2(m - m_new), problem.value_size)
+        acc = rescale(acc, m, m_new)
         mosaic_wgmma.hold_back(l, q_smem)
         take_turn()
         return add_values(step, acc, p.astype(dtype)), m_new, l
@@ -318,7 +252,7 @@ def _attend(
     if config.overlap:
         p, m_new, l = softmax(0, scores_of(0), m, l, True)
         if problem.carry:
-            acc *= _across(jnp.exp2(m - m_new), problem.value_size)
+            acc = rescale(acc, m, m_new)
         # The first step is always masked, so the masked loop starts after it.
         state, body, first, masked_end = (acc, m_new, l, p.astype(dtype)), overlapped, 1, jnp.maximum(steps.masked, 1)
     else:
@@ -335,7 +269,7 @@ def _attend(
     _store(problem, outputs, acc, m, l.sum(axis=1))
 
 
-def _initial(problem: _Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _initial(problem: Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
     """acc [64, Hv], m [64] (base 2), l [64, 8] before the first key."""
     if not problem.carry:
         acc = plgpu.layout_cast(jnp.zeros((64, problem.value_size), jnp.float32), _TILE)
@@ -351,7 +285,7 @@ def _initial(problem: _Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]
     return jnp.where(_across(seen, problem.value_size), out, 0.0), m, plgpu.layout_cast(l, _TILE)
 
 
-def _store(problem: _Problem, outputs, acc, m, l):
+def _store(problem: Problem, outputs, acc, m, l):
     out_ref, lse_ref = outputs
     visible = l != 0.0  # a NaN stays visible
     inverse = jnp.where(visible, 1.0 / l, 0.0)
@@ -359,7 +293,7 @@ def _store(problem: _Problem, outputs, acc, m, l):
     mosaic_compat.store(lse_ref, jnp.where(visible, m * _LN2 + jnp.log(l), -jnp.inf))
 
 
-def _pass_through(problem: _Problem, carry, outputs):
+def _pass_through(problem: Problem, carry, outputs):
     """A query tile that sees no key: the carry as it came, or nothing."""
     out_ref, lse_ref = outputs
     acc, m, l = _initial(problem, carry)
@@ -483,7 +417,7 @@ def _padded(query, kv, key_start, key_end, carry, config):
     return query, kv, key_start, key_end, carry
 
 
-def _problem(query, kv, carry, scale, logits_soft_cap, config) -> _Problem:
+def _problem(query, kv, carry, scale, logits_soft_cap, config) -> Problem:
     batch, query_len, heads, head_size = query.shape
     kv_heads, value_size = kv.shape[-2], _head_sizes(query, kv)[1]
     used = config.shared_memory_bytes(head_size, value_size)
@@ -492,7 +426,7 @@ def _problem(query, kv, carry, scale, logits_soft_cap, config) -> _Problem:
     bytes_per_kv_head = kv.shape[-3] * (head_size + value_size) * kv.dtype.itemsize
     wanted = max(1, config.kv_bytes_in_flight // bytes_per_kv_head)
     kv_heads_per_section = max(n for n in range(1, batch * kv_heads + 1) if batch * kv_heads % n == 0 and n <= wanted)
-    return _Problem(
+    return Problem(
         batch=batch,
         query_len=query_len,
         heads=heads,
@@ -508,7 +442,7 @@ def _problem(query, kv, carry, scale, logits_soft_cap, config) -> _Problem:
     )
 
 
-def _call(problem: _Problem, query, kv, key_start, key_end, carry, out_dtype):
+def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype):
     config = problem.config
     operands = (query, kv, key_start, key_end, *(carry or ()))
     rows = query.shape[:3]

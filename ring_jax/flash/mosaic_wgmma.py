@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 from ring_jax.flash import mosaic_compat
 
@@ -147,6 +147,33 @@ def mask(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     return select(scores, low, high)
 
 
+def rescale(acc: jax.Array, alpha: jax.Array) -> jax.Array:
+    """acc [64, n] times alpha [64] per row; a warp whose alphas are all 1 skips the multiplications."""
+    if mosaic_compat.interpreting():
+        return acc * alpha[:, None]
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, plgpu.Layout.WGMMA.reduce(1)), return_type=_float32(*acc.shape))
+    def multiply(_, acc, alpha):
+        f32 = ir.F32Type.get()
+        i32 = ir.IntegerType.get_signless(32)
+        registers = _registers(acc)
+        factors = [llvm.extractelement(row, _index(0)) for row in alpha.registers.flat]
+        text = (
+            "{ .reg .pred p, q; setp.ne.f32 p, $1, 0f3F800000; setp.ne.or.f32 p, $2, 0f3F800000, p; "
+            "vote.sync.any.pred q, p, -1; selp.b32 $0, 1, 0, q; }"
+        )
+        needed = llvm.inline_asm(i32, factors, text, "=r,f,f", has_side_effects=True)
+        needed = arith.cmpi(arith.CmpIPredicate.ne, needed, _index(0))
+        branch = scf.IfOp(needed, [f32] * len(registers), has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scf.YieldOp([arith.mulf(x, factors[i // 2 % 2]) for i, x in enumerate(registers)])
+        with ir.InsertionPoint(branch.else_block):
+            scf.YieldOp(registers)
+        return _array(list(branch.results), acc.shape)
+
+    return multiply(acc, alpha)
+
+
 def take_turn(warpgroup: jax.Array) -> None:
     """Waits until another warpgroup has called `pass_turn` for this one."""
     _named_barrier("sync", warpgroup)
@@ -205,7 +232,9 @@ def _issue(scores_of, values_of) -> tuple[Any, ...]:
         for i in range(depth // _K):
             # 64 columns are one tile, and one tile row is one step of the swizzled 128 bytes.
             offset = (i // 4 * _TILE_BYTES + i % 4 * 2 * _K) >> 4
-            before.append(f".reg .b64 q{i}, k{i};\nadd.s64 q{i}, {q_base}, {offset};\nadd.s64 k{i}, {k_base}, {offset};")
+            before.append(
+                f".reg .b64 q{i}, k{i};\nadd.s64 q{i}, {q_base}, {offset};\nadd.s64 k{i}, {k_base}, {offset};"
+            )
             flags = f"{'new' if i == 0 else 'old'}, 1, 1, 0, 0"
             products.append(_instruction(keys, kind, results[:outputs], f"q{i}", f"k{i}", flags))
         products.append("wgmma.commit_group.sync.aligned;")

@@ -1,0 +1,294 @@
+"""The Hopper forward kernel: lowered for CUDA and interpreted on the CPU, compared with the oracle on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from ring_jax.flash import mosaic_compat, mosaic_hopper, packed, reference
+from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
+
+interpreted = pytest.mark.skipif(
+    not mosaic_compat.INTERPRET_AVAILABLE, reason="Mosaic GPU interpret mode needs jax 0.11 or later"
+)
+
+
+def bounds(kind: str, batch: int, length: int, kv_length: int, rng) -> tuple[jax.Array, jax.Array]:
+    row = np.arange(length)
+    if kind == "full":
+        start, end = np.zeros(length), np.full(length, kv_length)
+    elif kind == "causal":
+        start, end = np.zeros(length), row + 1 + kv_length - length
+    elif kind == "window":
+        start, end = row - length // 5, row + length // 7
+    elif kind == "documents":
+        size = max(1, length // 3)
+        start, end = row // size * size, row + 1
+    elif kind == "documents-full":
+        size = max(1, length // 3)
+        start, end = row // size * size, (row // size + 1) * size
+    elif kind == "empty":
+        start = end = np.full(length, kv_length // 2)
+    elif kind == "late":  # a causal hop whose first rows see nothing
+        start, end = np.zeros(length), row - length // 2
+    else:
+        start = np.sort(rng.integers(0, kv_length + 1, (batch, length)), axis=1)
+        end = np.maximum(start, np.sort(rng.integers(0, kv_length + 1, (batch, length)), axis=1))
+    start, end = (np.broadcast_to(np.clip(x, 0, kv_length), (batch, length)) for x in (start, end))
+    return jnp.asarray(start, jnp.int32), jnp.asarray(np.maximum(start, end), jnp.int32)
+
+
+def inputs(seed, batch, length, kv_length, heads, kv_heads, head_size, dtype, value_size=None):
+    rng = np.random.default_rng(seed)
+    value_size = value_size or head_size
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    query = draw(batch, length, heads, head_size)
+    key, value = draw(batch, kv_length, kv_heads, head_size), draw(batch, kv_length, kv_heads, value_size)
+    return query, packed.pack(key, value), rng
+
+
+def random_carry(rng, batch, length, heads, value_size):
+    lse = rng.standard_normal((batch, length, heads)) + 4
+    lse[:, ::7] = -np.inf
+    out = np.where(np.isneginf(lse)[..., None], 0, rng.standard_normal((batch, length, heads, value_size)))
+    return jnp.asarray(out, jnp.float32), jnp.asarray(lse, jnp.float32)
+
+
+def error(got, want) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert np.isfinite(got).all()
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6))
+
+
+def compare(query, kv, start, end, carry, *, config=None, out_dtype=jnp.float32, **options) -> None:
+    """Against the float32 oracle, with twice the error of the same formula in the input's precision allowed."""
+    options.setdefault("scale", query.shape[-1] ** -0.5)
+    got, got_lse = mosaic_hopper.forward(query, kv, start, end, carry, config=config, out_dtype=out_dtype, **options)
+    assert got.dtype == out_dtype and got_lse.dtype == jnp.float32
+    exact = functools.partial(reference.forward, query.astype(jnp.float32), kv.astype(jnp.float32), start, end, carry)
+    want, want_lse = exact(**options)
+    same, _ = reference.forward(query, kv, start, end, carry, **options)
+    allowed = max(2 * error(same.astype(out_dtype), want), 1e-3)
+    assert error(got, want) <= allowed
+    np.testing.assert_array_equal(np.isneginf(got_lse), np.isneginf(want_lse))
+    seen = ~np.isneginf(np.asarray(want_lse))
+    np.testing.assert_allclose(np.asarray(got_lse)[seen], np.asarray(want_lse)[seen], atol=2e-3, rtol=1e-3)
+    assert not np.asarray(got)[~seen].any()
+
+
+# Lowering for CUDA, on the CPU.
+
+
+def lower(shape, dtype=jnp.bfloat16, *, value_size=None, carry=False, wrap=lambda f: f, **options):
+    batch, length, kv_length, heads, kv_heads, head_size = shape
+    kv_shape = (2, batch, kv_length, kv_heads, head_size)
+    if value_size is not None:
+        kv_shape = (batch, kv_length, kv_heads, head_size + value_size)
+    rows = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    arguments = [jax.ShapeDtypeStruct((batch, length, heads, head_size), dtype), jax.ShapeDtypeStruct(kv_shape, dtype)]
+    arguments += [rows, rows]
+    if carry:
+        out = jax.ShapeDtypeStruct((batch, length, heads, value_size or head_size), jnp.float32)
+        arguments.append((out, jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)))
+    call = jax.jit(wrap(functools.partial(mosaic_hopper.forward, scale=0.1, **options)))
+    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        return call.trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_lowers_every_config(head_size, dtype):
+    text = lower((1, 512, 512, 4, 2, head_size), dtype, carry=head_size == 128, out_dtype=dtype).as_text()
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 1001, 777, 6, 3, 96), {"carry": True, "logits_soft_cap": 30.0}),
+        ((1, 3, 5, 2, 2, 64), {}),
+        ((1, 256, 256, 4, 1, 192), {"value_size": 128}),
+        ((1, 256, 256, 4, 1, 128), {"config": ForwardConfig(block_kv=176, stages=2, lazy_rescale=True)}),
+        ((1, 256, 256, 4, 1, 128), {"config": ForwardConfig(block_kv=64, stages=3, overlap=False, persistent=True)}),
+    ],
+    ids=["odd", "tiny", "value-size", "lazy", "in-turn"],
+)
+def test_lowers_other_shapes_and_options(shape, options):
+    lower(shape, **options)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_lowers_inside_shard_map(check_vma):
+    mesh = jax.make_mesh((2,), ("c",), devices=jax.devices("cpu")[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    spec = P(None, "c")
+    wrap = functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(spec, P(None, None, "c"), spec, P(), (spec, spec)),
+        out_specs=(spec, spec),
+        check_vma=check_vma,
+    )
+    query = jax.ShapeDtypeStruct((1, 256, 4, 128), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, 1, 256, 2, 128), jnp.bfloat16)
+    carry = (jax.ShapeDtypeStruct((1, 256, 4, 128), jnp.float32), jax.ShapeDtypeStruct((1, 256, 4), jnp.float32))
+    rows, local_rows = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (256, 128))
+    call = jax.jit(wrap(functools.partial(mosaic_hopper.forward, scale=0.1)))
+    call.trace(query, kv, rows, local_rows, carry).lower(lowering_platforms=("cuda",))
+
+
+# Configs and refusals.
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 192, 256])
+def test_config_fits_shared_memory(head_size):
+    config = forward_config(head_size, head_size)
+    assert config.shared_memory_bytes(head_size, head_size) <= SHARED_MEMORY_BYTES
+
+
+@pytest.mark.parametrize("change", [{"block_kv": 40}, {"block_kv": 272}, {"stages": 1}, {"warpgroups": 4}])
+def test_config_refuses(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(forward_config(128, 128), **change)
+
+
+def test_unsupported_reasons():
+    def reason(query_shape, kv_shape, dtype=jnp.bfloat16, **options):
+        query = jax.ShapeDtypeStruct(query_shape, dtype)
+        return mosaic_hopper.unsupported_reason(query, jax.ShapeDtypeStruct(kv_shape, dtype), **options)
+
+    shapes = (1, 8, 4, 64), (2, 1, 8, 2, 64)
+    assert reason(*shapes, compute_capability="9.0") is None
+    assert "Hopper" in reason(*shapes, compute_capability="8.0")
+    assert "bfloat16" in reason(*shapes, dtype=jnp.float32)
+    assert "head sizes" in reason((1, 8, 4, 320), (2, 1, 8, 2, 320))
+    assert "multiple" in reason((1, 8, 3, 64), (2, 1, 8, 2, 64))
+    assert "scale" in reason(*shapes, scale=-1.0)
+    assert "soft" in reason(*shapes, logits_soft_cap=0.0)
+    assert "out_dtype" in reason(*shapes, out_dtype=jnp.float16)
+    query, kv = (jnp.zeros(shape, jnp.float32) for shape in shapes)
+    rows = jnp.zeros((1, 8), jnp.int32)
+    with pytest.raises(NotImplementedError, match="bfloat16"):
+        mosaic_hopper.forward(query, kv, rows, rows, scale=1.0)
+
+
+# Interpreted on the CPU: barriers, slots, order of the tiles, edges, carries.
+
+SMALL = ForwardConfig(block_kv=64, stages=2, persistent=True, multiprocessors=3)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("kind", "carried", "config"),
+    [
+        ("random", True, SMALL),
+        ("causal", False, dataclasses.replace(SMALL, overlap=False, warpgroups=1, persistent=False)),
+        ("window", False, dataclasses.replace(SMALL, stages=3, lazy_rescale=True, ping_pong=False)),
+        ("late", True, dataclasses.replace(SMALL, overlap=False, block_kv=80)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_interpreted(kind, carried, config):
+    # Two batches or two heads, to see the order of the work; lengths that no tile divides.
+    batch, heads = (2, 1) if kind == "random" else (1, 2)
+    query, kv, rng = inputs(1, batch, 130, 141, heads, 1, 64, jnp.bfloat16)
+    carry = random_carry(rng, batch, 130, heads, 64) if carried else None
+    with mosaic_compat.interpret_mode():
+        compare(query, kv, *bounds(kind, batch, 130, 141, rng), carry, config=config)
+
+
+@interpreted
+def test_interpreted_padding_and_soft_cap():
+    query, kv, rng = inputs(2, 1, 1, 70, 1, 1, 40, jnp.float16, value_size=56)
+    with mosaic_compat.interpret_mode():
+        compare(query, kv, *bounds("full", 1, 1, 70, rng), None, config=SMALL, logits_soft_cap=3.0)
+
+
+@interpreted
+@pytest.mark.parametrize("carried", [True, False])
+def test_interpreted_empty(carried):
+    query, kv, rng = inputs(3, 1, 128, 64, 1, 1, 64, jnp.bfloat16)
+    carry = random_carry(rng, 1, 128, 1, 64) if carried else None
+    with mosaic_compat.interpret_mode():
+        out, lse = mosaic_hopper.forward(query, kv, *bounds("empty", 1, 128, 64, rng), carry, scale=1.0, config=SMALL)
+    want_out, want_lse = carry or (np.zeros_like(out), np.full_like(lse, -np.inf))
+    np.testing.assert_array_equal(out, want_out)
+    np.testing.assert_array_equal(lse, want_lse)
+
+
+# On a GPU.
+
+KINDS = ["full", "causal", "window", "documents", "documents-full", "late", "empty", "random"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_gpu(head_size, kind, dtype):
+    length, kv_length = (1000, 1000) if kind.startswith("doc") else (777, 1111)
+    query, kv, rng = inputs(4, 2, length, kv_length, 8, 2, head_size, dtype)
+    compare(query, kv, *bounds(kind, 2, length, kv_length, rng), None, out_dtype=dtype)
+    compare(query, kv, *bounds(kind, 2, length, kv_length, rng), random_carry(rng, 2, length, 8, head_size))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lazy_rescale", [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_gpu_configs(head_size, persistent, overlap, lazy_rescale):
+    config = forward_config(head_size, head_size)
+    config = dataclasses.replace(config, persistent=persistent, overlap=overlap, lazy_rescale=lazy_rescale)
+    query, kv, rng = inputs(5, 1, 2000, 2000, 8, 2, head_size, jnp.bfloat16)
+    # Large logits, so that the running maximum moves late and far.
+    compare(4 * query, kv, *bounds("random", 1, 2000, 2000, rng), None, config=config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "value_size", "cap"),
+    [
+        ((1, 1, 5, 4, 4, 128), None, None),
+        ((3, 63, 1, 4, 1, 64), None, None),
+        ((1, 129, 4097, 16, 2, 80), None, 20.0),
+        ((2, 500, 300, 4, 2, 192), 128, None),
+        ((2, 321, 654, 4, 4, 40), 200, 5.0),
+    ],
+)
+def test_gpu_odd_shapes(shape, value_size, cap):
+    query, kv, rng = inputs(6, *shape, jnp.bfloat16, value_size)
+    compare(query, kv, *bounds("random", *shape[:3], rng), None, logits_soft_cap=cap)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hops", [1, 2, 3, 5, 8])
+def test_gpu_carry_chain_is_as_exact_as_one_call(hops):
+    length, size = 640, 640 // 8
+    query, kv, _ = inputs(7, 1, length, size * hops, 8, 2, 128, jnp.bfloat16)
+    position = jnp.arange(length, dtype=jnp.int32)[None] * hops // 8
+    carry = None
+    for hop in range(hops):
+        end = jnp.clip(position + 1 - hop * size, 0, size)
+        block = kv[:, :, hop * size : (hop + 1) * size]
+        carry = mosaic_hopper.forward(query, block, jnp.zeros_like(end), end, carry, scale=0.1)
+    whole = mosaic_hopper.forward(query, kv, jnp.zeros_like(position), position + 1, scale=0.1)
+    assert error(carry[0], whole[0]) < 2e-3
+    np.testing.assert_allclose(carry[1], whole[1], atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_gpu_repeats_bit_by_bit():
+    query, kv, rng = inputs(8, 2, 3001, 3001, 8, 2, 128, jnp.bfloat16)
+    rows = bounds("causal", 2, 3001, 3001, rng)
+    first, *others = (jax.jit(functools.partial(mosaic_hopper.forward, scale=0.1))(query, kv, *rows) for _ in range(4))
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, first, other)
