@@ -37,8 +37,8 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        *sizes, mask = text.split(",")
-        return cls(*(int(size) for size in sizes), mask)
+        batch, length, heads, kv_heads, head_size, mask = text.split(",")
+        return cls(int(batch), int(length), int(heads), int(kv_heads), int(head_size), mask)
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """key_start and key_end, [B, T]."""
@@ -127,7 +127,7 @@ def seconds(calls: dict[str, Callable[[], Any]], budget: float, rounds: int = 3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cudnn_call(case: Case, query, kv) -> Callable[[], Any] | None:
+def cudnn_call(case: Case, query, kv) -> Callable[[], Any]:
     """cuDNN on the same case; documents as a batch of dense causal or full sequences of their length."""
     kind, _, argument = case.mask.partition(":")
     if kind.startswith("documents"):
@@ -193,8 +193,9 @@ def candidates(head_size: int, names: list[str]) -> dict[str, ForwardConfig]:
     found = {}
     for name in names:
         fields = [] if name == "base" else [field.split("=") for field in name.split("/")]
-        changes = {key: {"True": True, "False": False}.get(value) for key, value in fields}
-        changes = {key: int(value) if changes[key] is None else changes[key] for key, value in fields}
+        changes: dict[str, Any] = {
+            key: value == "True" if value in ("True", "False") else int(value) for key, value in fields
+        }
         found[name] = dataclasses.replace(base, **changes)
     return found
 
