@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from ring_jax.bench.flash_forward import Case, materialised, relative_error, seconds
-from ring_jax.flash import mosaic_hopper, mosaic_hopper_backward
-from ring_jax.flash.mosaic_hopper_backward import BackwardConfig, default_config
+from ring_jax.flash import mosaic_backward_common as common
+from ring_jax.flash import mosaic_backward_dkv, mosaic_backward_dq, mosaic_hopper, mosaic_hopper_backward
+from ring_jax.flash.mosaic_backward_common import BackwardConfig, default_config
 
 
 def inputs(case: Case, dtype) -> tuple[jax.Array, ...]:
@@ -48,11 +50,12 @@ def check(case: Case, dtype, config: BackwardConfig | None, deterministic: bool)
     scale = case.head_size**-0.5
 
     def gradients(dtype):
-        def out(query, kv):
-            return materialised(query, kv, *bounds, scale, dtype)[0]
+        @jax.jit  # with the bounds as arguments: as constants, XLA folds the mask for minutes
+        def pull(query, kv, dout, *bounds):
+            _, transpose = jax.vjp(lambda *x: materialised(*x, *bounds, scale, dtype)[0], query, kv)
+            return transpose(dout)
 
-        operands = (query.astype(jnp.float32), kv.astype(jnp.float32)) if dtype == jnp.float32 else (query, kv)
-        dq, dkv = jax.jit(lambda *x: jax.vjp(out, *x)[1](dout.astype(dtype)))(*operands)
+        dq, dkv = pull(*(x.astype(dtype) for x in (query, kv, dout)), *bounds)
         return dq, dkv[0], dkv[1]
 
     _, (dq, dkv) = jax.jit(both(small, config, deterministic))(query, kv, dout, *bounds)
@@ -95,14 +98,15 @@ def parts(case: Case, config: BackwardConfig, operands) -> dict[str, Any]:
     module = mosaic_hopper_backward
     B, T, N, H = query.shape
     S, K = kv.shape[-3:-1]
-    problem = module._Problem(B, T, S, N, K, H, H, False, jnp.dtype(query.dtype), H**-0.5, None, config)
+    problem = common.Problem(B, T, S, N, K, H, H, False, jnp.dtype(query.dtype), H**-0.5, None, config)
     lse = jnp.full((B, T, N), 10.0)
     rows = jax.jit(lambda *x: module._prepare_rows(problem, *x))(key_start, key_end, lse, 0.1 * lse)
     found = {}
-    for name, table in (("dq", module._dq_table), ("dkv", module._dkv_table)):
-        full = (query, kv.reshape(-1, S, K, H), dout, *rows, table(problem, key_start, key_end))
-        kernel = jax.jit(lambda *x, name=name: getattr(module, f"_{name}")(problem, *x)).lower(*full).compile()
-        found[name] = lambda kernel=kernel, full=full: kernel(*full)
+    kernels = {"dq": (mosaic_backward_dq.dq, module._dq_table), "dkv": (mosaic_backward_dkv.dkv, module._dkv_table)}
+    for name, (kernel, table) in kernels.items():
+        full = (query, kv.reshape(-1, S, K, H), dout, *rows, jax.jit(partial(table, problem))(key_start, key_end))
+        compiled = jax.jit(lambda *x, kernel=kernel: kernel(problem, *x)).lower(*full).compile()
+        found[name] = lambda compiled=compiled, full=full: compiled(*full)
     return found
 
 

@@ -1,0 +1,152 @@
+"""The fused Hopper backward: one kernel, five matrix products, dQ added up in global memory.
+
+Algorithm: FlashAttention-3 (arXiv 2407.08608), appendix B.1. It is the dkv kernel of `mosaic_hopper_backward`, except that
+the two compute warpgroups also leave dS^T in shared memory, and the third warpgroup, which feeds shared memory, turns it
+into dQ += dS K of the query tile and adds that to dq in global memory by TMA reduction. Float32 additions from different
+programs arrive in any order, so dq does not repeat bit by bit (dK and dV do).
+
+dq must start at zero, so it enters as a Ref: jax has no other way to give a Mosaic GPU kernel a buffer to add to. Inside
+a shard_map that checks varying axes a Ref does not lower; `unsupported_reason` says so.
+"""
+
+from functools import partial
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ring_jax.flash import mosaic_compat as compat
+from ring_jax.flash.mosaic_backward_common import ROWS, STAGE_COLUMNS, WGS, program
+from ring_jax.flash.mosaic_backward_dkv import load_keys, load_query, query_of, rows_of_keys, target
+
+_COLUMNS = 64  # of dQ at a time: all of them would take registers that dK and dV need
+
+
+def _compute_registers(config) -> int:
+    """Of each of the two compute warpgroups. A program starts with 168 registers a thread, in three warpgroups: asking for
+    more than is in that pool waits for ever."""
+    return (3 * 168 - config.feed_registers) // 16 * 8
+
+
+def unsupported_reason(query, H: int, Hv: int, block_q: int) -> str | None:
+    """Why the fused form cannot run, or None."""
+    if H + Hv > 256:
+        return f"dK and dV of head sizes {H} and {Hv} do not fit the registers beside dQ"
+    if block_q != ROWS:
+        return f"needs block_q_dkv = {ROWS}, got {block_q}"
+    if compat.interpreting():
+        return "TMA reductions have no interpreter"
+    if not hasattr(jax, "new_ref") or not compat.INTERPRET_AVAILABLE:
+        return "needs Refs as kernel arguments, jax 0.11 or later"
+    if getattr(jax.typeof(query), "vma", None) or getattr(getattr(jax.typeof(query), "manual_axis_type", None), "varying", None):
+        return "Refs do not lower inside a shard_map with check_vma=True"
+    return None
+
+
+def fused(problem, query, kv, dout, stats, bounds, table):
+    """(dq, dkv) as `mosaic_hopper_backward` has them before it cuts off padding."""
+    H, Hv, stages = problem.H, problem.Hv, problem.config.stages
+    block = ROWS
+    tiles = table.shape[1]
+    dq = jax.new_ref(jnp.zeros((problem.B, problem.T, problem.N, H), jnp.float32))
+    call = compat.kernel(
+        partial(_body, problem, tiles),
+        name="flash_backward_fused",
+        out_type=compat.output_like(kv.shape, jnp.float32, query, kv, dout, stats, bounds),
+        scratch=dict(
+            k_smem=compat.tiled_smem((WGS, ROWS, H), problem.dtype),
+            v_smem=compat.tiled_smem((WGS, ROWS, Hv), problem.dtype),
+            q_smem=compat.tiled_smem((stages, block, H), problem.dtype),
+            do_smem=compat.tiled_smem((stages, block, Hv), problem.dtype),
+            stats_smem=plgpu.SMEM((stages, 2, block), jnp.float32),
+            bounds_smem=plgpu.SMEM((stages, 2, block), jnp.int32),
+            staging=compat.tiled_smem((WGS, ROWS, STAGE_COLUMNS), jnp.float32),
+            kv_full=plgpu.Barrier(num_arrivals=2 * WGS),
+            q_full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            do_full=plgpu.Barrier(num_barriers=stages),
+            q_consumed=plgpu.Barrier(num_arrivals=WGS, num_barriers=stages),
+            do_consumed=plgpu.Barrier(num_arrivals=WGS, num_barriers=stages),
+            ds_smem=compat.tiled_smem((2, WGS, ROWS, block), problem.dtype),
+            dq_smem=compat.tiled_smem((H // _COLUMNS, block, _COLUMNS), jnp.float32),
+            ds_full=plgpu.Barrier(num_arrivals=WGS, num_barriers=2),
+            ds_consumed=plgpu.Barrier(num_barriers=2),
+        ),
+        grid=(problem.K * problem.B * tiles,),
+        grid_names=("program",),
+        num_threads=WGS + 1,
+        thread_name="wg",
+    )
+    dkv = call(query, kv, dout, stats, bounds, table, dq)
+    return dq[...], dkv
+
+
+def _body(problem, tiles, query, kv, dout, stats, bounds, table, dq, dkv, *, kv_full, ds_smem, dq_smem, ds_full, ds_consumed, **scratch):
+    wg = lax.axis_index("wg")
+    b, head, tile = program(problem, problem.K, tiles, descending=False)
+    span = tuple(table[b, tile, i] for i in range(4))
+    first_row = tile * (WGS * ROWS)
+
+    @pl.when(wg < WGS)
+    def _compute():
+        plgpu.set_max_registers(_compute_registers(problem.config), action="increase")
+        plgpu.barrier_wait(kv_full)
+        row = first_row + wg * ROWS
+        dk, dv = (target(dkv, at, b, row, head) for at in (problem.key_at, problem.value_at))
+
+        def hand_over(t, ds):
+            buffer = lax.rem(t, 2)
+
+            @pl.when(t >= 2)
+            def _():
+                plgpu.barrier_wait(ds_consumed.at[buffer])
+
+            ds_smem.at[buffer, wg][...] = ds
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(ds_full.at[buffer])
+
+        rows_of_keys(problem, span, wg, row, dk, dv, hand_over=hand_over, **scratch)
+
+    @pl.when(wg == WGS)
+    def _feed():
+        plgpu.set_max_registers(problem.config.feed_registers, action="decrease")
+        load_keys(problem, kv, b, head, first_row, WGS, kv_full, **scratch)
+        operands = (problem, span, b, head, query, dout, stats, bounds)
+        total = problem.G * (span[1] - span[0])
+
+        @pl.loop(0, lax.min(total, problem.config.stages))
+        def _(t):
+            load_query(*operands, t, wait=False, **scratch)
+
+        def feed(t):
+            @pl.when(t < total)
+            def _():
+                load_query(*operands, t, wait=True, **scratch)
+
+        @pl.loop(0, total)
+        def _(t):
+            buffer = lax.rem(t, 2)
+            plgpu.barrier_wait(ds_full.at[buffer])
+
+            rows, q_head = query_of(problem, span, head, t)
+            pieces = range(problem.H // _COLUMNS)
+            for piece in pieces:
+                columns = pl.ds(piece * _COLUMNS, _COLUMNS)
+
+                def product(acc, columns=columns):
+                    for keys in range(WGS):
+                        plgpu.wgmma(acc, ds_smem.at[buffer, keys].transpose((1, 0)), scratch["k_smem"].at[keys, :, columns])
+                    return acc[...]
+
+                tile_dq = pl.run_scoped(product, plgpu.ACC((ROWS, _COLUMNS), jnp.float32)) * problem.scale
+                if piece == pieces[-1]:
+                    plgpu.barrier_arrive(ds_consumed.at[buffer])
+                    feed(t + problem.config.stages)
+                # This piece's buffer is free once its addition of the last step has been read.
+                plgpu.wait_smem_to_gmem(len(pieces) - 1, wait_read_only=True)
+                dq_smem.at[piece][...] = tile_dq
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(dq_smem.at[piece], dq.at[b, rows, q_head, columns], reduction_op="add")
+
+        plgpu.wait_smem_to_gmem(0)
