@@ -157,7 +157,7 @@ def _visible_keys(span, i, first_key, shape, bounds):
 
     def apply(p):
         keys = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
-        start, end = (lax.broadcast_in_dim(plgpu.load(bounds.at[x], layout=COL), shape, [1]) for x in range(2))
+        start, end = (lax.broadcast_in_dim(compat.load(bounds.at[x], COL), shape, [1]) for x in range(2))
         return masked(p, keys, start, end)
 
     return lambda p: lax.cond((i < span[2]) | (i >= span[3]), lambda: apply(p), lambda: p)
@@ -171,7 +171,7 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
     key, value = k_smem.at[wg], v_smem.at[wg]
 
     def spread(ref):
-        return lax.broadcast_in_dim(plgpu.load(ref, layout=COL), shape, [1])
+        return lax.broadcast_in_dim(compat.load(ref, COL), shape, [1])
 
     def walk(dk_acc, dv_acc):
         def step(t, i):
@@ -246,7 +246,7 @@ def _dv_role(problem, span, row, target, *, k_smem, q_smem, do_smem, stats_smem,
             def probabilities(s_acc):
                 plgpu.barrier_wait(q_full.at[slot])
                 product(s_acc, k_smem.at[0], q_smem.at[slot], rhs_transposed=True)
-                lse = lax.broadcast_in_dim(plgpu.load(stats_smem.at[slot, 0], layout=COL), shape, [1])
+                lse = lax.broadcast_in_dim(compat.load(stats_smem.at[slot, 0], COL), shape, [1])
                 visible = _visible_keys(span, i, row, shape, bounds_smem.at[slot])
                 p, derivative = softmax(problem, read(s_acc), lse, visible)
                 return p, p if derivative is None else p * derivative
@@ -287,9 +287,9 @@ def _dk_role(problem, span, row, target, *, v_smem, q_smem, do_smem, stats_smem,
                 plgpu.barrier_wait(do_full.at[slot])
                 product(dp_acc, v_smem.at[0], do_smem.at[slot], rhs_transposed=True)
                 plgpu.barrier_wait(q_full.at[slot])
-                delta = lax.broadcast_in_dim(plgpu.load(stats_smem.at[slot, 1], layout=COL), shape, [1])
+                delta = lax.broadcast_in_dim(compat.load(stats_smem.at[slot, 1], COL), shape, [1])
                 plgpu.barrier_wait(p_full.at[p_slot])
-                p = plgpu.load(p_smem.at[p_slot], layout=TILE)
+                p = compat.load(p_smem.at[p_slot], TILE)
                 plgpu.barrier_arrive(p_consumed.at[p_slot])
                 dp = read(dp_acc)
                 plgpu.barrier_arrive(do_consumed.at[slot])

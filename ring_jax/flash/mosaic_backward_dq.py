@@ -77,8 +77,8 @@ def _body(problem, tiles, query, kv, dout, stats, bounds, table, dq_ref, *,
         q, do = q_smem.at[wg], do_smem.at[wg]
         plgpu.copy_gmem_to_smem(query.at[b, rows, head], q, rows_full.at[wg])
         plgpu.copy_gmem_to_smem(dout.at[b, rows, head], do, rows_full.at[wg])
-        lse, delta = (plgpu.load(stats.at[b, head, i, rows], layout=ROW, optimized=False) for i in range(2))
-        start, end = (plgpu.load(bounds.at[b, i, rows], layout=ROW, optimized=False) for i in range(2))
+        lse, delta = (compat.load(stats.at[b, head, i, rows], ROW) for i in range(2))
+        start, end = (compat.load(bounds.at[b, i, rows], ROW) for i in range(2))
         plgpu.barrier_wait(rows_full.at[wg])
         shape = (ROWS, block)
 
