@@ -28,12 +28,15 @@ def _gathered(shard: Shard, kv):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def all_gather(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
     """(out in the query's dtype, float32 lse) of the local queries; start, end are global key bounds."""
-    out, lse = spec.forward(query, _gathered(shard, kv), start, end, carry, query.dtype)
-    return named(out, lse)
+    return _forward(spec, shard, query, kv, start, end, carry)
+
+
+def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
+    return spec.forward(query, _gathered(shard, kv), start, end, carry, query.dtype)
 
 
 def _all_gather_fwd(spec, shard, query, kv, start, end, carry):
-    out, lse = all_gather(spec, shard, query, kv, start, end, carry)
+    out, lse = named(*_forward(spec, shard, query, kv, start, end, carry))
     return (out, lse), (query, kv, start, end, carry, out, lse)
 
 

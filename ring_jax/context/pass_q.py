@@ -34,7 +34,10 @@ def _split(partial) -> Partial:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def pass_q(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
     """(out in the query's dtype, float32 lse) of the local queries; start, end are global key bounds."""
+    return _forward(spec, shard, query, kv, start, end, carry)
 
+
+def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
     def hop(travel, stay, source):
         query, (start, end) = travel[0], travel[1]
         here = shard.local_bounds(start, end, shard.rank())
@@ -43,11 +46,11 @@ def pass_q(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | Non
     bounds = jnp.stack([start, end])
     _, partial = rotate(shard, spec.backend.unroll, hop, (query, bounds), (), lambda a, b: _join(*merge_partials(*_split(a), *_split(b))))
     out, lse = _split(partial) if carry is None else merge_partials(*_split(partial), *carry)
-    return named(out.astype(query.dtype), lse)
+    return out.astype(query.dtype), lse
 
 
 def _pass_q_fwd(spec, shard, query, kv, start, end, carry):
-    out, lse = pass_q(spec, shard, query, kv, start, end, carry)
+    out, lse = named(*_forward(spec, shard, query, kv, start, end, carry))
     return (out, lse), (query, kv, start, end, carry, out, lse)
 
 

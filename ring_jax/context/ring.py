@@ -30,17 +30,20 @@ def named(out, lse) -> Partial:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def ring(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
     """(out in the query's dtype, float32 lse) of the local queries; start, end are global key bounds."""
+    return _forward(spec, shard, query, kv, start, end, carry)
 
+
+def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
     def hop(kv, partial, source):
         here = shard.local_bounds(start, end, source)
         return spec.forward(query, kv, *here, partial), None
 
     (out, lse), _ = rotate(shard, spec.backend.unroll, hop, kv, carry)
-    return named(out.astype(query.dtype), lse)
+    return out.astype(query.dtype), lse
 
 
 def _ring_fwd(spec, shard, query, kv, start, end, carry):
-    out, lse = ring(spec, shard, query, kv, start, end, carry)
+    out, lse = named(*_forward(spec, shard, query, kv, start, end, carry))
     return (out, lse), (query, kv, start, end, carry, out, lse)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax.context.ring import ring
+from ring_jax.context.ring import named, ring
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.flash.api import Partial, Spec, block
 from ring_jax.flash.packed import seq_axis

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ring_jax.flash import reference, xla
+from ring_jax.flash import mosaic, reference, xla
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "reference": Backend("reference", reference.forward, reference.backward),
     "xla": Backend("xla", xla.forward, xla.backward),
+    "mosaic": Backend("mosaic", mosaic.forward, mosaic.backward, unroll=8, unsupported=mosaic.unsupported),
 }
+
+# What implementation=None tries, best first; the last runs anything.
+_PREFERENCE = ("mosaic", "xla")
 
 
 def select(implementation: str | None, query: jax.Array, kv: jax.Array) -> Backend:
@@ -49,7 +53,7 @@ def select(implementation: str | None, query: jax.Array, kv: jax.Array) -> Backe
         NotImplementedError: a named backend cannot run these inputs on this device.
     """
     if implementation is None:
-        return BACKENDS["xla"]
+        return next(b for b in map(BACKENDS.__getitem__, _PREFERENCE) if b.unsupported(query, kv) is None)
     if implementation not in BACKENDS:
         raise ValueError(f"unknown implementation {implementation!r}: expected None or one of {sorted(BACKENDS)}")
     backend = BACKENDS[implementation]

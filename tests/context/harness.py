@@ -29,13 +29,13 @@ def inputs(B, T, S, N, K, H, Hv=None, seed=0):
     }
 
 
-def lay_out(x, layout, ranks, axis=1):
-    """NumPy to_layout by explicit positions, independent of the library's resharding. Padding holds NaN-free junk."""
+def lay_out(x, layout, ranks, axis=1, fill=3):
+    """NumPy to_layout by explicit positions, independent of the library's resharding. Padding holds junk."""
     layout = as_layout(layout)
     length = layout.padded_length(x.shape[axis], ranks)
     order = np.concatenate([layout.positions(r, length, ranks) for r in range(ranks)])
     pad = [(0, length - x.shape[axis] if a == axis else 0) for a in range(x.ndim)]
-    return np.take(np.pad(x, pad, constant_values=3), order, axis=axis), order
+    return np.take(np.pad(x, pad, constant_values=fill), order, axis=axis), order
 
 
 def natural(x, order, length, axis=1):
@@ -63,8 +63,9 @@ def run(x, start, end, *, context, strategy=None, cap=None, gradients=True, impl
     share one compiled program."""
     ranks = context.ranks()
     T, S = x["query"].shape[1], x["key"].shape[1]
-    laid = {name: lay_out(v, context.layout, ranks)[0] if v.ndim > 1 else v for name, v in x.items()}
-    # Padding queries see nothing; cotangents of padding are junk that must not matter.
+    # Padding holds junk that must not matter, but for dlse: the LSE of a padding query is its sink, and depends on it.
+    fill = {name: 0 if name == "dlse" else 3 for name in x}
+    laid = {name: lay_out(v, context.layout, ranks, fill=fill[name])[0] if v.ndim > 1 else v for name, v in x.items()}
     order = lay_out(x["query"], context.layout, ranks)[1]
     key_order = lay_out(x["key"], context.layout, ranks)[1]
     start, end = (np.pad(np.asarray(b), ((0, 0), (0, len(order) - T)), constant_values=S)[:, order] for b in (start, end))

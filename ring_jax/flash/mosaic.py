@@ -1,0 +1,66 @@
+"""The Hopper kernels as a backend: device check, and head sizes padded to what TMA and wgmma take.
+
+`plgpu.kernel` forgets over which manual mesh axes its outputs vary, so they are cast back here.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ring_jax._vma import pcast_to, varying_axes
+from ring_jax.flash import mosaic_hopper, mosaic_hopper_backward
+from ring_jax.flash.packed import pack, unpack
+
+_HEAD_MULTIPLE = 64
+
+
+def device_reason() -> str | None:
+    """Why the device that is being compiled for cannot run Hopper kernels, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    target = None if mesh.empty else mesh.abstract_device
+    if target is not None and target.platform is not None:
+        platform, kind = target.platform, target.device_kind
+    else:
+        device = jax.devices()[0]
+        platform, kind = device.platform, device.device_kind
+    if platform not in ("gpu", "cuda"):
+        return f"needs an NVIDIA Hopper GPU, this is {kind or platform}"
+    if not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
+        return f"needs an NVIDIA Hopper GPU (compute capability 9.0), this is {kind}"
+    return None
+
+
+def unsupported(query: jax.Array, kv: jax.Array) -> str | None:
+    """Why the kernels cannot run these inputs here, or None."""
+    return device_reason() or mosaic_hopper.unsupported_reason(query, kv)
+
+
+def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None, out_dtype=None):
+    """See `flash.backends`."""
+    axes = varying_axes(query, kv, key_start, key_end, carry)
+    partial = mosaic_hopper.forward(
+        query, kv, key_start, key_end, carry, scale=scale, logits_soft_cap=logits_soft_cap, out_dtype=out_dtype or jnp.float32
+    )
+    return pcast_to(partial, axes)
+
+
+def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_soft_cap=None):
+    """See `flash.backends`."""
+    axes = varying_axes(query, kv, key_start, key_end, lse, delta, dout)
+    head_size = query.shape[-1]
+    key, value = unpack(kv, head_size)
+    value_size = value.shape[-1]
+    padded = bool(head_size % _HEAD_MULTIPLE or value_size % _HEAD_MULTIPLE)
+    if padded:
+        query, key, value, dout = (_pad_heads(x) for x in (query, key, value, dout))
+        kv = pack(key, value)
+    dq, dkv = mosaic_hopper_backward.backward(
+        query, kv, key_start, key_end, lse, delta, dout.astype(query.dtype), scale=scale, logits_soft_cap=logits_soft_cap
+    )
+    if padded:
+        dk, dv = unpack(dkv, query.shape[-1])
+        dq, dkv = dq[..., :head_size], pack(dk[..., :head_size], dv[..., :value_size])
+    return pcast_to((dq, dkv), axes)
+
+
+def _pad_heads(x):
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _HEAD_MULTIPLE)])
