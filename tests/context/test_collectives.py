@@ -89,6 +89,27 @@ def test_the_ring_rotates_one_packed_array(unrolled):
     assert set(collectives(forward)) == set(collectives(backward)) == {("collective-permute", packed)}
 
 
+def test_backward_rotates_again_instead_of_keeping_every_hop(unrolled):
+    """In one program with the forward, barriers keep XLA from merging the two rotations of KV (and all KV alive)."""
+    mesh = make_mesh(context=C)
+    context = ContextParallel("context", layout="zigzag", mesh=mesh, strategy="ring")
+    x = jax.ShapeDtypeStruct((B, S, K, H), jnp.float32, sharding=NamedSharding(mesh, P(None, "context")))
+    loss = lambda q, k, v: jnp.sum(ring_jax.ring_attention(q, k, v, is_causal=True, context=context) ** 2)  # noqa: E731
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x)
+    # One barrier ahead of every hop but the first, forward and backward, and one that ties KV to the cotangent.
+    assert lowered.as_text().count("stablehlo.optimization_barrier") == 2 * (C - 1) + 1
+    if jax.__version_info__ >= (0, 11):  # XLA's CPU compiler of jax 0.10 drops barriers before it merges
+        assert count(lowered.compile()) == {"collective-permute": (C - 1) + (2 * C - 1)}
+
+
+def test_head_axis_needs_no_further_collective():
+    mesh = make_mesh(tensor=2, context=2)
+    context = ContextParallel("context", layout="zigzag", head_axis="tensor", mesh=mesh, strategy="ring")
+    x = jax.ShapeDtypeStruct((B, S, K, H), jnp.float32, sharding=NamedSharding(mesh, P(None, "context", "tensor")))
+    attend = lambda q, k, v: ring_jax.ring_attention(q, k, v, is_causal=True, context=context)  # noqa: E731
+    assert collectives(jax.jit(attend).lower(x, x, x).compile()) == [("collective-permute", f"f32[2,{B},{S // 2},{K // 2},{H}]")]
+
+
 def test_long_rings_are_scanned():
     """The scan form has the first hop, the loop's body and the last hop, whatever C is."""
     mesh = make_mesh(context=8)
