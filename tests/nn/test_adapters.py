@@ -153,7 +153,7 @@ def test_dtype_is_honoured():
         {"force_fp32_for_softmax": True},
         {"promote_dtype": nnx.nn.dtypes.promote_dtype},
     ],
-    ids=str,
+    ids=["deterministic", "precision", "precision pair", "float32 softmax", "promote_dtype"],
 )
 def test_harmless_arguments_are_accepted(options):
     arrays, attend = qkv(1), context("contiguous").attention_fn()
