@@ -114,7 +114,10 @@ def _chunked(operands, *, scale, initial_state, segment_ids, outputs: bool):
 
 
 def _group(state, operands, documents, *, scale: float, dtype, outputs: bool):
-    """One group of chunks. A state wider than d_v goes through it without being written to there. Axes: c chunk, b batch, k key head, r value heads of it, l and m tokens, d and v sizes."""
+    """One group of chunks. A state wider than d_v goes through it without being written to there.
+
+    Axes: c chunk, b batch, k key head, r value heads of it, l and m tokens, d and v sizes.
+    """
     query, key, value, log_decay, beta = operands
     q = jnp.einsum("cblkd->cbkld", query).astype(dtype) * scale
     k = jnp.einsum("cblkd->cbkld", key).astype(dtype)

@@ -50,6 +50,7 @@ def run(
         params: pytree of what the layers need, the same on all ranks (close over no traced arrays).
         x: [B, T, ...] (or a pytree of such) in the order of `context.layout`.
         context: the mesh axes and the layout. Inside a shard_map that is manual over the axis, all arrays are local.
+            Heads are not split over `head_axis` here: ranks along it do the same work.
         way: "batch", "head", "state", or "auto": the cheapest that can run, by `plan.choose_way`, which needs `shape`.
         shape: of the run, for "auto" (batch and length are filled in from x).
         caches: pytree with the batch first (`GDNCache`s), the same on all context ranks; None to begin.
@@ -180,10 +181,7 @@ def _resolve_way(way: str, shape: GDNShape | None, rows: int, shard: Shard) -> s
         if shard.ranks == 1:
             return "batch"
         if shape is None:
-            raise ValueError(
-                "way='auto' weighs bytes against FLOPs: pass shape=GDNShape(...), or name one of "
-                f"{WAYS}"
-            )
+            raise ValueError(f"way='auto' weighs bytes against FLOPs: pass shape=GDNShape(...), or name one of {WAYS}")
         shape = dataclasses.replace(shape, batch=rows, length=shard.length)
         return choose_way(shape, shard.ranks, shard.layout)[0]
     if way == "state":

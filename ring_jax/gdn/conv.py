@@ -8,7 +8,6 @@ a tail of zeros is no tail. Padding (negative segment ids) before and between do
 stands right before the first valid token.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -69,7 +68,9 @@ def check_convolution(x, weight, tail, segment_ids) -> None:
         )
     expected = (x.shape[0], weight.shape[0] - 1, x.shape[2])
     if tail is not None and (tail.shape != expected or tail.dtype != x.dtype):
-        raise ValueError(f"tail must be {x.dtype} {expected} (the last width - 1 inputs), got {tail.dtype} {tail.shape}")
+        raise ValueError(
+            f"tail must be {x.dtype} {expected} (the last width - 1 inputs), got {tail.dtype} {tail.shape}"
+        )
     check_segments(segment_ids, *x.shape[:2])
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int
 from ring_jax.context.shard import axis_to_seq
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import widened
-from ring_jax.gdn.spread import HeadSplit, OneDevice, Spread
+from ring_jax.gdn.spread import HeadSplit, Spread
 
 NORM_EPSILON = 1e-6
 
@@ -47,7 +47,10 @@ class GDNCache:
     def empty(cls, batch: int, heads: "Heads", width: int, dtype=jnp.float32) -> "GDNCache":
         """The cache before the first token; `dtype` is that of the activations."""
         return cls(
-            jnp.zeros((batch, heads.value_heads, heads.key_size, heads.value_size), jnp.float64 if dtype == jnp.float64 else jnp.float32),
+            jnp.zeros(
+                (batch, heads.value_heads, heads.key_size, heads.value_size),
+                jnp.float64 if dtype == jnp.float64 else jnp.float32,
+            ),
             jnp.zeros((batch, width - 1, heads.features), dtype),
             jnp.full((batch,), segments.PADDING, jnp.int32),
         )

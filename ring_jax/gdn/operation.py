@@ -92,7 +92,9 @@ def gated_delta_rule(
     if implementation is None:
         implementation = "recurrent" if time <= UNROLLED else "chunked"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}: expected one of {sorted(IMPLEMENTATIONS)} or None")
+        raise ValueError(
+            f"unknown implementation {implementation!r}: expected one of {sorted(IMPLEMENTATIONS)} or None"
+        )
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, dk, dv), state_dtype(query, key, value, log_decay, beta))
     if time == 0:

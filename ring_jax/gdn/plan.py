@@ -16,7 +16,6 @@ from ring_jax.layout import Contiguous, Layout, Zigzag, as_layout
 WAYS = ("batch", "head", "state")
 
 
-
 @dataclass(frozen=True)
 class Rates:
     """Nominal rates that weigh bytes against FLOPs: an H200's float32 (not TF32) products, and NCCL over NVLink.
@@ -114,7 +113,9 @@ def choose_way(
     way = min(able, key=lambda name: able[name].seconds(rates))
     words = []
     for name, cost in found.items():
-        figures = f"{cost.bytes / 2**20:.4g} MiB, {cost.flops / 1e9:.4g} GFLOP, about {cost.seconds(rates) * 1e3:.3g} ms"
+        figures = (
+            f"{cost.bytes / 2**20:.4g} MiB, {cost.flops / 1e9:.4g} GFLOP, about {cost.seconds(rates) * 1e3:.3g} ms"
+        )
         words.append(f"{name}: {cost.obstacle or figures}")
     return way, "; ".join(words)
 

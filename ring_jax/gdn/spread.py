@@ -35,7 +35,9 @@ class Spread(Protocol):
         """Segment ids of the tokens that the layer sees here, [B, T here], negative for padding."""
         ...
 
-    def gated_delta_rule(self, query, key, value, log_decay, beta, *, scale=None, initial_state=None, implementation=None):
+    def gated_delta_rule(
+        self, query, key, value, log_decay, beta, *, scale=None, initial_state=None, implementation=None
+    ):
         """As `ring_jax.gated_delta_rule`, for the tokens here; initial and final state are the whole sequence's."""
         ...
 

@@ -86,7 +86,9 @@ class GatedDeltaNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if num_value_heads % num_key_heads:
-            raise ValueError(f"num_value_heads must be a multiple of num_key_heads: {num_value_heads} and {num_key_heads}")
+            raise ValueError(
+                f"num_value_heads must be a multiple of num_key_heads: {num_value_heads} and {num_key_heads}"
+            )
         if projections not in PROJECTIONS:
             raise ValueError(f"unknown projections {projections!r}: expected one of {PROJECTIONS}")
         self.features = features

@@ -73,7 +73,7 @@ def numpy_rule(query, key, value, log_decay, beta, state, segment_ids=None, scal
     return out, state
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _value_and_gradients(implementation):
     def loss(arrays, weights, segment_ids):
         *inputs, state = arrays

@@ -17,8 +17,9 @@ HEADS, WIDTH, CONV, RANKS = Heads(8, 16, 16, 8), 128, 4, 4
 LAYERS = 2
 
 
-def compiled(way, *, time=512, batch=4, layout="zigzag", data_axis=False, gradient=False, width=WIDTH, ranks=RANKS):
-    """A run of two mixers with a residual and an MLP each; per-rank batch is `batch`."""
+@functools.cache
+def moved(way, *, time=512, batch=4, layout="zigzag", data_axis=False, gradient=False, width=WIDTH, ranks=RANKS):
+    """The collectives of a run of two mixers with a residual and an MLP each; `batch` rows on each context group."""
     names, sizes = (("data", "context"), (2, ranks)) if data_axis else (("context",), (ranks,))
     types = (jax.sharding.AxisType.Auto,) * len(names)
     mesh = jax.make_mesh(sizes, names, axis_types=types, devices=jax.devices("cpu")[: int(np.prod(sizes))])
@@ -58,7 +59,7 @@ def compiled(way, *, time=512, batch=4, layout="zigzag", data_axis=False, gradie
         return (forward(params, x, caches)[0] ** 2).sum()
 
     program = jax.grad(loss, argnums=(0, 1)) if gradient else forward
-    return jit(program).lower(params, array(tokens, rows, time, width), [cache] * LAYERS).compile()
+    return collectives(jit(program).lower(params, array(tokens, rows, time, width), [cache] * LAYERS).compile())
 
 
 def of_sequence_length(found, time, width=WIDTH):
@@ -69,7 +70,7 @@ def of_sequence_length(found, time, width=WIDTH):
 @pytest.mark.parametrize("data_axis", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_batch_moves_activations_twice_per_run(data_axis, gradient):
-    found = collectives(compiled("batch", data_axis=data_axis, gradient=gradient))
+    found = moved("batch", data_axis=data_axis, gradient=gradient)
     assert kinds(found)["all-to-all"] == (4 if gradient else 2)
     others = [c for c in found if c[0] != "all-to-all"]
     assert of_sequence_length(others, 512) == []
@@ -78,12 +79,9 @@ def test_batch_moves_activations_twice_per_run(data_axis, gradient):
             assert size == 512 * WIDTH * 4, "one row of four, whole"
 
 
-@pytest.mark.parametrize("data_axis", [False, True])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("data_axis, layout", [(False, "zigzag"), (True, "contiguous")])
 def test_state_moves_nothing_of_sequence_length(data_axis, layout):
-    short, long = (
-        collectives(compiled("state", time=time, layout=layout, data_axis=data_axis)) for time in (512, 1024)
-    )
+    short, long = (moved("state", time=time, layout=layout, data_axis=data_axis) for time in (512, 1024))
     assert sorted(short) == sorted(long)
     folds, batch = (1 if layout == "contiguous" else 2), 4
     pair = batch * HEADS.value_heads * HEADS.key_size * (HEADS.key_size + HEADS.value_size) * 4
@@ -101,7 +99,7 @@ def test_state_moves_nothing_of_sequence_length(data_axis, layout):
 @pytest.mark.parametrize("gradient", [False, True])
 def test_state_by_scan_moves_one_pair_per_step(gradient):
     """Eight ranks: log2(8) steps and a hand-over, each at most one pair, and no gather at all."""
-    found = collectives(compiled("state", time=512, ranks=8, batch=1, gradient=gradient))
+    found = moved("state", time=512, ranks=8, batch=1, gradient=gradient)
     pair = HEADS.value_heads * HEADS.key_size * (HEADS.key_size + HEADS.value_size) * 4
     assert kinds(found)["all-gather"] == kinds(found)["all-to-all"] == 0
     permutes = [size for kind, size in found if kind == "collective-permute"]
@@ -113,7 +111,7 @@ def test_state_by_scan_moves_one_pair_per_step(gradient):
 @pytest.mark.parametrize("width, kind", [(64, "all-gather"), (1024, "all-to-all")])
 def test_head_moves_what_is_smaller(width, kind):
     """The layer input is gathered where it is narrow, projections are split where it is wide."""
-    found = of_sequence_length(collectives(compiled("head", width=width, batch=1)), 512, 64)
+    found = of_sequence_length(moved("head", width=width, batch=1), 512, 64)
     split = (HEADS.features + 2 * HEADS.value_heads) // RANKS * 512 * 4
     outputs = HEADS.parts[2] // RANKS * 512 * 4
     inputs = ("all-gather", width * 512 * 4) if kind == "all-gather" else ("all-to-all", split)
@@ -123,7 +121,7 @@ def test_head_moves_what_is_smaller(width, kind):
 @pytest.mark.parametrize("way", ["batch", "head", "state"])
 def test_cost_function_counts_the_bytes_of_the_program(way):
     """`costs` counts what a rank receives of what the program's collectives deliver (its own part stays)."""
-    found = collectives(compiled(way, batch=4))
+    found = moved(way, batch=4)
     shape = GDNShape(4, 512, HEADS, WIDTH, CONV, LAYERS, itemsize=4)
     activations = sum(size for kind, size in found if kind == "all-to-all" or size >= 512 * WIDTH * 4 or way == "state")
     remote = (RANKS - 1) / RANKS

@@ -36,7 +36,7 @@ PAIRWISE = pairwise(("batch", "head", "state"), ("contiguous", "zigzag"), RANKS,
 CASES = [case if case in PAIRWISE else pytest.param(*case, marks=pytest.mark.slow) for case in FULL]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def context_of(ranks, layout, batch_axis=None):
     axes = ("context",) if batch_axis is None else (batch_axis, "context")
     shape = (ranks,) if batch_axis is None else (2, ranks)
@@ -105,7 +105,7 @@ def losses(mixer):
     return jit(jax.value_and_grad(loss, has_aux=True))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def unsharded():
     return losses(lambda weights, x, cache, ids: mix(weights, x, cache, OneDevice(ids), "reference"))
 
@@ -171,25 +171,37 @@ def test_packed(way, layout, ranks, batch):
     check_way(way, layout, ranks, batch, 48, ("borders", "short", "padded"))
 
 
-@pytest.mark.parametrize("way, layout, ranks, batch", [("batch", "zigzag", 3, 1), ("head", "contiguous", 2, 1)])
+@pytest.mark.parametrize(
+    "way, layout, ranks, batch",
+    [
+        ("head", "contiguous", 2, 1),
+        ("state", "zigzag", 8, 1),
+        pytest.param("batch", "zigzag", 3, 1, marks=pytest.mark.slow),
+        pytest.param("state", "contiguous", 3, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_one_document(way, layout, ranks, batch):
+    """Without segment ids: another program."""
     check_way(way, layout, ranks, batch, 48, (None,))
 
 
-@pytest.mark.parametrize("layout, ranks", [("contiguous", 3), ("zigzag", 8)])
-def test_one_document_by_states(layout, ranks):
-    check_way("state", layout, ranks, 1, 48, (None,))
-
-
 @pytest.mark.parametrize(
-    "layout, patterns", [("zigzag", (None,)), ("zigzag", ("short", "padded")), ("contiguous", ("short", "padded"))]
+    "layout, patterns",
+    [
+        ("zigzag", ("short", "padded")),
+        ("contiguous", (None,)),
+        pytest.param("zigzag", (None,), marks=pytest.mark.slow),
+        pytest.param("contiguous", ("borders", "short", "padded"), marks=pytest.mark.slow),
+    ],
 )
 def test_chunks_shorter_than_the_halo(layout, patterns):
     """One token (zigzag) or two (contiguous) a chunk, with a halo of four: several hops."""
     check_way("state", layout, 8, 2, 16, patterns)
 
 
-@pytest.mark.parametrize("way, layout", [("batch", Striped()), ("head", Zigzag(block=2))])
+@pytest.mark.parametrize(
+    "way, layout", [("batch", Zigzag(block=2)), pytest.param("head", Striped(), marks=pytest.mark.slow)]
+)
 def test_fine_layouts(way, layout):
     check_way(way, layout, 4, 2, 48, ("borders",))
 
@@ -247,7 +259,7 @@ def _split_inputs():
     return weights, x, GDNCache(state, tail, np.array([0, -1], np.int32)), ids
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _split_expected():
     weights, x, cache, ids = _split_inputs()
     return jit(lambda: mix(weights, x, cache, OneDevice(ids), "reference"))()
@@ -281,20 +293,22 @@ def test_split_anywhere(way):
         np.testing.assert_array_equal(end.segment, [0, 8])
 
 
-@pytest.mark.parametrize("first, second", [("batch", "state"), ("state", "head")])
-def test_cut_arrays_and_change_the_way(first, second):
-    """A sequence that is really cut, continued under another way and layout, and its last token decoded in one place."""
+def test_cut_arrays_and_change_the_way():
+    """A sequence that is really cut, each piece under another way and layout, and its last token decoded in one place:
+    what one way leaves, any other continues."""
     (weights, x, state, tail), _ = make_inputs(Heads(4, 4, 8, 4), 1, 60)
-    start = GDNCache(jnp.asarray(state), jnp.asarray(tail), jnp.array([-1]))
-    expected, expected_cache = jit(lambda x, cache: mix(weights, x, cache, OneDevice(), "reference"))(x, start)
-    cache, outs = start, []
-    for way, layout, piece in ((first, "zigzag", x[:, :29]), (second, "contiguous", x[:, 29:59])):
+    cache = GDNCache(jnp.asarray(state), jnp.asarray(tail), jnp.array([-1]))
+    expected, expected_cache = jit(lambda x, cache: mix(weights, x, cache, OneDevice(), "reference"))(x, cache)
+    outs = []
+    for way, layout, (start, end) in zip(
+        ("batch", "state", "head"), ("zigzag", "contiguous", "zigzag"), ((0, 17), (17, 42), (42, 59)), strict=True
+    ):
         context = context_of(4, layout)
         layer = lambda weights, x, cache, spread: mix(weights, x, cache, spread)  # noqa: E731
-        options = dict(context=context, way=way, seq_len=piece.shape[1])
+        options = dict(context=context, way=way, seq_len=end - start)
         program = jit(lambda x, cache, layer=layer, options=options: run(layer, weights, x, caches=cache, **options))
-        out, cache = program(context.to_layout(jnp.asarray(piece)), cache)
-        outs.append(np.asarray(context.from_layout(out, piece.shape[1])))
+        out, cache = program(context.to_layout(jnp.asarray(x[:, start:end])), cache)
+        outs.append(np.asarray(context.from_layout(out, end - start)))
     out, cache = jit(lambda x, cache: mix(weights, x, cache, OneDevice()))(x[:, 59:], jax.tree.map(np.asarray, cache))
     assert relative(np.concatenate([*outs, out], axis=1), expected) <= BOUND
     assert relative(cache.state, expected_cache.state) <= BOUND
@@ -314,7 +328,7 @@ def test_entering_states(ranks, folds, gather):
         expected.append(state)
         state = matrix @ state + update
     layout = Contiguous() if folds == 1 else Zigzag()
-    held = order(ContextParallel("context", layout=layout), count * 2, ranks)[:: 2] // 2
+    held = order(ContextParallel("context", layout=layout), count * 2, ranks)[::2] // 2
     context = context_of(ranks, layout)
     chunks = Chunks("context", ranks, folds, 2)
     local = lambda m, u, s: chunks.entering(m, u, s, gather=gather)  # noqa: E731

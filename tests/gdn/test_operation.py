@@ -59,9 +59,7 @@ def test_float64_at_8192_tokens(implementation, decay):
     check_gradients(gradients, expected)
 
 
-@pytest.mark.parametrize(
-    "time, packed", [(1, True), (5, False), (16, True), (33, True), (65, False), (1029, True)]
-)
+@pytest.mark.parametrize("time, packed", [(1, True), (5, False), (16, True), (33, True), (65, False), (1029, True)])
 def test_any_length(time, packed):
     arrays = operands(time, 2, time, 1, 2, 8, 4, "mixed")
     ids = np.sort(np.random.default_rng(2).integers(0, 5, size=(2, time)), axis=1).astype(np.int32) if packed else None
@@ -104,12 +102,12 @@ def test_split_anywhere(implementation):
     @jax.vmap
     def split(t):
         first = jnp.arange(time) < t
-        run = lambda mask, state: gated_delta_rule(  # noqa: E731
-            *arrays[:5],
-            initial_state=state,
-            segment_ids=jnp.where(mask, 0, -1)[None],
-            implementation=implementation,
-        )
+
+        def run(mask, state):
+            ids = jnp.where(mask, 0, -1)[None]
+            options = dict(initial_state=state, segment_ids=ids, implementation=implementation)
+            return gated_delta_rule(*arrays[:5], **options)
+
         early, state = run(first, arrays[5])
         late, state = run(~first, state)
         return early + late, state
@@ -139,9 +137,7 @@ def test_split_arrays(cuts):
 def test_half_precision_keeps_float32_states(implementation, dtype):
     arrays = [jnp.asarray(x) for x in operands(6, 1, 200, 1, 2, 8, 4)]
     half = [x.astype(dtype) for x in arrays[:3]] + [arrays[3], arrays[4].astype(dtype), arrays[5]]
-    out, state = jit(
-        lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], implementation=implementation)
-    )(*half)
+    out, state = jit(lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], implementation=implementation))(*half)
     assert out.dtype == dtype and state.dtype == jnp.float32
     expected_out, expected_state = numpy_rule(*(np.asarray(x.astype(jnp.float32)) for x in half))
     assert relative(state, expected_state) <= BOUND

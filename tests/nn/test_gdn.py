@@ -21,7 +21,7 @@ def make(projections="separate", seed=0, **options):
     layer.A_log[...] = jnp.asarray(np.log(4 * rng.uniform(size=4) + 0.01), jnp.float32)
     layer.dt_bias[...] = jnp.asarray(rng.normal(-2, 1, size=4), jnp.float32)
     layer.norm[...] = jnp.asarray(1 + rng.uniform(-0.2, 0.2, size=6), jnp.float32)
-    layer.conv[...] = jnp.asarray(rng.normal(0, 0.5, size=layer.conv.shape), jnp.float32)
+    layer.conv[...] = jnp.asarray(rng.normal(0, 0.5, size=layer.conv.shape), layer.conv.dtype)
     return layer
 
 
@@ -120,7 +120,9 @@ def test_padding_behind_is_named_by_seq_len():
     assert relative(cache.state, state) <= BOUND
 
 
-@pytest.mark.parametrize("way, layout", [("batch", "zigzag"), ("head", "contiguous"), ("state", "zigzag"), ("auto", "zigzag")])
+@pytest.mark.parametrize(
+    "way, layout", [("batch", "zigzag"), ("head", "contiguous"), ("state", "zigzag"), ("auto", "zigzag")]
+)
 def test_over_context_ranks(way, layout):
     mesh = jax.make_mesh((2,), ("context",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     context = ContextParallel("context", layout=layout, mesh=mesh)
