@@ -25,6 +25,7 @@ COL = plgpu.Layout.WGMMA.reduce(0)  # one value per column
 
 
 def splits_by_role(H: int, Hv: int) -> bool:
+    """Whether dK and dV of 64 keys are too wide for the registers of one warpgroup."""
     return H + Hv > 256
 
 
@@ -55,6 +56,9 @@ class BackwardConfig:
             raise ValueError(f"block_kv_dq must be a multiple of 16 in [16, 256], got {self.block_kv_dq=}")
         if self.stages < 1 or self.slots < 2:
             raise ValueError(f"need at least one stage and two slots, got {self.stages=}, {self.slots=}")
+        # A program starts with 168 registers a thread in three warpgroups; setmaxnreg waits for ever on more than that.
+        if self.feed_registers % 8 or not 24 <= self.feed_registers <= 168:
+            raise ValueError(f"feed_registers must be a multiple of 8 in [24, 168], got {self.feed_registers=}")
 
     def check(self, H: int, Hv: int) -> None:
         """Raises ValueError where the tiles do not fit shared memory."""
@@ -72,7 +76,7 @@ class BackwardConfig:
 
 
 def default_config(H: int, Hv: int) -> BackwardConfig:
-    """The measured best for head sizes (H, Hv)."""
+    """Tiles for head sizes (H, Hv). Those of head size 128 were timed on an H200; the others only fit and do not spill."""
     widest = max(H, Hv)
     if H != Hv and widest > 128:
         return BackwardConfig(block_q_dkv=64, stages=2, block_kv_dq=64, slots=2)

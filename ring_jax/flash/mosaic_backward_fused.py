@@ -25,8 +25,7 @@ _COLUMNS = 64  # of dQ at a time: all of them would take registers that dK and d
 
 
 def _compute_registers(config) -> int:
-    """Of each of the two compute warpgroups. A program starts with 168 registers a thread, in three warpgroups: asking for
-    more than is in that pool waits for ever."""
+    """Of each of the two compute warpgroups: what the pool of 168 registers a thread, in three warpgroups, leaves."""
     return (3 * 168 - config.feed_registers) // 16 * 8
 
 

@@ -75,8 +75,14 @@ def backward(
         lse: [B, T, N] float32, natural logarithm; -inf on rows that see nothing.
         delta: [B, T, N] float32, rowsum(dO . O) - dLSE.
         dout: [B, T, N, Hv], the query's dtype.
+        scale: factor of the logits.
+        logits_soft_cap: cap, for cap * tanh(logits / cap).
+        deterministic: gradients repeat bit by bit. False allows the fused form, where the config asks for it.
+        config: tile sizes; None takes `default_config`.
+
     Returns:
-        dq [B, T, N, H] and dkv like kv, both float32.
+        dq [B, T, N, H] and dkv like kv, both float32. Rows that see nothing get zeros.
+
     Raises:
         NotImplementedError: see `unsupported_reason`.
         ValueError: the config does not fit.
@@ -120,12 +126,13 @@ def _to_eight(x, axis, mode="constant"):
 def _prepare_rows(problem, key_start, key_end, lse, delta):
     """Per-row values as TMA wants them: sequence last, padded to whole tiles.
 
-    Returns stats [B, N, 2, T'] float32 (LSE in base 2, delta) and bounds [B, 2, T'] int32. A row that sees nothing, and
-    padding, gets LSE = +inf: its P = exp2(S - LSE) is 0 without a mask.
+    Returns stats [B, N, 2, T'] float32 (LSE in base 2, delta) and bounds [B, 2, T'] int32. A row without any key in the
+    whole attention, and padding, gets LSE = +inf: its P = exp2(S - LSE) is 0 without a mask. The stats do not depend on
+    the bounds, so that the hops of a ring share them.
     """
     # Otherwise XLA fuses the caller's reduction over heads into this transposition, which then takes a millisecond.
     lse, delta = lax.optimization_barrier((lse, delta))
-    live = (key_start < key_end)[..., None] & (lse > -jnp.inf)
+    live = lse > -jnp.inf
     stats = jnp.stack([jnp.where(live, lse * LOG2E, jnp.inf), jnp.where(live, delta, 0.0)], axis=1)  # [B, 2, T, N]
     pad = -problem.T % 128
     stats = lax.pad(stats.transpose(0, 3, 1, 2), jnp.float32(jnp.inf), [(0, 0, 0)] * 3 + [(0, pad, 0)])
@@ -135,25 +142,30 @@ def _prepare_rows(problem, key_start, key_end, lse, delta):
 
 
 def _row_tiles(problem, key_start, key_end, tile):
-    """Extremes of the bounds over the live rows of each query tile: four arrays [B, tiles], and whether any row lives."""
+    """Extremes of the bounds over the rows of each query tile, five arrays [B, tiles].
+
+    Min start and max end of the rows that see a key here, which is what a tile must visit; whether there is one; max
+    start and min end of all rows, which no key tile lies between where some row sees nothing: that row needs the mask.
+    """
     pad = [(0, 0), (0, -problem.T % tile)]
-    start, end = jnp.pad(key_start, pad), jnp.pad(key_end, pad)
-    start, end = (x.reshape(problem.B, -1, tile) for x in (start, end))
+    rows = (problem.B, -1, tile)
+    start, end = (jnp.pad(x, pad).reshape(rows) for x in (key_start, key_end))
+    exists = jnp.pad(jnp.ones((1, problem.T), bool), pad).reshape(1, -1, tile)
     live = start < end
     none = problem.S
     return (
         jnp.min(jnp.where(live, start, none), axis=-1),
-        jnp.max(jnp.where(live, start, 0), axis=-1),
-        jnp.min(jnp.where(live, end, none), axis=-1),
         jnp.max(jnp.where(live, end, 0), axis=-1),
         jnp.any(live, axis=-1),
+        jnp.max(jnp.where(exists, start, 0), axis=-1),
+        jnp.min(jnp.where(exists, end, none), axis=-1),
     )
 
 
 def _dq_table(problem, key_start, key_end):
     """[B, query tiles, 4] int32: the KV tiles [first, last) that a query tile visits, and [u, v) that need no mask."""
     block = problem.config.block_kv_dq
-    min_start, max_start, min_end, max_end, live = _row_tiles(problem, key_start, key_end, WGS * ROWS)
+    min_start, max_end, live, max_start, min_end = _row_tiles(problem, key_start, key_end, WGS * ROWS)
     last = jnp.where(live, pl.cdiv(max_end, block), 0)
     first = jnp.minimum(min_start // block, last)
     u = jnp.clip(pl.cdiv(max_start, block), first, last)
@@ -165,7 +177,7 @@ def _dkv_table(problem, key_start, key_end):
     """[B, KV tiles, 4] int32: the query tiles [first, last) that a KV tile visits, and [u, v) that need no mask."""
     block = ROWS if splits_by_role(problem.H, problem.Hv) else WGS * ROWS
     extremes = _row_tiles(problem, key_start, key_end, problem.config.block_q_dkv)
-    min_start, max_start, min_end, max_end, live = (x[:, None, :] for x in extremes)
+    min_start, max_end, live, max_start, min_end = (x[:, None, :] for x in extremes)
     tiles = live.shape[-1]
     low = (jnp.arange(pl.cdiv(problem.S, block), dtype=jnp.int32) * block)[None, :, None]
     index = jnp.arange(tiles, dtype=jnp.int32)
@@ -174,7 +186,7 @@ def _dkv_table(problem, key_start, key_end):
     last = jnp.max(jnp.where(meets, index + 1, 0), axis=-1)
     first = jnp.minimum(first, last)
     inside = (index >= first[..., None]) & (index < last[..., None])
-    full = inside & (~live | ((max_start <= low) & (min_end >= low + block)))
+    full = inside & (max_start <= low) & (min_end >= low + block)
     u = jnp.minimum(jnp.min(jnp.where(full, index, tiles), axis=-1), last)
     v = jnp.min(jnp.where(inside & ~full & (index >= u[..., None]), index, last[..., None]), axis=-1)
     return jnp.stack([first, last, u, jnp.maximum(u, v)], axis=-1).astype(jnp.int32)

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from ring_jax.flash import mosaic_compat
 from ring_jax.flash import mosaic_hopper_backward as hopper
+from ring_jax.flash.mosaic_backward_common import Problem, default_config
 from ring_jax.flash.packed import pack, unpack
 
 Config = hopper.BackwardConfig
@@ -198,6 +199,33 @@ def lower(case, f, mesh_axis=None):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize("H", [64, 256])
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "documents", "empty", "random"])
+def test_tiles_that_are_visited_and_tiles_that_go_unmasked(H, mask):
+    case = Case(T=472, S=376, mask=mask, H=H, Hv=H)
+    config = default_config(H, H)
+    problem = Problem(1, case.T, case.S, 1, 1, H, H, False, jnp.dtype(case.dtype), 1.0, None, config)
+    start, end = case.bounds(np.random.default_rng(0))
+    keys = np.arange(case.S)
+    visible = (keys >= np.asarray(start)[0, :, None]) & (keys < np.asarray(end)[0, :, None])
+
+    def tile(i, j, rows, columns):
+        return visible[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns], (j + 1) * columns <= case.S
+
+    def check_span(span, tiles):
+        first, last, u, v = (int(x) for x in span)
+        for n, (seen, whole) in enumerate(tiles):
+            assert first <= n < last or not seen.any()
+            assert not u <= n < v or (seen.all() and whole)
+
+    q_rows, kv_rows = config.block_q_dkv, 64 if H == 256 else 128
+    q_tiles, kv_tiles = -(-case.T // q_rows), -(-case.S // config.block_kv_dq)
+    for i, span in enumerate(np.asarray(hopper._dq_table(problem, start, end))[0]):
+        check_span(span, [tile(i, j, 128, config.block_kv_dq) for j in range(kv_tiles)])
+    for j, span in enumerate(np.asarray(hopper._dkv_table(problem, start, end))[0]):
+        check_span(span, [tile(i, j, q_rows, kv_rows) for i in range(q_tiles)])
+
+
 SMALL = Config(block_q_dkv=64, stages=2, block_kv_dq=64, slots=2)
 
 
@@ -205,8 +233,8 @@ SMALL = Config(block_q_dkv=64, stages=2, block_kv_dq=64, slots=2)
 @pytest.mark.parametrize(
     "case",
     [
-        Case(T=136, S=200, N=2, mask="random", soft_cap=5.0, config=SMALL),
-        Case(T=200, S=136, mask="empty", blocks=1, dtype="float16", config=SMALL),
+        Case(T=136, S=256, N=2, mask="random", soft_cap=5.0, blocks=2, config=SMALL),
+        Case(T=200, S=136, mask="empty", dtype="float16", config=SMALL),
         Case(T=70, S=128, H=256, Hv=256, mask="window", config=SMALL),
     ],
     ids=str,
