@@ -21,12 +21,13 @@ from ring_jax.flash import reference
 from ring_jax.flash.packed import pack
 
 
-def stack(context, is_causal: bool, layers: int, gradients: bool):
+def stack(context, is_causal: bool, layers: int, gradients: bool, implementation: str | None = None):
     """f(query, keys [L, ...], values [L, ...]): `layers` attention layers, each reading the last one's output."""
 
     def forward(query, keys, values):
         def layer(query, kv):
-            return ring_jax.ring_attention(query, *kv, is_causal=is_causal, context=context), None
+            out = ring_jax.ring_attention(query, *kv, is_causal=is_causal, context=context, implementation=implementation)
+            return out, None
 
         return jax.lax.scan(layer, query, (keys, values), length=layers)[0]
 
@@ -53,7 +54,9 @@ def draw(context, length, heads, kv_heads, head_size, layers, dtype=jnp.bfloat16
     )
 
 
-def check(ranks: int, strategy: str, heads: int, kv_heads: int, head_size: int, length: int = 1000) -> float:
+def check(
+    ranks: int, strategy: str, heads: int, kv_heads: int, head_size: int, length: int = 1000, implementation: str | None = None
+) -> float:
     """Relative L2 error of out and all gradients (the worst) against the float32 reference; length does not divide."""
     context = make_context(ranks, strategy)
     rng = jax.random.split(jax.random.key(7), 4)
@@ -62,7 +65,7 @@ def check(ranks: int, strategy: str, heads: int, kv_heads: int, head_size: int, 
 
     def ours(query, key, value):
         laid = (context.to_layout(x) for x in (query, key, value))
-        out = ring_jax.ring_attention(*laid, is_causal=True, context=context, seq_len=length)
+        out = ring_jax.ring_attention(*laid, is_causal=True, context=context, seq_len=length, implementation=implementation)
         return context.from_layout(out, length)
 
     def theirs(query, key, value):
@@ -101,13 +104,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="bidirectional instead of causal")
+    parser.add_argument("--implementation", help="block backend (default: what ring_jax picks)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no new measurement after this long")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
     begin, rows = time.perf_counter(), []
     shape = (args.heads, args.kv_heads, args.head_size)
     for strategy in args.strategies:
-        error = check(max(args.ranks), strategy, *shape)
+        error = check(max(args.ranks), strategy, *shape, implementation=args.implementation)
         print(f"check {strategy}, {max(args.ranks)} ranks, 1000 tokens: worst relative error {error:.1e}", flush=True)
         if not error < 2e-2:
             raise SystemExit(f"{strategy} disagrees with the reference: {error}")
@@ -119,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
                 if time.perf_counter() - begin > args.seconds:
                     break
                 context = make_context(ranks, strategy)
-                f = stack(context, not args.full, args.layers, gradients)
+                f = stack(context, not args.full, args.layers, gradients, args.implementation)
                 ms = milliseconds(f, draw(context, length, *shape, args.layers), args.layers, args.repeats)
                 base = base or ms
                 flops = 4 * length**2 * args.heads * args.head_size * (1 if args.full else 0.5) * (3.5 if gradients else 1)

@@ -42,7 +42,7 @@ def make_spec(query, kv, scale, logits_soft_cap, implementation) -> Spec:
         logits_soft_cap = _static("logits_soft_cap", logits_soft_cap)
         if logits_soft_cap <= 0:
             raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
-    return Spec(select(implementation, query, kv), scale, logits_soft_cap)
+    return Spec(select(implementation, query, kv, logits_soft_cap), scale, logits_soft_cap)
 
 
 def _static(name: str, value) -> float:

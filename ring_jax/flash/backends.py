@@ -33,19 +33,21 @@ class Backend:
     unroll: int = 2
     # Why it cannot run these shapes here, or None. Takes (query, kv).
     unsupported: Callable[[jax.Array, jax.Array], str | None] = lambda query, kv: None
+    # Why implementation=None should not pick it although it could run, or None. Takes (query, kv, logits_soft_cap).
+    avoid: Callable[[jax.Array, jax.Array, float | None], str | None] = lambda query, kv, logits_soft_cap: None
 
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend("reference", reference.forward, reference.backward),
     "xla": Backend("xla", xla.forward, xla.backward),
-    "mosaic": Backend("mosaic", mosaic.forward, mosaic.backward, unroll=8, unsupported=mosaic.unsupported),
+    "mosaic": Backend("mosaic", mosaic.forward, mosaic.backward, unroll=8, unsupported=mosaic.unsupported, avoid=mosaic.unproven),
 }
 
 # What implementation=None tries, best first; the last runs anything.
 _PREFERENCE = ("mosaic", "xla")
 
 
-def select(implementation: str | None, query: jax.Array, kv: jax.Array) -> Backend:
+def select(implementation: str | None, query: jax.Array, kv: jax.Array, logits_soft_cap: float | None = None) -> Backend:
     """The backend that `implementation` names, or the best that runs here for None.
 
     Raises:
@@ -53,7 +55,8 @@ def select(implementation: str | None, query: jax.Array, kv: jax.Array) -> Backe
         NotImplementedError: a named backend cannot run these inputs on this device.
     """
     if implementation is None:
-        return next(b for b in map(BACKENDS.__getitem__, _PREFERENCE) if b.unsupported(query, kv) is None)
+        candidates = (BACKENDS[name] for name in _PREFERENCE)
+        return next(b for b in candidates if not (b.unsupported(query, kv) or b.avoid(query, kv, logits_soft_cap)))
     if implementation not in BACKENDS:
         raise ValueError(f"unknown implementation {implementation!r}: expected None or one of {sorted(BACKENDS)}")
     backend = BACKENDS[implementation]

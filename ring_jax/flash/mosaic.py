@@ -34,6 +34,13 @@ def unsupported(query: jax.Array, kv: jax.Array) -> str | None:
     return device_reason() or mosaic_hopper.unsupported_reason(query, kv)
 
 
+def unproven(query: jax.Array, kv: jax.Array, logits_soft_cap: float | None) -> str | None:
+    """Why these inputs are left to other backends unless "mosaic" is named: values never compared on a GPU, or None."""
+    if query.dtype != jnp.bfloat16 or query.shape[-1] != 128 or kv.ndim != 5 or logits_soft_cap is not None:
+        return "only bfloat16 with head size 128 and no soft cap is compared with the reference on a GPU, forward and backward"
+    return None
+
+
 def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None, out_dtype=None):
     """See `flash.backends`."""
     axes = varying_axes(query, kv, key_start, key_end, carry)

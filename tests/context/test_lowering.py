@@ -1,0 +1,56 @@
+"""Every strategy with the Hopper kernels lowers for CUDA on a machine without a GPU, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+import ring_jax
+from ring_jax.flash.backends import select
+
+
+@pytest.fixture
+def hopper():
+    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    mesh = AbstractMesh((4,), ("context",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield mesh
+
+
+@pytest.mark.parametrize("strategy, blocks", [("ring", 4), ("pass_q", 4), ("all_gather", 1), ("ulysses", 1)])
+def test_strategies_lower_for_cuda(hopper, strategy, blocks):
+    context = ring_jax.ContextParallel("context", layout="zigzag", strategy=strategy)
+    query, key = (jax.ShapeDtypeStruct((1, 1024, n, 128), jnp.bfloat16) for n in (8, 4))
+
+    def attend(q, k, v):
+        return ring_jax.ring_attention(q, k, v, is_causal=True, context=context)
+
+    def gradients(q, k, v, d):
+        return jax.vjp(attend, q, k, v)[1](d)
+
+    def kernels(f, *args):
+        text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("stablehlo.custom_call @mosaic_gpu")
+
+    forward = kernels(attend, query, key, key)
+    assert forward == blocks, "implementation=None must pick the Hopper kernel, unrolled hop by hop"
+    assert kernels(gradients, query, key, key, query) >= 2 * blocks
+
+
+def test_named_kernel_says_why_it_cannot_run_here():
+    x = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
+    bounds = jnp.zeros((1, 8), jnp.int32), jnp.full((1, 8), 8, jnp.int32)
+    with pytest.raises(NotImplementedError, match="implementation='mosaic' cannot run here: needs an NVIDIA Hopper GPU, this is cpu"):
+        ring_jax.flash_attention(x, x, x, *bounds, implementation="mosaic")
+
+
+def test_the_kernel_is_the_default_only_where_it_is_proven(hopper):
+    def chosen(dtype, head_size, cap=None):
+        query, kv = jax.ShapeDtypeStruct((1, 64, 4, head_size), dtype), jax.ShapeDtypeStruct((2, 1, 64, 2, head_size), dtype)
+        return select(None, query, kv, cap).name, select("mosaic", query, kv, cap).name
+
+    assert chosen(jnp.bfloat16, 128) == ("mosaic", "mosaic")
+    for case in ((jnp.float16, 128), (jnp.bfloat16, 64), (jnp.bfloat16, 128, 30.0)):
+        assert chosen(*case) == ("xla", "mosaic")
+    with pytest.raises(NotImplementedError, match="needs bfloat16 or float16, got float32"):
+        chosen(jnp.float32, 128)
