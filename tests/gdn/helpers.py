@@ -111,7 +111,7 @@ def check_gradients(found, expected, bound=GRADIENT_BOUND) -> None:
 
 
 _COLLECTIVE = re.compile(
-    r"= (?P<type>\(?[^=]*?) (?P<kind>all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(-start)?\("
+    r"= (?P<type>.*?) (?P<kind>all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(-start)?\("
 )
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d+)\[(?P<dims>[\d,]*)\]")
 _BYTES = {"pred": 1, "s8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f64": 8, "s64": 8}

@@ -62,6 +62,15 @@ def moved(way, *, time=512, batch=4, layout="zigzag", data_axis=False, gradient=
     return collectives(jit(program).lower(params, array(tokens, rows, time, width), [cache] * LAYERS).compile())
 
 
+def test_training_drops_the_caches():
+    """Without caches in the result, their collectives are gone: what is left sums gradients of parameters."""
+    found = moved("batch", gradient=True)
+    assert set(kinds(found)) == {"all-to-all", "all-reduce"}
+    n, values = HEADS.value_heads, HEADS.parts[2]
+    parameters = WIDTH * (HEADS.features + 2 * n + values + WIDTH) + CONV * HEADS.features + 2 * n
+    assert sum(size for kind, size in found if kind == "all-reduce") == LAYERS * parameters * 4
+
+
 def of_sequence_length(found, time, width=WIDTH):
     """Collectives with at least as many bytes as one row of the layer input on one rank."""
     return [c for c in found if c[1] >= time // RANKS * width * 4]
@@ -72,7 +81,8 @@ def of_sequence_length(found, time, width=WIDTH):
 def test_batch_moves_activations_twice_per_run(data_axis, gradient):
     found = moved("batch", data_axis=data_axis, gradient=gradient)
     assert kinds(found)["all-to-all"] == (4 if gradient else 2)
-    others = [c for c in found if c[0] != "all-to-all"]
+    others = [c for c in found if c[0] not in ("all-to-all", "all-reduce")]
+    assert gradient or kinds(found)["all-reduce"] == 0  # with gradients: those of parameters, see below
     assert of_sequence_length(others, 512) == []
     for kind, size in found:
         if kind == "all-to-all":

@@ -241,6 +241,19 @@ def test_heads_over_a_tensor_axis():
     assert state.sharding.spec == jax.P(None, "tensor")
 
 
+def test_explicit_mesh_and_two_axes():
+    """The ambient mesh, Explicit, with the sequence over two of its axes."""
+    arrays = operands(0, 2, 48, 2, 4, 8, 4)
+    mesh = jax.make_mesh((2, 2), ("outer", "inner"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    context = ContextParallel(("outer", "inner"), layout="contiguous")
+    rule = lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], context=context, way="state")  # noqa: E731
+    with jax.set_mesh(mesh):
+        out, state = jit(rule)(*arrays)
+    expected, expected_state = numpy_rule(*arrays)
+    assert relative(out, expected) <= BOUND
+    assert relative(state, expected_state) <= BOUND
+
+
 def test_inside_the_callers_shard_map():
     arrays = operands(0, 2, 48, 2, 4, 8, 4)
     context = context_of(4, "contiguous")
