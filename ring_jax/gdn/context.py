@@ -93,7 +93,7 @@ def run(
 def gated_delta_rule_across(operands, *, context: ContextParallel, way: str, initial_state, segment_ids, **options):
     """`ring_jax.gated_delta_rule(..., context=...)`: see there. Heads may be sharded over `context.head_axis`."""
     query, key, value, log_decay, beta = operands
-    check_operands(*operands, initial_state, segment_ids)
+    check_operands(query, key, value, log_decay, beta, initial_state, segment_ids)
     ranks, manual = context.ranks(query), context.is_manual
     shard = context.shard(query.shape[1] * (ranks if manual else 1), query)
     mesh = None if manual else context.resolve_mesh(query)

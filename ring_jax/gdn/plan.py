@@ -120,7 +120,7 @@ def choose_way(
     return way, "; ".join(words)
 
 
-def rule_flops(tokens: int, heads: Heads, *, extra: int = 0, outputs: bool = True) -> float:
+def rule_flops(tokens: float, heads: Heads, *, extra: int = 0, outputs: bool = True) -> float:
     """FLOPs of the chunked gated delta rule over `tokens` tokens.
 
     Args:

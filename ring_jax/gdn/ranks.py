@@ -19,7 +19,7 @@ from jax import lax
 
 from ring_jax._vma import align
 from ring_jax.context.shard import Axis, Shard
-from ring_jax.layout import Contiguous
+from ring_jax.layout import Contiguous, Zigzag
 
 GATHER_RANKS = 4  # up to this many ranks, one gather is cheaper than log2(C) + 1 dependent permutes
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -40,12 +40,13 @@ class Chunks:
     @classmethod
     def of(cls, shard: Shard) -> "Chunks":
         """Raises ValueError where the layout cuts the sequence finer than one or two chunks a rank."""
-        blocks = shard.length // max(shard.layout.block_size(shard.length, shard.ranks), 1)
         contiguous = shard.layout == Contiguous() or shard.ranks == 1
-        if not contiguous and blocks != 2 * shard.ranks:
+        chunk = shard.layout.block_size(shard.length, shard.ranks) if isinstance(shard.layout, Zigzag) else 0
+        if not contiguous and chunk * 2 * shard.ranks != shard.length:
             raise ValueError(
-                f"way='state' passes one state from each chunk to the next, and layout {shard.layout} makes {blocks} "
-                f"chunks over {shard.ranks} ranks: use Contiguous() or the two-chunk Zigzag(), or way='batch' or 'head'"
+                f"way='state' passes one state from each chunk to the next, and layout {shard.layout} cuts {shard.length} "
+                f"tokens over {shard.ranks} ranks into other than one or two chunks a rank: use Contiguous() or the "
+                "two-chunk Zigzag(), or way='batch' or 'head'"
             )
         folds = 1 if contiguous else 2
         return cls(shard.axis, shard.ranks, folds, shard.length // (folds * shard.ranks))

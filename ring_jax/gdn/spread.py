@@ -181,7 +181,8 @@ class StatePassing:
         if history == 0:
             return x
         width = min(size, history)
-        piece, pieces = x[:, :, size - width :], []
+        piece = x[:, :, size - width :]
+        pieces: list[jax.Array] = []
         for _ in range(math.ceil(history / size)):
             piece = self.chunks.predecessors(piece)
             pieces.insert(0, piece)
