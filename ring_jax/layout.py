@@ -83,6 +83,12 @@ class BlockCyclic:
         """Block size b for this padded length; raises where the length does not divide."""
         raise NotImplementedError
 
+    def padded_length(self, seq_len: int, ranks: int) -> int:
+        raise NotImplementedError
+
+    def coarsen(self, factor: int) -> "Layout":
+        raise NotImplementedError
+
     def position(self, index: Index, rank: Index, length: int, ranks: int) -> Index:
         b = self.block_size(length, ranks)
         period, within = index // (self._folds * b), index % (self._folds * b)
@@ -248,14 +254,16 @@ class Zigzag(BlockCyclic):
         return self if self.block is None else Zigzag(self.block * factor)
 
 
-_BY_NAME = {"contiguous": Contiguous(), "striped": Striped(), "zigzag": Zigzag()}
+_BY_NAME: dict[str, Layout] = {"contiguous": Contiguous(), "striped": Striped(), "zigzag": Zigzag()}
 
 
 def as_layout(layout: "Layout | str") -> Layout:
     """The layout that a name ("contiguous", "striped", "zigzag") or a `Layout` value stands for."""
     if isinstance(layout, str):
         if layout not in _BY_NAME:
-            raise ValueError(f"unknown layout {layout!r}: expected one of {sorted(_BY_NAME)} or a Layout such as Zigzag(block=128)")
+            raise ValueError(
+                f"unknown layout {layout!r}: expected one of {sorted(_BY_NAME)} or a Layout such as Zigzag(block=128)"
+            )
         return _BY_NAME[layout]
     if isinstance(layout, type) or not isinstance(layout, Layout):
         raise ValueError(f"expected a layout name or a value such as Zigzag(), got {layout!r}")

@@ -106,7 +106,9 @@ class _Segments:
         where = jnp.clip(q.position, 0, length)
         rows = max(first.shape[0], where.shape[0])
         where = jnp.broadcast_to(where, (rows, where.shape[1]))
-        return tuple(jnp.take_along_axis(jnp.broadcast_to(x, (rows, length + 1)), where, axis=1) for x in (first, after))  # type: ignore[return-value]
+        return tuple(
+            jnp.take_along_axis(jnp.broadcast_to(x, (rows, length + 1)), where, axis=1) for x in (first, after)
+        )  # type: ignore[return-value]
 
 
 @partial(_leaf, data_fields=("cu_q", "cu_kv"))
@@ -291,7 +293,9 @@ def documents(
         raise ValueError("documents() takes exactly one of segment_ids= and cu_seqlens=")
     if segment_ids is not None:
         if kv_cu_seqlens is not None:
-            raise ValueError("documents(segment_ids=...) describes queries and keys alike; kv_cu_seqlens goes with cu_seqlens=")
+            raise ValueError(
+                "documents(segment_ids=...) describes queries and keys alike; kv_cu_seqlens goes with cu_seqlens="
+            )
         return Mask((_Segments(_segment_ids(segment_ids)),))
     cu_q = _borders("cu_seqlens", cu_seqlens)
     cu_kv = None if kv_cu_seqlens is None else _borders("kv_cu_seqlens", kv_cu_seqlens)

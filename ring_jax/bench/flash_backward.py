@@ -25,7 +25,9 @@ from ring_jax.flash.mosaic_backward_common import BackwardConfig, default_config
 
 def inputs(case: Case, dtype) -> tuple[jax.Array, ...]:
     """query, kv, dout, key_start, key_end."""
-    dout = jax.random.normal(jax.random.key(time.time_ns() % 2**31), (case.batch, case.length, case.heads, case.head_size))
+    dout = jax.random.normal(
+        jax.random.key(time.time_ns() % 2**31), (case.batch, case.length, case.heads, case.head_size)
+    )
     return *case.inputs(dtype), dout.astype(dtype), *map(jnp.asarray, case.bounds())
 
 

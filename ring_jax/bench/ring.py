@@ -26,7 +26,9 @@ def stack(context, is_causal: bool, layers: int, gradients: bool, implementation
 
     def forward(query, keys, values):
         def layer(query, kv):
-            out = ring_jax.ring_attention(query, *kv, is_causal=is_causal, context=context, implementation=implementation)
+            out = ring_jax.ring_attention(
+                query, *kv, is_causal=is_causal, context=context, implementation=implementation
+            )
             return out, None
 
         return jax.lax.scan(layer, query, (keys, values), length=layers)[0]
@@ -55,7 +57,13 @@ def draw(context, length, heads, kv_heads, head_size, layers, dtype=jnp.bfloat16
 
 
 def check(
-    ranks: int, strategy: str, heads: int, kv_heads: int, head_size: int, length: int = 1000, implementation: str | None = None
+    ranks: int,
+    strategy: str,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    length: int = 1000,
+    implementation: str | None = None,
 ) -> float:
     """Relative L2 error of out and all gradients (the worst) against the float32 reference; length does not divide."""
     context = make_context(ranks, strategy)
@@ -65,7 +73,9 @@ def check(
 
     def ours(query, key, value):
         laid = (context.to_layout(x) for x in (query, key, value))
-        out = ring_jax.ring_attention(*laid, is_causal=True, context=context, seq_len=length, implementation=implementation)
+        out = ring_jax.ring_attention(
+            *laid, is_causal=True, context=context, seq_len=length, implementation=implementation
+        )
         return context.from_layout(out, length)
 
     def theirs(query, key, value):
@@ -79,7 +89,9 @@ def check(
         return out, *pull(dout.astype(out.dtype))
 
     pairs = zip(*(everything(f, query, key, value, dout) for f in (ours, theirs)), strict=True)
-    return max(float(jnp.linalg.norm((a - b).astype(jnp.float32)) / jnp.linalg.norm(b.astype(jnp.float32))) for a, b in pairs)
+    return max(
+        float(jnp.linalg.norm((a - b).astype(jnp.float32)) / jnp.linalg.norm(b.astype(jnp.float32))) for a, b in pairs
+    )
 
 
 def milliseconds(f, args, layers: int, repeats: int) -> float:
@@ -126,7 +138,9 @@ def main(argv: list[str] | None = None) -> None:
                 f = stack(context, not args.full, args.layers, gradients, args.implementation)
                 ms = milliseconds(f, draw(context, length, *shape, args.layers), args.layers, args.repeats)
                 base = base or ms
-                flops = 4 * length**2 * args.heads * args.head_size * (1 if args.full else 0.5) * (3.5 if gradients else 1)
+                flops = (
+                    4 * length**2 * args.heads * args.head_size * (1 if args.full else 0.5) * (3.5 if gradients else 1)
+                )
                 row = {
                     "what": "forward+backward" if gradients else "forward", "length": length, "ranks": ranks,
                     "strategy": strategy if ranks > 1 else "one GPU", "ms_per_layer": ms, "speed_up": base / ms,
@@ -136,7 +150,15 @@ def main(argv: list[str] | None = None) -> None:
                 print(" ".join(f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in row.values()), flush=True)
                 if args.json:
                     with open(args.json, "w") as file:
-                        json.dump({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "args": vars(args), "rows": rows}, file)
+                        json.dump(
+                            {
+                                "device": jax.devices()[0].device_kind,
+                                "jax": jax.__version__,
+                                "args": vars(args),
+                                "rows": rows,
+                            },
+                            file,
+                        )
 
 
 if __name__ == "__main__":

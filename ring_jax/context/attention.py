@@ -88,15 +88,17 @@ def ring_attention(
     _check_call(bias, mask, context, return_residual, is_causal)
     check_inputs(query, key, value)
     mask = _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset)
-    call = _plan(query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation)
+    call = _plan(
+        query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
+    )
     if sinks is not None and sinks.shape != (query.shape[2],):
         raise ValueError(f"sinks must have shape [N] = {(query.shape[2],)} (one per query head), got {sinks.shape}")
-    if isinstance(mask, Mask):
-        mask = (mask, per_row("query_offset", query_offset))
+    resolved = isinstance(mask, ResolvedMask)
+    where = mask if resolved else (mask, per_row("query_offset", query_offset))
     if context.is_manual:
-        out, lse = call.local(query, key, value, mask, sinks)
+        out, lse = call.local(query, key, value, where, sinks)
     else:
-        out, lse = _sharded(call, context, query, key, value, mask, sinks)
+        out, lse = _sharded(call, context, query, key, value, where, sinks)
     return (out, lse) if return_residual else out
 
 
@@ -146,15 +148,17 @@ def _sharded(call: _Call, context: ContextParallel, query, key, value, mask, sin
     _check_divides("key-value heads", key.shape[2], mesh, heads)
     spec = P(batch, context.axis, heads, None)
     if isinstance(mask, ResolvedMask):
-        mask_spec = P(batch if mask.start.shape[0] > 1 else None, context.axis)
-        mask_spec = ResolvedMask(mask_spec, mask_spec)
+        rows = P(batch if mask.start.shape[0] > 1 else None, context.axis)
+        mask_spec = jax.tree.map(lambda _: rows, mask)
     else:
         mask_spec = mask_specs(mask, query.shape[0], batch)
     in_specs = (spec, spec, spec, mask_spec, None if sinks is None else P(heads))
     return run_sharded(call.local, mesh, in_specs, (spec, P(*spec[:3])), (query, key, value, mask, sinks))
 
 
-def _plan(query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation) -> _Call:
+def _plan(
+    query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
+) -> _Call:
     """Lengths, shards and strategy of a call; everything that can be checked before tracing."""
     ranks = context.ranks(query)
     whole = ranks if context.is_manual else 1
@@ -176,7 +180,8 @@ def _plan(query, key, value, context, seq_len, key_value_seq_len, strategy, scal
     check_strategy(strategy)
     if (strategy == "ring_ulysses") != isinstance(context.axis, tuple) and strategy != "auto":
         raise ValueError(
-            f"strategy {strategy!r} does not fit context axis {context.axis!r}: 'ring_ulysses' takes two mesh axes (outer, inner), the others one"
+            f"strategy {strategy!r} does not fit context axis {context.axis!r}: 'ring_ulysses' takes two mesh axes (outer, inner), "
+            "the others one"
         )
     if strategy == "auto":
         head_ranks = 1 if context.is_manual else axis_size(context.resolve_mesh(query), context.head_axis)
@@ -185,9 +190,8 @@ def _plan(query, key, value, context, seq_len, key_value_seq_len, strategy, scal
             query_heads=query.shape[2] // head_ranks, kv_heads=key.shape[2] // head_ranks,
         )  # fmt: skip
     make_spec(query, jax.eval_shape(pack, key, value), scale, logits_soft_cap, implementation)  # raises early
-    layout, axis = context.layout, context.axis
-    shards = (Shard(axis, ranks, layout, length) for length in (query_len, key_len))
-    return _Call(*shards, q_len, kv_len, strategy, scale, logits_soft_cap, implementation)
+    queries, keys = (Shard(context.axis, ranks, context.layout, length) for length in (query_len, key_len))
+    return _Call(queries, keys, q_len, kv_len, strategy, scale, logits_soft_cap, implementation)
 
 
 def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset):

@@ -12,9 +12,8 @@ import functools
 import jax
 from jax import lax
 
-from ring_jax.context.ring import named
 from ring_jax.context.shard import Shard
-from ring_jax.flash.api import Partial, Spec, delta_of
+from ring_jax.flash.api import Partial, Spec, delta_of, named
 from ring_jax.flash.merge import carry_gradient
 from ring_jax.flash.packed import seq_axis
 

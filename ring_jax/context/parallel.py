@@ -44,7 +44,7 @@ class ContextParallel:
 
     axis: Axis
     _: dataclasses.KW_ONLY
-    layout: Layout | str = "contiguous"
+    layout: Any = "contiguous"  # a name or a Layout goes in; it is a Layout afterwards
     batch_axis: Axis | None = None
     head_axis: Axis | None = None
     mesh: Mesh | None = None
@@ -59,9 +59,13 @@ class ContextParallel:
             if value is None and name != "axis":
                 continue
             if not value or not isinstance(value, (str, tuple)) or not all(isinstance(a, str) for a in _names(value)):
-                raise ValueError(f"ContextParallel({name}=...) takes a mesh axis name or a tuple of them, got {value!r}")
+                raise ValueError(
+                    f"ContextParallel({name}=...) takes a mesh axis name or a tuple of them, got {value!r}"
+                )
         if len(_names(self.axis)) > 2:
-            raise ValueError(f"the sequence can be spread over one mesh axis, or two (ring, ulysses), got {self.axis!r}")
+            raise ValueError(
+                f"the sequence can be spread over one mesh axis, or two (ring, ulysses), got {self.axis!r}"
+            )
         if isinstance(self.axis, tuple) and len(self.axis) == 1:
             object.__setattr__(self, "axis", self.axis[0])
         named = [a for value in (self.axis, self.batch_axis, self.head_axis) for a in _names(value)]
@@ -103,7 +107,9 @@ class ContextParallel:
         if seq_len is None or seq_len == x.shape[seq_axis]:
             return x
         if self.is_manual:
-            raise ValueError("from_layout(seq_len=...) cannot cut local shards inside a shard_map: cut the array outside")
+            raise ValueError(
+                "from_layout(seq_len=...) cannot cut local shards inside a shard_map: cut the array outside"
+            )
         if seq_len > x.shape[seq_axis]:
             raise ValueError(f"seq_len={seq_len} exceeds the array's length {x.shape[seq_axis]} on axis {seq_axis}")
         mesh = self.resolve_mesh(x)
@@ -172,7 +178,9 @@ class ContextParallel:
         manual = jax.sharding.get_abstract_mesh().manual_axes
         inside = [a in manual for a in _names(self.axis)]
         if any(inside) and not all(inside):
-            raise ValueError(f"inside a shard_map that is manual over only some of the context axes {self.axis!r}: make it manual over all")
+            raise ValueError(
+                f"inside a shard_map that is manual over only some of the context axes {self.axis!r}: make it manual over all"
+            )
         return all(inside)
 
     def resolve_mesh(self, like: jax.Array | None = None):
@@ -182,11 +190,15 @@ class ContextParallel:
             ValueError: there is none, or it lacks a named axis.
         """
         ambient = jax.sharding.get_abstract_mesh()
-        mesh = self.mesh
+        mesh: Any = self.mesh
         if mesh is None and not ambient.empty:
             mesh = ambient
         if mesh is None and like is not None:
-            sharding = like.sharding if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer) else jax.typeof(like).sharding
+            sharding = (
+                like.sharding
+                if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
+                else jax.typeof(like).sharding
+            )
             if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
                 mesh = sharding.mesh
         if mesh is None:
@@ -211,7 +223,9 @@ class ContextParallel:
         for field in ("axis", "batch_axis", "head_axis"):
             for name in _names(getattr(self, field)):
                 if name not in mesh.axis_names:
-                    raise ValueError(f"ContextParallel({field}={name!r}): the mesh has axes {dict(mesh.shape)}, no {name!r}")
+                    raise ValueError(
+                        f"ContextParallel({field}={name!r}): the mesh has axes {dict(mesh.shape)}, no {name!r}"
+                    )
 
     def _move(self, x, source: Layout, target: Layout, seq_axis: int):
         if self.is_manual:
@@ -234,7 +248,9 @@ class ContextParallel:
             spec[0] = self.batch_axis
         if x.ndim == 4 and seq_axis == 1:
             spec[2] = self.head_axis
-        spec = [a if a is None or size % axis_size(mesh, a) == 0 else None for a, size in zip(spec, x.shape, strict=True)]
+        spec = [
+            a if a is None or size % axis_size(mesh, a) == 0 else None for a, size in zip(spec, x.shape, strict=True)
+        ]
         spec[seq_axis] = axis
         return P(*spec)
 

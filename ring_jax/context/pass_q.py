@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax.context.ring import named
 from ring_jax.context.shard import Shard, rotate
-from ring_jax.flash.api import Partial, Spec, delta_of
+from ring_jax.flash.api import Partial, Spec, delta_of, named
 from ring_jax.flash.merge import carry_gradient, merge_partials
 
 
@@ -44,7 +43,14 @@ def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | N
         return stay, _join(*spec.forward(query, kv, *here, None))
 
     bounds = jnp.stack([start, end])
-    _, partial = rotate(shard, spec.backend.unroll, hop, (query, bounds), (), lambda a, b: _join(*merge_partials(*_split(a), *_split(b))))
+    _, partial = rotate(
+        shard,
+        spec.backend.unroll,
+        hop,
+        (query, bounds),
+        (),
+        lambda a, b: _join(*merge_partials(*_split(a), *_split(b))),
+    )
     out, lse = _split(partial) if carry is None else merge_partials(*_split(partial), *carry)
     return out.astype(query.dtype), lse
 

@@ -13,18 +13,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from ring_jax.context.shard import Shard, rotate
-from ring_jax.flash.api import Partial, Spec, delta_of
+from ring_jax.flash.api import Partial, Spec, delta_of, named
 from ring_jax.flash.merge import carry_gradient
-
-OUT_NAME, LSE_NAME = "ring_jax_out", "ring_jax_lse"
-
-
-def named(out, lse) -> Partial:
-    """Residuals that a remat policy can save by name, so that no collective runs twice."""
-    return checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

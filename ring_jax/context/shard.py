@@ -49,7 +49,9 @@ class Shard:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, ring), tree)
 
 
-def rotate(shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Callable[[Any, Any], Any] = lambda a, b: None):
+def rotate(
+    shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Callable[[Any, Any], Any] = lambda a, b: None
+):
     """Walk `travel` once around the ring; the engine of `ring` and `pass_q`, forward and backward.
 
     At every hop, `hop(travel, stay, source) -> (stay, part)` works on what has arrived from rank
@@ -64,7 +66,8 @@ def rotate(shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Call
     """
     C, rank = shard.ranks, shard.rank()
 
-    def one(i, travel, stay, parts, last: bool):
+    def one(i, state, last: bool):
+        travel, stay, parts = state
         arriving = shard.shift(parts)
         departing = None if last else shard.shift(travel)
         stay, part = hop(travel, stay, (rank - i) % C)
@@ -75,11 +78,11 @@ def rotate(shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Call
     state = (travel, stay, None)
     if C <= unroll:
         for i in range(C):
-            state = one(i, *state, last=i == C - 1)
+            state = one(i, state, last=i == C - 1)
     else:
-        state = one(0, *state, last=False)
-        state, _ = lax.scan(lambda s, i: (one(i, *s, last=False), None), state, jnp.arange(1, C - 1, dtype=jnp.int32))
-        state = one(C - 1, *state, last=True)
+        state = one(0, state, last=False)
+        state, _ = lax.scan(lambda s, i: (one(i, s, last=False), None), state, jnp.arange(1, C - 1, dtype=jnp.int32))
+        state = one(C - 1, state, last=True)
     _, stay, parts = state
     return stay, (parts if C == 1 else shard.shift(parts))
 

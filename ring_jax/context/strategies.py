@@ -51,7 +51,10 @@ def choose(
     if isinstance(axis, tuple):
         return "ring_ulysses", "the sequence is spread over two mesh axes"
     if key_len // ranks <= _SHORT_SHARD:
-        return "all_gather", f"{key_len // ranks} keys per rank <= {_SHORT_SHARD}: one balanced call beats {ranks} short hops"
+        return (
+            "all_gather",
+            f"{key_len // ranks} keys per rank <= {_SHORT_SHARD}: one balanced call beats {ranks} short hops",
+        )
     # Elements per hop in units of two bytes: KV once, against queries, and float32 partials one hop behind.
     pass_kv = key_len * kv_heads * 2 * head_size
     pass_query = query_len * query_heads * (head_size + 2 * (head_size + 1))

@@ -7,11 +7,10 @@ out), three backward, and one all-gather of the int32 bounds.
 Source: Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509; Fang and Zhao, USP, arXiv 2405.07719.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax.context.ring import named, ring
+from ring_jax.context.ring import ring
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.flash.api import Partial, Spec, block
 from ring_jax.flash.packed import seq_axis
@@ -24,6 +23,7 @@ def ulysses(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | No
 
 def ring_ulysses(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
     """Ulysses over the inner of two mesh axes, ring over the outer."""
+    assert isinstance(shard.axis, tuple)
     outer, inner = shard.axis
     outer_ranks = lax.axis_size(outer)
     inner_ranks = shard.ranks // outer_ranks

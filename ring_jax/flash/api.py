@@ -5,15 +5,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import concrete
 from ring_jax._vma import align
 from ring_jax.flash.backends import Backend, check_inputs, select
 from ring_jax.flash.merge import carry_gradient, partial_dtype
-from ring_jax.flash.packed import pack, unpack, value_size
+from ring_jax.flash.packed import pack
 
 Partial = tuple[jax.Array, jax.Array]  # (out, lse)
+
+OUT_NAME, LSE_NAME = "ring_jax_out", "ring_jax_lse"
+
+
+def named(out, lse) -> Partial:
+    """Residuals that a remat policy can save by name, so that no kernel and no collective runs twice. Call it in the
+    forward *rule*: inside the primal function of a custom VJP, policies do not see the names."""
+    return checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +57,9 @@ def make_spec(query, kv, scale, logits_soft_cap, implementation) -> Spec:
 def _static(name: str, value) -> float:
     known = concrete(value)
     if known is None or known.ndim != 0:
-        raise ValueError(f"{name} must be one number known at trace time, got {value!r}; multiply a traced scale into the query instead")
+        raise ValueError(
+            f"{name} must be one number known at trace time, got {value!r}; multiply a traced scale into the query instead"
+        )
     return float(known)
 
 
@@ -64,7 +75,7 @@ def block(spec: Spec, query, kv, start, end, carry: Partial | None) -> Partial:
 
 
 def _block_fwd(spec, query, kv, start, end, carry):
-    out, lse = spec.forward(query, kv, start, end, carry)
+    out, lse = named(*spec.forward(query, kv, start, end, carry))
     return (out, lse), (query, kv, start, end, carry, out, lse)
 
 
@@ -149,10 +160,9 @@ def _check_bounds(key_start, key_end, B: int, T: int, S: int):
         if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
             raise ValueError(f"{name} must be int32, got {jnp.result_type(x)}")
         if x.shape not in ((T,), (1, T), (B, T)):
-            raise ValueError(f"{name} must have shape {(B, T)} (or {(1, T)}, {(T,)}) for query [B, T, ...], got {x.shape}")
+            raise ValueError(
+                f"{name} must have shape {(B, T)} (or {(1, T)}, {(T,)}) for query [B, T, ...], got {x.shape}"
+            )
         bounds.append(jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)))
     start, end = bounds
     return start, jnp.maximum(start, end)
-
-
-__all__ = ["Spec", "block", "delta_of", "flash_attention", "make_spec", "unpack", "value_size"]

@@ -40,14 +40,18 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "reference": Backend("reference", reference.forward, reference.backward),
     "xla": Backend("xla", xla.forward, xla.backward),
-    "mosaic": Backend("mosaic", mosaic.forward, mosaic.backward, unroll=8, unsupported=mosaic.unsupported, avoid=mosaic.unproven),
+    "mosaic": Backend(
+        "mosaic", mosaic.forward, mosaic.backward, unroll=8, unsupported=mosaic.unsupported, avoid=mosaic.unproven
+    ),
 }
 
 # What implementation=None tries, best first; the last runs anything.
 _PREFERENCE = ("mosaic", "xla")
 
 
-def select(implementation: str | None, query: jax.Array, kv: jax.Array, logits_soft_cap: float | None = None) -> Backend:
+def select(
+    implementation: str | None, query: jax.Array, kv: jax.Array, logits_soft_cap: float | None = None
+) -> Backend:
     """The backend that `implementation` names, or the best that runs here for None.
 
     Raises:
@@ -62,7 +66,9 @@ def select(implementation: str | None, query: jax.Array, kv: jax.Array, logits_s
     backend = BACKENDS[implementation]
     reason = backend.unsupported(query, kv)
     if reason is not None:
-        raise NotImplementedError(f"implementation={implementation!r} cannot run here: {reason}. Use implementation=None to let ring_jax choose.")
+        raise NotImplementedError(
+            f"implementation={implementation!r} cannot run here: {reason}. None lets ring_jax choose"
+        )
     return backend
 
 
@@ -78,7 +84,9 @@ def check_inputs(query, key, value) -> None:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point (bfloat16, float16, float32 or float64), got {x.dtype}")
     if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}: cast them first")
+        raise ValueError(
+            f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}: cast them first"
+        )
     B, _, N, H = query.shape
     if key.shape[:3] != value.shape[:3] or key.shape[0] != B or key.shape[3] != H:
         raise ValueError(

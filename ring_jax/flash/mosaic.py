@@ -45,7 +45,14 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
     """See `flash.backends`."""
     axes = varying_axes(query, kv, key_start, key_end, carry)
     partial = mosaic_hopper.forward(
-        query, kv, key_start, key_end, carry, scale=scale, logits_soft_cap=logits_soft_cap, out_dtype=out_dtype or jnp.float32
+        query,
+        kv,
+        key_start,
+        key_end,
+        carry,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        out_dtype=out_dtype or jnp.float32,
     )
     return pcast_to(partial, axes)
 
@@ -61,7 +68,15 @@ def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_s
         query, key, value, dout = (_pad_heads(x) for x in (query, key, value, dout))
         kv = pack(key, value)
     dq, dkv = mosaic_hopper_backward.backward(
-        query, kv, key_start, key_end, lse, delta, dout.astype(query.dtype), scale=scale, logits_soft_cap=logits_soft_cap
+        query,
+        kv,
+        key_start,
+        key_end,
+        lse,
+        delta,
+        dout.astype(query.dtype),
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
     )
     if padded:
         dk, dv = unpack(dkv, query.shape[-1])

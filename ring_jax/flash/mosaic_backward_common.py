@@ -72,7 +72,9 @@ class BackwardConfig:
             raise ValueError(f"head sizes that differ, {(H, Hv)}, need an even number of slots, got {self.slots=}")
         for name, used in (("dkv", dkv + 1024), ("dq", dq + 1024)):
             if used > SMEM_BYTES:
-                raise ValueError(f"{self} needs {used} bytes of shared memory in {name} for head sizes {(H, Hv)}: at most {SMEM_BYTES}")
+                raise ValueError(
+                    f"{self} needs {used} bytes of shared memory in {name} for head sizes {(H, Hv)}: at most {SMEM_BYTES}"
+                )
 
 
 def default_config(H: int, Hv: int) -> BackwardConfig:
@@ -134,7 +136,9 @@ def product(acc, lhs, rhs, *, rhs_transposed=False):
     """acc += lhs @ rhs, issued and not waited for."""
     if isinstance(acc, Value):
         rhs_array = rhs[...].T if rhs_transposed else rhs[...]
-        acc.array += lax.dot(lhs if isinstance(lhs, jax.Array) else lhs[...], rhs_array, preferred_element_type=jnp.float32)
+        acc.array += lax.dot(
+            lhs if isinstance(lhs, jax.Array) else lhs[...], rhs_array, preferred_element_type=jnp.float32
+        )
     else:
         plgpu.wgmma(acc, lhs, rhs.transpose((1, 0)) if rhs_transposed else rhs)
 

@@ -32,7 +32,9 @@ def dq(problem, query, kv, dout, stats, bounds, table):
     if H == Hv:
         slots = (compat.tiled_smem((config.slots, config.block_kv_dq, H), problem.dtype),)
     else:
-        slots = tuple(compat.tiled_smem((config.slots // 2, config.block_kv_dq, width), problem.dtype) for width in (H, Hv))
+        slots = tuple(
+            compat.tiled_smem((config.slots // 2, config.block_kv_dq, width), problem.dtype) for width in (H, Hv)
+        )
     staging = compat.tiled_smem((WGS, ROWS, STAGE_COLUMNS), jnp.float32)
     call = compat.kernel(
         partial(_body, problem, tiles),

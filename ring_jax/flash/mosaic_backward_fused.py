@@ -39,7 +39,9 @@ def unsupported_reason(query, H: int, Hv: int, block_q: int) -> str | None:
         return "TMA reductions have no interpreter"
     if not hasattr(jax, "new_ref") or not compat.INTERPRET_AVAILABLE:
         return "needs Refs as kernel arguments, jax 0.11 or later"
-    if getattr(jax.typeof(query), "vma", None) or getattr(getattr(jax.typeof(query), "manual_axis_type", None), "varying", None):
+    if getattr(jax.typeof(query), "vma", None) or getattr(
+        getattr(jax.typeof(query), "manual_axis_type", None), "varying", None
+    ):
         return "Refs do not lower inside a shard_map with check_vma=True"
     return None
 
@@ -81,7 +83,25 @@ def fused(problem, query, kv, dout, stats, bounds, table):
     return dq[...], dkv
 
 
-def _body(problem, tiles, query, kv, dout, stats, bounds, table, dq, dkv, *, kv_full, ds_smem, dq_smem, ds_full, ds_consumed, **scratch):
+def _body(
+    problem,
+    tiles,
+    query,
+    kv,
+    dout,
+    stats,
+    bounds,
+    table,
+    dq,
+    dkv,
+    *,
+    kv_full,
+    ds_smem,
+    dq_smem,
+    ds_full,
+    ds_consumed,
+    **scratch,
+):
     wg = lax.axis_index("wg")
     b, head, tile = program(problem, problem.K, tiles, descending=False)
     span = tuple(table[b, tile, i] for i in range(4))
@@ -135,7 +155,9 @@ def _body(problem, tiles, query, kv, dout, stats, bounds, table, dq, dkv, *, kv_
 
                 def product(acc, columns=columns):
                     for keys in range(WGS):
-                        plgpu.wgmma(acc, ds_smem.at[buffer, keys].transpose((1, 0)), scratch["k_smem"].at[keys, :, columns])
+                        plgpu.wgmma(
+                            acc, ds_smem.at[buffer, keys].transpose((1, 0)), scratch["k_smem"].at[keys, :, columns]
+                        )
                     return acc[...]
 
                 tile_dq = pl.run_scoped(product, plgpu.ACC((ROWS, _COLUMNS), jnp.float32)) * problem.scale

@@ -40,7 +40,9 @@ from ring_jax.flash.mosaic_backward_dq import dq as dq_kernel
 def unsupported_reason(query, kv, *, logits_soft_cap=None, **_) -> str | None:
     """Why `backward` cannot run on these shapes and dtypes, or None. Says nothing of the device."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or kv.dtype != query.dtype:
-        return f"the Hopper backward takes bfloat16 or float16 query and KV of one dtype, got {query.dtype} and {kv.dtype}"
+        return (
+            f"the Hopper backward takes bfloat16 or float16 query and KV of one dtype, got {query.dtype} and {kv.dtype}"
+        )
     H = query.shape[-1]
     Hv = packed.value_size(kv, H)
     if H % 64 or Hv % 64 or not (64 <= H <= 256 and 64 <= Hv <= 256):
@@ -105,7 +107,11 @@ def backward(
     rows = _prepare_rows(problem, key_start, key_end, lse, delta)
     operands = (query, kv.reshape(-1, S, K, kv.shape[-1]), dout.astype(dtype), *rows)
     table = _dkv_table(problem, key_start, key_end)
-    if config.fused and not deterministic and mosaic_backward_fused.unsupported_reason(query, H, Hv, config.block_q_dkv) is None:
+    if (
+        config.fused
+        and not deterministic
+        and mosaic_backward_fused.unsupported_reason(query, H, Hv, config.block_q_dkv) is None
+    ):
         dq, dkv = mosaic_backward_fused.fused(problem, *operands, table)
     else:
         dq = dq_kernel(problem, *operands, _dq_table(problem, key_start, key_end))

@@ -112,7 +112,11 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
             m_safe = jnp.where(jnp.isneginf(m_new), 0, m_new)
             p, shrink = jnp.exp(s - m_safe), jnp.exp(m - m_safe)
             pv = jnp.einsum(
-                "bkgts,bskh->bkgth", p.astype(v.dtype), v, precision=_precision(v.dtype), preferred_element_type=acc_dtype
+                "bkgts,bskh->bkgth",
+                p.astype(v.dtype),
+                v,
+                precision=_precision(v.dtype),
+                preferred_element_type=acc_dtype,
             )
             return m_new, l * shrink + jnp.sum(p, axis=-1, keepdims=True), acc * shrink + pv
 

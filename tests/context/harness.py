@@ -16,14 +16,22 @@ from tests import oracle
 def make_mesh(**sizes):
     """A mesh of Auto axes over the first emulated devices: make_mesh(data=2, context=4)."""
     count = int(np.prod(list(sizes.values())))
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:count])
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:count]
+    )
 
 
 def inputs(B, T, S, N, K, H, Hv=None, seed=0):
     """float32 NumPy arrays by name."""
     rng = np.random.default_rng(seed)
     Hv = Hv or H
-    shapes = {"query": (B, T, N, H), "key": (B, S, K, H), "value": (B, S, K, Hv), "dout": (B, T, N, Hv), "dlse": (B, T, N)}
+    shapes = {
+        "query": (B, T, N, H),
+        "key": (B, S, K, H),
+        "value": (B, S, K, Hv),
+        "dout": (B, T, N, Hv),
+        "dlse": (B, T, N),
+    }
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} | {
         "sinks": rng.normal(size=N).astype(np.float32)
     }
@@ -42,7 +50,9 @@ def natural(x, order, length, axis=1):
     return np.take(np.asarray(x), np.argsort(order), axis=axis).take(range(length), axis=axis)
 
 
-@functools.partial(jax.jit, static_argnames=("context", "strategy", "seq_len", "kv_len", "cap", "gradients", "implementation"))
+@functools.partial(
+    jax.jit, static_argnames=("context", "strategy", "seq_len", "kv_len", "cap", "gradients", "implementation")
+)
 def _run(x, mask, *, context, strategy, seq_len, kv_len, cap, gradients, implementation):
     def f(query, key, value, sinks):
         return ring_jax.ring_attention(
@@ -68,7 +78,9 @@ def run(x, start, end, *, context, strategy=None, cap=None, gradients=True, impl
     laid = {name: lay_out(v, context.layout, ranks, fill=fill[name])[0] if v.ndim > 1 else v for name, v in x.items()}
     order = lay_out(x["query"], context.layout, ranks)[1]
     key_order = lay_out(x["key"], context.layout, ranks)[1]
-    start, end = (np.pad(np.asarray(b), ((0, 0), (0, len(order) - T)), constant_values=S)[:, order] for b in (start, end))
+    start, end = (
+        np.pad(np.asarray(b), ((0, 0), (0, len(order) - T)), constant_values=S)[:, order] for b in (start, end)
+    )
     got = _run(
         {name: jnp.asarray(v) for name, v in laid.items()}, ResolvedMask(jnp.asarray(start), jnp.asarray(end)), context=context,
         strategy=strategy, seq_len=T, kv_len=S, cap=cap, gradients=gradients, implementation=implementation,
@@ -85,4 +97,6 @@ def expected(x, start, end, *, cap=None, gradients=True):
     s = np.arange(x["key"].shape[1])
     visible = np.broadcast_to((s >= np.asarray(start)[..., None]) & (s < np.asarray(end)[..., None]), (B, T, len(s)))
     cotangents = {"dout": x["dout"], "dlse": x["dlse"]} if gradients else {}
-    return oracle.attention(x["query"], x["key"], x["value"], visible, scale=0.3, cap=cap, sinks=x["sinks"], **cotangents)
+    return oracle.attention(
+        x["query"], x["key"], x["value"], visible, scale=0.3, cap=cap, sinks=x["sinks"], **cotangents
+    )

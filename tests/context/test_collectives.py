@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import ring_jax
 from ring_jax import ContextParallel
-from ring_jax.context.ring import LSE_NAME, OUT_NAME
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.flash import backends
+from ring_jax.flash.api import LSE_NAME, OUT_NAME
 from tests.context.harness import make_mesh
 
 KINDS = "collective-permute|all-gather|all-to-all|reduce-scatter|all-reduce"
@@ -84,7 +84,9 @@ def test_kinds_and_numbers(strategy, forward, backward, data, unrolled):
 
 def test_the_ring_rotates_one_packed_array(unrolled):
     mesh = make_mesh(data=2, context=C)
-    forward, backward = programs(ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh, strategy="ring"), mesh)
+    forward, backward = programs(
+        ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh, strategy="ring"), mesh
+    )
     packed = f"f32[2,{B // 2},{S // C},{K},{H}]"
     assert set(collectives(forward)) == set(collectives(backward)) == {("collective-permute", packed)}
 
@@ -107,7 +109,9 @@ def test_head_axis_needs_no_further_collective():
     context = ContextParallel("context", layout="zigzag", head_axis="tensor", mesh=mesh, strategy="ring")
     x = jax.ShapeDtypeStruct((B, S, K, H), jnp.float32, sharding=NamedSharding(mesh, P(None, "context", "tensor")))
     attend = lambda q, k, v: ring_jax.ring_attention(q, k, v, is_causal=True, context=context)  # noqa: E731
-    assert collectives(jax.jit(attend).lower(x, x, x).compile()) == [("collective-permute", f"f32[2,{B},{S // 2},{K // 2},{H}]")]
+    assert collectives(jax.jit(attend).lower(x, x, x).compile()) == [
+        ("collective-permute", f"f32[2,{B},{S // 2},{K // 2},{H}]")
+    ]
 
 
 def test_long_rings_are_scanned():
@@ -147,7 +151,9 @@ def permutes_in(jaxpr, times=1) -> int:
         if eqn.primitive.name == "ppermute":
             total += times * len(eqn.invars)
         inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        for param in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        for param in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             if hasattr(param, "jaxpr"):
                 param = param.jaxpr
             if hasattr(param, "eqns"):
@@ -208,7 +214,8 @@ def test_sequence_to_batch_and_heads_are_single_all_to_alls(split_axis, layout):
     out_spec = P(("data", "context")) if split_axis == 0 else P("data", None, "context")
 
     def mapped(f, in_specs, out_specs):
-        return jax.jit(jax.shard_map(functools.partial(f, shard=shard, split_axis=split_axis), mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+        local = functools.partial(f, shard=shard, split_axis=split_axis)
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
 
     there, back = mapped(seq_to_axis, spec, out_spec), mapped(axis_to_seq, out_spec, spec)
     context = ContextParallel("context", layout=layout, batch_axis="data", mesh=mesh)

@@ -40,13 +40,18 @@ def test_strategies_lower_for_cuda(hopper, strategy, blocks):
 def test_named_kernel_says_why_it_cannot_run_here():
     x = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
     bounds = jnp.zeros((1, 8), jnp.int32), jnp.full((1, 8), 8, jnp.int32)
-    with pytest.raises(NotImplementedError, match="implementation='mosaic' cannot run here: needs an NVIDIA Hopper GPU, this is cpu"):
+    with pytest.raises(
+        NotImplementedError, match="implementation='mosaic' cannot run here: needs an NVIDIA Hopper GPU, this is cpu"
+    ):
         ring_jax.flash_attention(x, x, x, *bounds, implementation="mosaic")
 
 
 def test_the_kernel_is_the_default_only_where_it_is_proven(hopper):
     def chosen(dtype, head_size, cap=None):
-        query, kv = jax.ShapeDtypeStruct((1, 64, 4, head_size), dtype), jax.ShapeDtypeStruct((2, 1, 64, 2, head_size), dtype)
+        query, kv = (
+            jax.ShapeDtypeStruct((1, 64, 4, head_size), dtype),
+            jax.ShapeDtypeStruct((2, 1, 64, 2, head_size), dtype),
+        )
         return select(None, query, kv, cap).name, select("mosaic", query, kv, cap).name
 
     assert chosen(jnp.bfloat16, 128) == ("mosaic", "mosaic")

@@ -58,7 +58,9 @@ def test_sequence_on_another_axis():
 @pytest.mark.parametrize("layout", ["zigzag", ring_jax.Zigzag(4)])
 def test_resolved_masks_equal_masks(layout):
     """`resolve` in layout order, for every mask, and ring_attention with either."""
-    context = ContextParallel("context", layout=layout, batch_axis="data", mesh=make_mesh(data=2, context=4), strategy="all_gather")
+    context = ContextParallel(
+        "context", layout=layout, batch_axis="data", mesh=make_mesh(data=2, context=4), strategy="all_gather"
+    )
     order = np.asarray(context.positions(S))
     for name, (mask, _) in cases().items():
         start, end = mask.interval(q_len=S, kv_len=S)
@@ -119,7 +121,16 @@ def attend_with(context, strategy):
         seq_len = q.shape[1]
         q, k, v = (context.to_layout(x) for x in (q, k, v))
         out, lse = ring_jax.ring_attention(
-            q, k, v, is_causal=True, sinks=sinks, scale=0.3, context=context, seq_len=seq_len, strategy=strategy, return_residual=True
+            q,
+            k,
+            v,
+            is_causal=True,
+            sinks=sinks,
+            scale=0.3,
+            context=context,
+            seq_len=seq_len,
+            strategy=strategy,
+            return_residual=True,
         )
         return context.from_layout(out, seq_len), context.from_layout(lse, seq_len)
 
@@ -131,7 +142,9 @@ def attend_with(context, strategy):
 def test_explicit_meshes_and_where_the_mesh_comes_from(kind, strategy):
     x, args, want = loss_and_reference()
     mesh = jax.make_mesh((2, 3), ("data", "context"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:6])
-    context = ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh if kind == "explicit argument" else None)
+    context = ContextParallel(
+        "context", layout="zigzag", batch_axis="data", mesh=mesh if kind == "explicit argument" else None
+    )
     if kind == "ambient":
         with jax.set_mesh(mesh):
             assert_value_and_grads(attend_with(context, strategy), x, args, want)
@@ -164,7 +177,9 @@ def test_inside_the_callers_shard_map(strategy, check_vma):
         return context.from_layout(out), context.from_layout(lse)
 
     spec = P("data", "context")
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, spec, P()), out_specs=(spec, spec), check_vma=check_vma)
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, spec, spec, P()), out_specs=(spec, spec), check_vma=check_vma
+    )
     assert_value_and_grads(mapped, x, args, want)
 
 
@@ -178,7 +193,9 @@ def test_scan_over_layers_with_remat_and_donation():
         return jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2)
 
     plain = jax.grad(model, argnums=(0, 1))(x, weights, lambda f: f)
-    remat = jax.jit(jax.grad(model, argnums=(0, 1)), static_argnums=2, donate_argnums=0)(jnp.copy(x), weights, jax.checkpoint)
+    remat = jax.jit(jax.grad(model, argnums=(0, 1)), static_argnums=2, donate_argnums=0)(
+        jnp.copy(x), weights, jax.checkpoint
+    )
     for a, b in zip(plain, remat, strict=True):
         assert oracle.relative(b, a) < 2e-6
 
@@ -232,10 +249,18 @@ def test_context_errors(arguments, message):
         ({"bias": X}, NotImplementedError, "bias is not supported"),
         ({"mask": np.ones((8, 8), bool)}, NotImplementedError, "mask must be a ring_jax.Mask .* got ndarray"),
         ({"key": X.astype(np.float16)}, ValueError, "must share one dtype"),
-        ({"query": np.ones((1, 6, 4, 8), np.float32)}, ValueError, "query length 6 does not divide over 4 .* pads to 8"),
+        (
+            {"query": np.ones((1, 6, 4, 8), np.float32)},
+            ValueError,
+            "query length 6 does not divide over 4 .* pads to 8",
+        ),
         ({"strategy": "star"}, ValueError, "unknown strategy"),
         ({"strategy": "ring_ulysses"}, ValueError, "takes two mesh axes"),
-        ({"strategy": "ulysses", "query": X[:, :, :2], "key": X[:, :, :2], "value": X[:, :, :2]}, ValueError, "Use strategy='ring'"),
+        (
+            {"strategy": "ulysses", "query": X[:, :, :2], "key": X[:, :, :2], "value": X[:, :, :2]},
+            ValueError,
+            "Use strategy='ring'",
+        ),
         ({"implementation": "tpu"}, ValueError, "unknown implementation 'tpu'"),
         ({"seq_len": 9}, ValueError, r"seq_len=9 is not in \[0, 8\]"),
         ({"sinks": np.ones(3, np.float32)}, ValueError, r"sinks must have shape \[N\] = \(4,\)"),

@@ -12,29 +12,44 @@ from tests import oracle
 from tests.context.harness import expected, inputs, make_mesh, run
 from tests.masks import B, S, cases
 
-LAYOUTS = {"contiguous": ring_jax.Contiguous(), "zigzag": ring_jax.Zigzag(), "striped": ring_jax.Striped(), "zigzag 4": ring_jax.Zigzag(4)}
+LAYOUTS = {
+    "contiguous": ring_jax.Contiguous(),
+    "zigzag": ring_jax.Zigzag(),
+    "striped": ring_jax.Striped(),
+    "zigzag 4": ring_jax.Zigzag(4),
+}
 RANKS = (1, 2, 3, 4, 5, 8)
 SINGLE_AXIS = ("ring", "pass_q", "all_gather", "ulysses")
 TOLERANCE = 2e-6  # relative L2, everywhere; the contract is 2e-5
 
 EVERYTHING = list(itertools.product(RANKS, SINGLE_AXIS, LAYOUTS))
 # Pairwise: each strategy meets each number of ranks, and every layout with some of both.
-COVER = [(C, s, list(LAYOUTS)[(i + j) % 4]) for (i, C), (j, s) in itertools.product(enumerate(RANKS), enumerate(SINGLE_AXIS))]
+COVER = [
+    (C, s, list(LAYOUTS)[(i + j) % 4]) for (i, C), (j, s) in itertools.product(enumerate(RANKS), enumerate(SINGLE_AXIS))
+]
 
 
 def check_every_mask(ranks, strategy, layout):
-    heads = {3: (6, 3), 5: (5, 5), 8: (8, 8)}.get(ranks, (4, 4 if ranks == 4 else 2)) if strategy == "ulysses" else (4, 2)
+    heads = (
+        {3: (6, 3), 5: (5, 5), 8: (8, 8)}.get(ranks, (4, 4 if ranks == 4 else 2)) if strategy == "ulysses" else (4, 2)
+    )
     x = inputs(B, S, S, *heads, H=8)
     data = 2 if 2 * ranks <= 8 else 1
     context = ring_jax.ContextParallel(
-        "context", layout=LAYOUTS[layout], batch_axis="data", mesh=make_mesh(data=data, context=ranks), strategy=strategy
+        "context",
+        layout=LAYOUTS[layout],
+        batch_axis="data",
+        mesh=make_mesh(data=data, context=ranks),
+        strategy=strategy,
     )
     cap = 2.0 if layout == "striped" else None
     failures = []
     for name, (mask, _) in cases().items():
         start, end = (np.broadcast_to(b, (B, S)) for b in mask.interval(q_len=S, kv_len=S))
         try:
-            oracle.assert_close(run(x, start, end, context=context, cap=cap), expected(x, start, end, cap=cap), TOLERANCE)
+            oracle.assert_close(
+                run(x, start, end, context=context, cap=cap), expected(x, start, end, cap=cap), TOLERANCE
+            )
         except AssertionError as error:
             failures.append(f"{name}: {error}")
     assert not failures, "\n".join(failures)
@@ -96,7 +111,10 @@ def check_half_precision(heads, dtype, length, documents, causal=(True, False), 
     x = inputs(1, length, length, *heads, H=16)
     x = {name: v.astype(dtype) if name in ("query", "key", "value", "dout") else v for name, v in x.items()}
     layout = "zigzag"
-    contexts = {C: ring_jax.ContextParallel("context", layout=layout, mesh=make_mesh(context=C), strategy="ring") for C in (1, *ranks)}
+    contexts = {
+        C: ring_jax.ContextParallel("context", layout=layout, mesh=make_mesh(context=C), strategy="ring")
+        for C in (1, *ranks)
+    }
     for (name, cu), is_causal in itertools.product(documents.items(), causal):
         mask = ring_jax.documents(cu_seqlens=cu) & (ring_jax.causal() if is_causal else ring_jax.Mask())
         start, end = mask.interval(q_len=length, kv_len=length)

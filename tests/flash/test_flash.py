@@ -119,7 +119,11 @@ def test_float64_stays_float64(implementation):
         x = inputs(1, 20, 20, 2, 1, 8, 8, dtype=np.float64)
         start, end = np.zeros((1, 20), np.int32), np.arange(1, 21, dtype=np.int32)[None]
         out, lse = ring_jax.flash_attention(
-            *(jnp.asarray(x[n]) for n in ("query", "key", "value")), start, end, scale=0.3, implementation=implementation
+            *(jnp.asarray(x[n]) for n in ("query", "key", "value")),
+            start,
+            end,
+            scale=0.3,
+            implementation=implementation,
         )
         assert out.dtype == lse.dtype == jnp.float64
         assert oracle.relative(out, expected(x, start, end)["out"]) < 1e-14
@@ -202,14 +206,24 @@ I = jnp.zeros((1, 4), jnp.int32)  # noqa: E741
 @pytest.mark.parametrize(
     "args, kwargs, error, message",
     [
-        ((X[0], X, X, I, I), {}, ValueError, r"query must have shape \[batch, sequence, heads, head size\], got \(4, 2, 8\)"),
+        (
+            (X[0], X, X, I, I),
+            {},
+            ValueError,
+            r"query must have shape \[batch, sequence, heads, head size\], got \(4, 2, 8\)",
+        ),
         ((X, X.astype(jnp.bfloat16), X, I, I), {}, ValueError, "must share one dtype, got float32, bfloat16"),
         ((X.astype(jnp.int32), X, X, I, I), {}, ValueError, "must be floating point .* got int32"),
         ((X, X[:, :, :, :4], X, I, I), {}, ValueError, "shapes do not fit"),
         ((jnp.ones((1, 4, 3, 8)), X, X, I, I), {}, ValueError, "3 query heads cannot share 2 key-value heads"),
         ((X, X, X, I.astype(jnp.float32), I), {}, ValueError, "key_start must be int32, got float32"),
         ((X, X, X, I, I[:, :2]), {}, ValueError, r"key_end must have shape \(1, 4\)"),
-        ((X, X, X, I, I), {"implementation": "cuda"}, ValueError, "unknown implementation 'cuda': expected None or one of"),
+        (
+            (X, X, X, I, I),
+            {"implementation": "cuda"},
+            ValueError,
+            "unknown implementation 'cuda': expected None or one of",
+        ),
         ((X, X, X, I, I), {"logits_soft_cap": -1.0}, ValueError, "must be positive, got -1.0"),
         ((X, X, X, I, I), {"scale": jnp.ones(2)}, ValueError, "scale must be one number"),
         ((X, X, X, I, I), {"carry": (X, I)}, ValueError, "carry must be"),
