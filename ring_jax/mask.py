@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from ring_jax._checks import concrete
+from ring_jax.layout import Layout
 
 Interval = tuple[Array, Array]
 
@@ -95,6 +96,11 @@ class _Segments:
     def interval(self, q: Queries) -> Interval:
         ids = jnp.asarray(self.ids)
         length = ids.shape[1]
+        if length < q.kv_len:
+            raise ValueError(
+                f"segment_ids cover {length} of {q.kv_len} positions: they describe the whole sequence in natural order (also inside a "
+                "shard_map, on every rank)"
+            )
         index = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
         border = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
         first = lax.cummax(jnp.where(border, index, 0), axis=1)
@@ -155,6 +161,17 @@ class Mask:
 
     parts: tuple[_Part, ...] = ()
 
+    def _value(self):
+        leaves, tree = jax.tree.flatten(self)
+        return tree, tuple((x.shape, x.tobytes()) if isinstance(x, np.ndarray) else id(x) for x in leaves)
+
+    def __eq__(self, other) -> bool:
+        """By value where the leaves are known (NumPy), else by identity of the arrays."""
+        return isinstance(other, Mask) and self._value() == other._value()
+
+    def __hash__(self) -> int:
+        return hash(self._value())
+
     def __and__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
             raise ValueError(f"a Mask combines with & with another Mask, got {type(other).__name__}: {other!r}")
@@ -192,14 +209,17 @@ class Mask:
         return start, jnp.maximum(end, start)
 
 
-@partial(_leaf, data_fields=("start", "end"))
+@partial(jax.tree_util.register_dataclass, data_fields=("start", "end"), meta_fields=("layout", "q_len", "kv_len"))
 @dataclass(frozen=True, eq=False)
 class ResolvedMask:
     """A mask resolved to global key bounds in layout order, int32 [B or 1, T]: made once per step by
-    `ContextParallel.resolve`, taken by `ring_attention(mask=...)` in every layer."""
+    `ContextParallel.resolve`, taken by `ring_attention(mask=...)` in every layer, together with what it was made for."""
 
     start: Array
     end: Array
+    layout: Layout
+    q_len: int
+    kv_len: int
 
 
 def _checked(parts: tuple[_Part, ...]) -> tuple[_Part, ...]:
@@ -323,7 +343,10 @@ def _rows(name: str, x) -> Array:
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if not np.issubdtype(x.dtype, np.integer) or x.ndim not in (1, 2):
         raise ValueError(f"{name} must be integers of shape [n] or [B, n], got {x.dtype} of shape {x.shape}")
-    return x.reshape(-1, x.shape[-1]).astype(np.int32)
+    known = concrete(x)
+    if known is not None and known.size and np.abs(known.astype(np.int64)).max() > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} must fit into int32, got values up to {np.abs(known).max()}")
+    return (x[None] if x.ndim == 1 else x).astype(np.int32)
 
 
 def _segment_ids(ids) -> Array:

@@ -103,6 +103,7 @@ def test_window_width_may_be_traced():
         (lambda: documents(segment_ids=[1, 2, 1]), ValueError, "segment id 1 is used by two separate runs"),
         (lambda: documents(), ValueError, "exactly one of"),
         (lambda: documents(segment_ids=[1], cu_seqlens=[0, 1]), ValueError, "exactly one of"),
+        (lambda: documents(segment_ids=[3_000_000_000]), ValueError, "must fit into int32"),
         (lambda: documents(segment_ids=[1.5]), ValueError, "must be integers .* got float64"),
         (lambda: documents(segment_ids=[1], kv_cu_seqlens=[0, 1]), ValueError, "goes with cu_seqlens"),
         (lambda: documents(cu_seqlens=[0, 3, 2]), ValueError, "must not descend"),
@@ -132,3 +133,9 @@ def test_errors(make, error, message):
 def test_masks_made_at_import_touch_no_device():
     mask = ring_jax.causal() & ring_jax.window(4) & ring_jax.documents(cu_seqlens=[0, 4])
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(mask))
+
+
+def test_known_masks_compare_by_value():
+    one, other = (causal() & window(4) & documents(cu_seqlens=[0, n]) for n in (3, 4))
+    same = causal() & window(4) & documents(cu_seqlens=np.array([0, 3]))
+    assert one == same and hash(one) == hash(same) and one != other and one != causal()

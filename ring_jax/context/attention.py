@@ -1,12 +1,15 @@
 """`ring_attention`: attention over a sequence spread over a mesh axis, from one call."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from ring_jax._checks import concrete, static_length
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, run_sharded
 from ring_jax.context.shard import Shard
@@ -61,7 +64,8 @@ def ring_attention(
         return_residual: also return the LSE. Its gradient is exact.
         context: how the arrays are spread.
         seq_len, key_value_seq_len: real lengths where arrays were padded by `to_layout`; the rest is masked.
-            key_value_seq_len defaults to seq_len where T == S.
+            key_value_seq_len defaults to seq_len where the padded lengths agree (self-attention): pass it for any other keys.
+            Padding must hold finite values, as `to_layout` leaves it.
         query_offset: key position of query 0, for a chunk after a cached prefix; integer or int32 [B].
         strategy: overrides `context.strategy`.
         logits_soft_cap: c > 0 for c * tanh(logits / c).
@@ -88,15 +92,21 @@ def ring_attention(
     _check_call(bias, mask, context, return_residual, is_causal)
     check_inputs(query, key, value)
     mask = _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset)
+    if isinstance(mask, ResolvedMask):
+        seq_len, key_value_seq_len = _resolved_lengths(mask, context, seq_len, key_value_seq_len)
     call = _plan(
         query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
     )
-    if sinks is not None and sinks.shape != (query.shape[2],):
-        raise ValueError(f"sinks must have shape [N] = {(query.shape[2],)} (one per query head), got {sinks.shape}")
+    if sinks is not None:
+        sinks = jnp.asarray(sinks)
+        if sinks.shape != (query.shape[2],) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+            raise ValueError(
+                f"sinks must be floating point of shape [N] = {(query.shape[2],)} (one per query head), got {sinks.dtype} {sinks.shape}"
+            )
     resolved = isinstance(mask, ResolvedMask)
     where = mask if resolved else (mask, per_row("query_offset", query_offset))
     if context.is_manual:
-        out, lse = call.local(query, key, value, where, sinks)
+        out, lse = call(query, key, value, where, sinks)
     else:
         out, lse = _sharded(call, context, query, key, value, where, sinks)
     return (out, lse) if return_residual else out
@@ -115,7 +125,7 @@ class _Call:
     logits_soft_cap: float | None
     implementation: str | None
 
-    def local(self, query, key, value, mask, sinks):
+    def __call__(self, query, key, value, mask, sinks):
         """On local shards, inside a shard_map that is manual over the context axis."""
         B, T, N, _ = query.shape
         kv = pack(key, value)
@@ -132,9 +142,12 @@ class _Call:
         # Replicated inputs become varying before the custom VJP: their psum is the transpose of this cast.
         axes = varying_axes(query, kv, start, sinks, self.queries.rank())
         query, kv, start, end, sinks = pcast_to((query, kv, start, end, sinks), axes)
-        carry = None
+        carry, acc_dtype = None, partial_dtype(query.dtype)
+        if T == 0 or key.shape[1] == 0:
+            sinks = jnp.full(N, -jnp.inf, acc_dtype) if sinks is None else sinks.astype(acc_dtype)
+            nothing = jnp.zeros((B, T, N, value.shape[-1]), query.dtype), jnp.broadcast_to(sinks, (B, T, N))
+            return pcast_to(nothing, axes)
         if sinks is not None:
-            acc_dtype = partial_dtype(query.dtype)
             lse = jnp.broadcast_to(sinks.astype(acc_dtype), (B, T, N))
             carry = (pcast_to(jnp.zeros((B, T, N, value.shape[-1]), acc_dtype), axes), lse)
         return STRATEGIES[self.strategy](spec, self.keys, query, kv, start, end, carry)
@@ -142,18 +155,18 @@ class _Call:
 
 def _sharded(call: _Call, context: ContextParallel, query, key, value, mask, sinks):
     mesh = context.resolve_mesh(query)
-    batch, heads = context.batch_axis, context.head_axis
+    batch, heads = context.free(context.batch_axis), context.free(context.head_axis)
     _check_divides("batch", query.shape[0], mesh, batch)
     _check_divides("query heads", query.shape[2], mesh, heads)
     _check_divides("key-value heads", key.shape[2], mesh, heads)
     spec = P(batch, context.axis, heads, None)
     if isinstance(mask, ResolvedMask):
         rows = P(batch if mask.start.shape[0] > 1 else None, context.axis)
-        mask_spec = jax.tree.map(lambda _: rows, mask)
+        mask_spec: Any = jax.tree.map(lambda _: rows, mask)
     else:
         mask_spec = mask_specs(mask, query.shape[0], batch)
     in_specs = (spec, spec, spec, mask_spec, None if sinks is None else P(heads))
-    return run_sharded(call.local, mesh, in_specs, (spec, P(*spec[:3])), (query, key, value, mask, sinks))
+    return run_sharded(call, mesh, in_specs, (spec, P(*spec[:3])), (query, key, value, mask, sinks))
 
 
 def _plan(
@@ -169,10 +182,16 @@ def _plan(
                 f"{name} length {length} does not divide over {ranks} context ranks in layout {context.layout}: lay the arrays out with "
                 f"context.to_layout, which pads to {context.layout.padded_length(length, ranks)}, and pass seq_len={length}"
             )
-    q_len = query_len if seq_len is None else seq_len
-    kv_len = key_value_seq_len
-    if kv_len is None:
-        kv_len = q_len if key_len == query_len else key_len
+    q_len = query_len if seq_len is None else static_length("seq_len", seq_len)
+    if key_value_seq_len is not None:
+        kv_len = static_length("key_value_seq_len", key_value_seq_len)
+    elif seq_len is None or query_len == key_len:
+        kv_len = q_len if query_len == key_len else key_len
+    else:
+        raise ValueError(
+            f"seq_len={seq_len} is the queries' real length; the keys are another sequence (padded lengths {query_len} and {key_len}), "
+            "so pass key_value_seq_len too"
+        )
     for name, given, length in (("seq_len", q_len, query_len), ("key_value_seq_len", kv_len, key_len)):
         if not 0 <= given <= length:
             raise ValueError(f"{name}={given} is not in [0, {length}], the length of the array")
@@ -184,7 +203,7 @@ def _plan(
             "the others one"
         )
     if strategy == "auto":
-        head_ranks = 1 if context.is_manual else axis_size(context.resolve_mesh(query), context.head_axis)
+        head_ranks = 1 if context.is_manual else axis_size(context.resolve_mesh(query), context.free(context.head_axis))
         strategy, _ = choose(
             query_len=query_len, key_len=key_len, ranks=ranks, axis=context.axis, head_size=query.shape[3],
             query_heads=query.shape[2] // head_ranks, kv_heads=key.shape[2] // head_ranks,
@@ -202,18 +221,34 @@ def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_wi
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
         shorthand &= lengths(query_seq_lengths, key_value_seq_lengths)
     if local_window_size is not None:
-        width = (local_window_size,) * 2 if isinstance(local_window_size, int) else tuple(local_window_size)
+        width = (local_window_size,) * 2 if np.ndim(local_window_size) == 0 else tuple(local_window_size)
         if len(width) != 2:
             raise ValueError(f"local_window_size takes an integer or (left, right), got {local_window_size!r}")
         shorthand &= window(*width)
     if not isinstance(mask, ResolvedMask):
         return shorthand if mask is None else mask & shorthand
-    if shorthand.parts or not isinstance(query_offset, int) or query_offset != 0:
+    offset = concrete(query_offset)
+    if shorthand.parts or offset is None or np.any(offset != 0):
         raise ValueError(
             "a resolved mask is complete: is_causal, lengths, local_window_size and query_offset belong into the Mask that "
             "context.resolve(mask, seq_len, query_offset=...) is given"
         )
     return mask
+
+
+def _resolved_lengths(mask: ResolvedMask, context: ContextParallel, seq_len, key_value_seq_len) -> tuple[int, int]:
+    """The lengths that a resolved mask was made for; what the call says beside it must agree."""
+    if mask.layout != context.layout:
+        raise ValueError(
+            f"the mask was resolved for layout {mask.layout}, this context has {context.layout}: resolve it with this one"
+        )
+    for name, given, made_for in (
+        ("seq_len", seq_len, mask.q_len),
+        ("key_value_seq_len", key_value_seq_len, mask.kv_len),
+    ):
+        if given is not None and given != made_for:
+            raise ValueError(f"{name}={given}, but the mask was resolved for {made_for}: resolve it with this length")
+    return mask.q_len, mask.kv_len
 
 
 def _check_call(bias, mask, context, return_residual, is_causal) -> None:

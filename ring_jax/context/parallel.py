@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from ring_jax._checks import static_length
 from ring_jax.context.reshard import relayout as relayout_shard
 from ring_jax.context.shard import Axis, Shard
 from ring_jax.context.strategies import check_strategy
@@ -81,13 +82,14 @@ class ContextParallel:
         """Length of a sequence of `seq_len` once laid out: the next multiple that the layout divides."""
         return self.layout.padded_length(seq_len, self.ranks(like))
 
-    def to_layout(self, x: Array, seq_axis: int = 1) -> Array:
+    def to_layout(self, x: Array, seq_axis: int = 1, *, head_dim: int | None = None) -> Array:
         """Natural order to this layout, padded with zeros to `padded_length`, sharded over the context axis.
 
         Args:
             x: any array with the sequence on `seq_axis`. Axis 0 is taken as batch (unless it is the sequence), and
                 axis 2 of a 4-d array as heads, for `batch_axis` and `head_axis`.
             seq_axis: the sequence's axis.
+            head_dim: the axis that `head_axis` shards, where it is not axis 2 of a 4-d array: 2 for an LSE [B, T, N].
 
         Returns:
             x with length padded_length(S) on `seq_axis`; bit-exact. Pass `seq_len=S` to `ring_attention` so that the
@@ -98,12 +100,14 @@ class ContextParallel:
             length = x.shape[seq_axis]
             pad = self.padded_length(length, x) - length
             x = jnp.pad(x, [(0, pad if a == seq_axis else 0) for a in range(x.ndim)]) if pad else x
-        return self._move(x, Contiguous(), self.layout, seq_axis)
+        return self._move(x, Contiguous(), self.layout, seq_axis, head_dim)
 
-    def from_layout(self, x: Array, seq_len: int | None = None, seq_axis: int = 1) -> Array:
+    def from_layout(
+        self, x: Array, seq_len: int | None = None, seq_axis: int = 1, *, head_dim: int | None = None
+    ) -> Array:
         """Inverse of `to_layout`: natural order, cut to `seq_len` (default: the padded length)."""
         seq_axis = _check_axis(x, seq_axis)
-        x = self._move(x, self.layout, Contiguous(), seq_axis)
+        x = self._move(x, self.layout, Contiguous(), seq_axis, head_dim)
         if seq_len is None or seq_len == x.shape[seq_axis]:
             return x
         if self.is_manual:
@@ -114,15 +118,17 @@ class ContextParallel:
             raise ValueError(f"seq_len={seq_len} exceeds the array's length {x.shape[seq_axis]} on axis {seq_axis}")
         mesh = self.resolve_mesh(x)
         if seq_len % axis_size(mesh, self.axis):  # no longer divides over the axis: Explicit meshes want that said
-            x = place(x, mesh, self._spec(x, mesh, seq_axis, None))
+            x = place(x, mesh, self._spec(x, mesh, seq_axis, None, head_dim))
         return jax.lax.slice_in_dim(x, 0, seq_len, axis=seq_axis)
 
-    def relayout(self, x: Array, other: "ContextParallel | Layout | str", seq_axis: int = 1) -> Array:
+    def relayout(
+        self, x: Array, other: "ContextParallel | Layout | str", seq_axis: int = 1, *, head_dim: int | None = None
+    ) -> Array:
         """From this layout to `other`'s, on the same mesh axis; lengths must divide in both."""
         target = other.layout if isinstance(other, ContextParallel) else as_layout(other)
         if isinstance(other, ContextParallel) and other.axis != self.axis:
             raise ValueError(f"relayout stays on one mesh axis, got {self.axis!r} and {other.axis!r}")
-        return self._move(x, self.layout, target, _check_axis(x, seq_axis))
+        return self._move(x, self.layout, target, _check_axis(x, seq_axis), head_dim)
 
     def positions(self, seq_len: int, like: jax.Array | None = None) -> Int[Array, " S"]:
         """Global position of every place of the laid-out sequence, int32 [padded_length(seq_len)] ([.../C], the local
@@ -142,6 +148,7 @@ class ContextParallel:
         *,
         key_value_seq_len: int | None = None,
         query_offset: "int | Array" = 0,
+        like: jax.Array | None = None,
     ) -> ResolvedMask:
         """Global key bounds of every query in layout order, computed once for all layers of a step.
 
@@ -149,16 +156,18 @@ class ContextParallel:
             mask: the whole mask; `is_causal` and the other shorthands of `ring_attention` cannot be added later.
             seq_len, key_value_seq_len: real lengths of queries and keys (default: the same).
             query_offset: key position of query 0, an integer or int32 [B].
+            like: an array on the mesh, where neither the context nor the ambient mesh names it.
         """
-        kv_len = seq_len if key_value_seq_len is None else key_value_seq_len
+        seq_len = static_length("seq_len", seq_len)
+        kv_len = seq_len if key_value_seq_len is None else static_length("key_value_seq_len", key_value_seq_len)
         mask_and_offset = (mask, per_row("query_offset", query_offset))
-        shard = self.shard(self.padded_length(seq_len))
+        shard = self.shard(self.padded_length(seq_len, like), like)
         if self.is_manual:
             return _resolve(mask_and_offset, shard, seq_len, kv_len)
         rows = max([1] + [x.shape[0] for x in jax.tree.leaves(mask_and_offset)])
-        mesh = self.resolve_mesh()
-        specs = mask_specs(mask_and_offset, rows, self.batch_axis)
-        out_specs = P(self.batch_axis if rows > 1 else None, self.axis)
+        mesh, batch = self.resolve_mesh(like), self.free(self.batch_axis)
+        specs = mask_specs(mask_and_offset, rows, batch)
+        out_specs = P(batch if rows > 1 else None, self.axis)
         return run_sharded(Static(_resolve, (shard, seq_len, kv_len)), mesh, (specs,), out_specs, (mask_and_offset,))
 
     def attention_fn(self, **defaults: Any):
@@ -181,6 +190,13 @@ class ContextParallel:
             raise ValueError(
                 f"inside a shard_map that is manual over only some of the context axes {self.axis!r}: make it manual over all"
             )
+        mesh = jax.sharding.get_abstract_mesh()
+        split = [a for a in (*_names(self.batch_axis), *_names(self.head_axis)) if mesh.shape.get(a, 1) > 1]
+        if all(inside) and not set(split) <= set(manual):
+            raise ValueError(
+                f"inside a shard_map that is manual over {self.axis!r} but not over {sorted(set(split) - set(manual))}: "
+                "make it manual over all axes that the context names, or batch and heads would be gathered"
+            )
         return all(inside)
 
     def resolve_mesh(self, like: jax.Array | None = None):
@@ -191,7 +207,8 @@ class ContextParallel:
         """
         ambient = jax.sharding.get_abstract_mesh()
         mesh: Any = self.mesh
-        if mesh is None and not ambient.empty:
+        # Inside a shard_map over other axes only the ambient mesh knows which of them are manual.
+        if ambient.manual_axes or (mesh is None and not ambient.empty):
             mesh = ambient
         if mesh is None and like is not None:
             sharding = (
@@ -208,6 +225,11 @@ class ContextParallel:
             )
         self._check_mesh(mesh)
         return mesh
+
+    def free(self, axis: Axis | None) -> Axis | None:
+        """`axis` without the mesh axes over which a surrounding shard_map is manual already."""
+        names = tuple(a for a in _names(axis) if a not in jax.sharding.get_abstract_mesh().manual_axes)
+        return names if len(names) > 1 else names[0] if names else None
 
     def ranks(self, like: jax.Array | None = None) -> int:
         """Number of context ranks C."""
@@ -227,7 +249,7 @@ class ContextParallel:
                         f"ContextParallel({field}={name!r}): the mesh has axes {dict(mesh.shape)}, no {name!r}"
                     )
 
-    def _move(self, x, source: Layout, target: Layout, seq_axis: int):
+    def _move(self, x, source: Layout, target: Layout, seq_axis: int, head_dim: int | None):
         if self.is_manual:
             return relayout_shard(x, source, target, self.axis, self.ranks(), seq_axis)
         mesh = self.resolve_mesh(x)
@@ -238,16 +260,18 @@ class ContextParallel:
                     f"length {length} on axis {seq_axis} does not divide over {ranks} context ranks in layout {layout}; "
                     f"the next that does is {layout.padded_length(length, ranks)}. to_layout pads natural-order arrays."
                 )
-        spec = self._spec(x, mesh, seq_axis, self.axis)
+        spec = self._spec(x, mesh, seq_axis, self.axis, head_dim)
         move = Static(relayout_shard, (source, target, self.axis, ranks, seq_axis))
         return run_sharded(move, mesh, (spec,), spec, (x,))
 
-    def _spec(self, x, mesh, seq_axis: int, axis: Axis | None) -> P:
+    def _spec(self, x, mesh, seq_axis: int, axis: Axis | None, head_dim: int | None) -> P:
         spec: list[Axis | None] = [None] * x.ndim
         if seq_axis != 0:
-            spec[0] = self.batch_axis
-        if x.ndim == 4 and seq_axis == 1:
-            spec[2] = self.head_axis
+            spec[0] = self.free(self.batch_axis)
+        if head_dim is not None and head_dim % x.ndim not in (0, seq_axis):
+            spec[head_dim % x.ndim] = self.free(self.head_axis)
+        elif x.ndim == 4 and seq_axis == 1:
+            spec[2] = self.free(self.head_axis)
         spec = [
             a if a is None or size % axis_size(mesh, a) == 0 else None for a, size in zip(spec, x.shape, strict=True)
         ]
@@ -281,7 +305,7 @@ def _run_sharded(local, mesh, leaves, tree, out_specs, operands):
 
 def _resolve(mask_and_offset, shard: Shard, q_len: int, kv_len: int) -> ResolvedMask:
     mask, offset = mask_and_offset
-    return ResolvedMask(*shard.bounds(mask, q_len, kv_len, offset))
+    return ResolvedMask(*shard.bounds(mask, q_len, kv_len, offset), shard.layout, q_len, kv_len)
 
 
 def _names(axis: Axis | None) -> tuple[str, ...]:
@@ -296,11 +320,20 @@ def axis_size(mesh, axis: Axis | None) -> int:
 def place(tree, mesh, specs):
     """Reshard arrays to a shard_map's in_specs where mesh axes are Explicit: there the specs only assert. On Auto
     axes they are constraints, and nothing is to be done."""
-    if not any(t == AxisType.Explicit for t in mesh.axis_types):
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    if not explicit:
         return tree
+
+    def only_explicit(axis):
+        names = tuple(a for a in _names(axis) if a in explicit)
+        return names if len(names) > 1 else names[0] if names else None
+
+    def move(x, spec):
+        return jax.sharding.reshard(x, NamedSharding(mesh, P(*map(only_explicit, spec))))
+
     if isinstance(specs, P):
-        return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, specs)), tree)
-    return jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), tree, specs)
+        return jax.tree.map(lambda x: move(x, specs), tree)
+    return jax.tree.map(move, tree, specs)
 
 
 def mask_specs(tree, batch: int, batch_axis: Axis | None):

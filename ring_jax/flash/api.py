@@ -20,7 +20,7 @@ OUT_NAME, LSE_NAME = "ring_jax_out", "ring_jax_lse"
 
 
 def named(out, lse) -> Partial:
-    """Residuals that a remat policy can save by name, so that no kernel and no collective runs twice. Call it in the
+    """Residuals that a remat policy can save by name, so that neither kernel nor ring runs twice. Call it in the
     forward *rule*: inside the primal function of a custom VJP, policies do not see the names."""
     return checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
 
@@ -49,7 +49,7 @@ def make_spec(query, kv, scale, logits_soft_cap, implementation) -> Spec:
     scale = query.shape[-1] ** -0.5 if scale is None else _static("scale", scale)
     if logits_soft_cap is not None:
         logits_soft_cap = _static("logits_soft_cap", logits_soft_cap)
-        if logits_soft_cap <= 0:
+        if not 0 < logits_soft_cap < float("inf"):
             raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
     return Spec(select(implementation, query, kv, logits_soft_cap), scale, logits_soft_cap)
 
@@ -82,9 +82,10 @@ def _block_fwd(spec, query, kv, start, end, carry):
 def _block_bwd(spec, saved, cotangents):
     query, kv, start, end, carry, out, lse = saved
     dout, dlse = cotangents
-    delta = delta_of(out, dout, dlse)
-    dq, dkv = spec.backward(query, kv, start, end, lse, delta, dout)
-    dcarry = None if carry is None else carry_gradient(carry, lse, delta, dout)
+    dcarry = None if carry is None else carry_gradient(carry, lse, delta_of(out, dout, dlse), dout)
+    # Kernels multiply dO in the inputs' dtype: delta must be that of the rounded dO, or what they share does not cancel.
+    dout = dout.astype(query.dtype)
+    dq, dkv = spec.backward(query, kv, start, end, lse, delta_of(out, dout, dlse), dout)
     return dq.astype(query.dtype), dkv.astype(kv.dtype), None, None, dcarry
 
 

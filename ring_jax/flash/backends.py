@@ -72,6 +72,9 @@ def select(
     return backend
 
 
+_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
+
+
 def check_inputs(query, key, value) -> None:
     """Shapes and dtypes that every attention call shares.
 
@@ -81,7 +84,7 @@ def check_inputs(query, key, value) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape [batch, sequence, heads, head size], got {x.shape}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if x.dtype not in _DTYPES:
             raise ValueError(f"{name} must be floating point (bfloat16, float16, float32 or float64), got {x.dtype}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(

@@ -20,7 +20,8 @@ def device_reason() -> str | None:
     if target is not None and target.platform is not None:
         platform, kind = target.platform, target.device_kind
     else:
-        device = jax.devices()[0]
+        device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
+        device = jax.devices(device)[0] if isinstance(device, str) else device
         platform, kind = device.platform, device.device_kind
     if platform not in ("gpu", "cuda"):
         return f"needs an NVIDIA Hopper GPU, this is {kind or platform}"
@@ -44,16 +45,9 @@ def unproven(query: jax.Array, kv: jax.Array, logits_soft_cap: float | None) -> 
 def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None, out_dtype=None):
     """See `flash.backends`."""
     axes = varying_axes(query, kv, key_start, key_end, carry)
-    partial = mosaic_hopper.forward(
-        query,
-        kv,
-        key_start,
-        key_end,
-        carry,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-        out_dtype=out_dtype or jnp.float32,
-    )
+    options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "out_dtype": out_dtype or jnp.float32}
+    with jax.enable_x64(False):  # the kernels compute indices in int32
+        partial = mosaic_hopper.forward(query, kv, key_start, key_end, carry, **options)
     return pcast_to(partial, axes)
 
 
@@ -67,17 +61,9 @@ def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_s
     if padded:
         query, key, value, dout = (_pad_heads(x) for x in (query, key, value, dout))
         kv = pack(key, value)
-    dq, dkv = mosaic_hopper_backward.backward(
-        query,
-        kv,
-        key_start,
-        key_end,
-        lse,
-        delta,
-        dout.astype(query.dtype),
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-    )
+    operands = (query, kv, key_start, key_end, lse, delta, dout.astype(query.dtype))
+    with jax.enable_x64(False):
+        dq, dkv = mosaic_hopper_backward.backward(*operands, scale=scale, logits_soft_cap=logits_soft_cap)
     if padded:
         dk, dv = unpack(dkv, query.shape[-1])
         dq, dkv = dq[..., :head_size], pack(dk[..., :head_size], dv[..., :value_size])

@@ -81,8 +81,9 @@ def run(x, start, end, *, context, strategy=None, cap=None, gradients=True, impl
     start, end = (
         np.pad(np.asarray(b), ((0, 0), (0, len(order) - T)), constant_values=S)[:, order] for b in (start, end)
     )
+    resolved = ResolvedMask(jnp.asarray(start), jnp.asarray(end), context.layout, T, S)
     got = _run(
-        {name: jnp.asarray(v) for name, v in laid.items()}, ResolvedMask(jnp.asarray(start), jnp.asarray(end)), context=context,
+        {name: jnp.asarray(v) for name, v in laid.items()}, resolved, context=context,
         strategy=strategy, seq_len=T, kv_len=S, cap=cap, gradients=gradients, implementation=implementation,
     )  # fmt: skip
     of_keys = ("dk", "dv")

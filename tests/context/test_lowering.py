@@ -37,6 +37,17 @@ def test_strategies_lower_for_cuda(hopper, strategy, blocks):
     assert kernels(gradients, query, key, key, query) >= 2 * blocks
 
 
+def test_kernels_lower_under_x64(hopper):
+    context = ring_jax.ContextParallel("context", layout="zigzag", strategy="all_gather")
+    x = jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return ring_jax.ring_attention(q, k, v, is_causal=True, context=context).astype(jnp.float32).sum()
+
+    with jax.enable_x64(True):
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",))
+
+
 def test_named_kernel_says_why_it_cannot_run_here():
     x = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
     bounds = jnp.zeros((1, 8), jnp.int32), jnp.full((1, 8), 8, jnp.int32)

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import ring_jax
 from ring_jax import ContextParallel
+from ring_jax.context import parallel
 from tests import oracle
 from tests.context.harness import expected, inputs, make_mesh, natural
 from tests.masks import B, S, cases
@@ -221,6 +222,67 @@ def temporary_bytes(strategy, ranks, gradient):
     return jax.jit(g).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+def test_equal_calls_share_one_program():
+    context = ContextParallel("context", layout="zigzag", mesh=make_mesh(context=2), strategy="ring")
+    x = jnp.ones((1, 16, 2, 8))
+    before = parallel._run_sharded._cache_size()
+    for _ in range(3):
+        ring_jax.ring_attention(x, x, x, mask=ring_jax.causal() & ring_jax.window(3), context=context)
+    assert parallel._run_sharded._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("kinds", [(AxisType.Auto, AxisType.Explicit), (AxisType.Explicit, AxisType.Auto)])
+def test_meshes_of_auto_and_explicit_axes(kinds):
+    x, args, want = loss_and_reference()
+    mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=kinds, devices=jax.devices()[:4])
+    context = ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh)
+    assert_value_and_grads(attend_with(context, "all_gather"), x, args, want)
+
+
+def test_inside_a_shard_map_over_another_axis():
+    """Manual over data only: our shard_map nests and takes the rest of the mesh."""
+    x, args, want = loss_and_reference()
+    mesh = make_mesh(data=2, context=2)
+    context = ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh, strategy="all_gather")
+
+    def local(q, k, v):
+        q, k, v = (context.to_layout(a) for a in (q, k, v))
+        return context.from_layout(ring_jax.ring_attention(q, k, v, is_causal=True, scale=0.3, context=context))
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
+    start, end = (np.broadcast_to(b, (2, 40)) for b in ring_jax.causal().interval(q_len=40, kv_len=40))
+    want = expected(x | {"sinks": np.full(4, -np.inf)}, start, end, gradients=False)
+    assert oracle.relative(jax.jit(mapped)(*args[:3]), want["out"]) < 2e-6
+
+
+def test_manual_over_the_context_but_not_the_batch_raises():
+    mesh = make_mesh(data=2, context=2)
+    context = ContextParallel("context", batch_axis="data", strategy="ring")
+    local = lambda x: ring_jax.ring_attention(x, x, x, context=context)  # noqa: E731
+    spec = P(None, "context")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"context"})
+    with pytest.raises(ValueError, match=r"manual over 'context' but not over \['data'\]"):
+        jax.jit(mapped)(jnp.ones((2, 8, 2, 4)))
+
+
+def test_lse_moves_with_its_heads_sharded():
+    mesh = make_mesh(tensor=2, context=2)
+    context = ContextParallel("context", layout="zigzag", head_axis="tensor", mesh=mesh)
+    lse = jax.ShapeDtypeStruct((2, 8, 4), jnp.float32, sharding=NamedSharding(mesh, P(None, "context", "tensor")))
+    text = jax.jit(lambda x: context.from_layout(x, head_dim=2)).lower(lse).compile().as_text()
+    assert "all-gather" not in text and text.count(" collective-permute(") == 2
+
+
+def test_sequences_of_length_zero():
+    context = ContextParallel("context", mesh=make_mesh(context=2), strategy="ring")
+    x = jnp.ones((1, 0, 2, 8))
+    out, lse = ring_jax.ring_attention(x, x, x, is_causal=True, context=context, return_residual=True)
+    assert out.shape == (1, 0, 2, 8) and lse.shape == (1, 0, 2)
+    one = jnp.ones((1, 4, 2, 8))
+    out, lse = ring_jax.ring_attention(one, x, x, context=context, return_residual=True)
+    assert jnp.all(out == 0) and jnp.all(jnp.isneginf(lse))
+
+
 # -- errors --------------------------------------------------------------------------------------------------------------
 
 X = np.ones((1, 8, 4, 8), np.float32)
@@ -263,9 +325,13 @@ def test_context_errors(arguments, message):
         ),
         ({"implementation": "tpu"}, ValueError, "unknown implementation 'tpu'"),
         ({"seq_len": 9}, ValueError, r"seq_len=9 is not in \[0, 8\]"),
-        ({"sinks": np.ones(3, np.float32)}, ValueError, r"sinks must have shape \[N\] = \(4,\)"),
+        ({"sinks": np.ones(3, np.float32)}, ValueError, r"sinks must be floating point of shape \[N\] = \(4,\)"),
         ({"is_causal": 1}, ValueError, "is_causal must be True or False"),
         ({"local_window_size": (1, 2, 3)}, ValueError, "integer or \\(left, right\\)"),
+        ({"seq_len": 7.5}, ValueError, "seq_len must be an integer known at trace time, got 7.5"),
+        ({"mask": ring_jax.documents(segment_ids=np.zeros(4, int))}, ValueError, "segment_ids cover 4 of 8 positions"),
+        ({"key": X[:, :0], "value": X[:, :0], "seq_len": 5}, ValueError, "so pass key_value_seq_len too"),
+        ({"logits_soft_cap": float("nan")}, ValueError, "must be positive"),
         ({"context": "context"}, ValueError, "must be a ring_jax.ContextParallel, got str"),
         ({"query_seq_lengths": np.array([8, 8])}, ValueError, "mask made for batch size 2 does not fit batch size 1"),
     ],
@@ -284,6 +350,11 @@ def test_more_errors():
         ring_jax.ring_attention(X, X, X, context=context)
     with pytest.raises(ValueError, match="a resolved mask is complete"):
         ring_jax.ring_attention(X, X, X, mask=context.resolve(ring_jax.Mask(), 8), is_causal=True, context=context)
+    resolved = context.resolve(ring_jax.Mask(), 8)
+    with pytest.raises(ValueError, match="seq_len=5, but the mask was resolved for 8"):
+        ring_jax.ring_attention(X, X, X, mask=resolved, seq_len=5, context=context)
+    with pytest.raises(ValueError, match="resolved for layout Zigzag"):
+        ring_jax.ring_attention(X, X, X, mask=resolved, context=ContextParallel("context", mesh=mesh))
     with pytest.raises(ValueError, match="no mesh for context axis 'context': pass"):
         ring_jax.ring_attention(X, X, X, context=ContextParallel("context"))
     with pytest.raises(ValueError, match="length 7 on axis 1 does not divide"):

@@ -113,6 +113,26 @@ def test_half_precision_is_as_good_as_the_materialised_form(implementation, dtyp
         assert ours <= 2 * theirs, f"{name}: {ours} against {theirs}"
 
 
+def test_gradients_of_merged_half_precision_blocks_cancel():
+    """Cotangents of float32 partials are rounded for the kernel's products; delta must be that of the rounded ones."""
+    x = {name: jnp.asarray(v) for name, v in inputs(1, 64, 64, 2, 2, 16, 16, seed=5).items()}
+    q, k, v = (x[n].astype(jnp.bfloat16) for n in ("query", "key", "value"))
+    v = v + jnp.bfloat16(8)
+    start, cut, end = (jnp.full((1, 64), n, jnp.int32) for n in (0, 32, 64))
+
+    def attend(implementation, q, k, v):
+        spans = ((start, cut), (cut, end))
+        parts = [ring_jax.flash_attention(q, k, v, a, b, implementation=implementation) for a, b in spans]
+        return ring_jax.merge_partials(*parts[0], *parts[1])[0]
+
+    def gradients(implementation, *args):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(attend(implementation, *a) * x["dout"]), argnums=(0, 1, 2)))(*args)
+
+    want = gradients("reference", *(a.astype(jnp.float32) for a in (q, k, v)))
+    for name, got, exact in zip("qkv", gradients("xla", q, k, v), want, strict=True):
+        assert oracle.relative(got.astype(jnp.float32), exact) < 1e-2, name
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_float64_stays_float64(implementation):
     with jax.enable_x64(True):
