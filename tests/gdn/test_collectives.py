@@ -76,8 +76,7 @@ def of_sequence_length(found, time, width=WIDTH):
     return [c for c in found if c[1] >= time // RANKS * width * 4]
 
 
-@pytest.mark.parametrize("data_axis", [False, True])
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("data_axis, gradient", [(False, False), (False, True), (True, True)])
 def test_batch_moves_activations_twice_per_run(data_axis, gradient):
     found = moved("batch", data_axis=data_axis, gradient=gradient)
     assert kinds(found)["all-to-all"] == (4 if gradient else 2)

@@ -174,8 +174,8 @@ def test_packed(way, layout, ranks, batch):
 @pytest.mark.parametrize(
     "way, layout, ranks, batch",
     [
-        ("head", "contiguous", 2, 1),
         ("state", "zigzag", 8, 1),
+        pytest.param("head", "contiguous", 2, 1, marks=pytest.mark.slow),
         pytest.param("batch", "zigzag", 3, 1, marks=pytest.mark.slow),
         pytest.param("state", "contiguous", 3, 2, marks=pytest.mark.slow),
     ],
