@@ -26,7 +26,7 @@ B, S, N, K, H, C = 2, 64, 8, 4, 16, 4
 
 def collectives(compiled) -> list[tuple[str, str]]:
     """(kind, result type) of every collective of a compiled program, like ("all-gather", "f32[2,64]")."""
-    pattern = rf"= \(?(\w+\[[\d,]*\])[^=]*? ({KINDS})(?:-start)?\("
+    pattern = rf"= \(?(\w+\[[\d,]*\]).*? ({KINDS})(?:-start)?\("
     return [(kind, result) for result, kind in re.findall(pattern, compiled.as_text())]
 
 
