@@ -4,4 +4,5 @@ from ring_jax.nn.adapters import AttentionFn as AttentionFn
 from ring_jax.nn.adapters import attention_fn as attention_fn
 from ring_jax.nn.attention import Attention as Attention
 from ring_jax.nn.gdn import GatedDeltaNet as GatedDeltaNet
+from ring_jax.nn.gdn import split_fused_projections as split_fused_projections
 from ring_jax.nn.rope import apply_rope as apply_rope
