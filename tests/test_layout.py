@@ -56,7 +56,7 @@ def test_traced_closed_forms_equal_static_ones(layout, seq_len, ranks):
         np.testing.assert_array_equal(got, layout.count_below(g, rank, length, ranks))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(LAYOUTS, st.sampled_from([1, 23, 48]), st.sampled_from([1, 2, 3, 8]))
 def test_restore_and_scatter_permute_gathered_shards(layout, seq_len, ranks):
     length = layout.padded_length(seq_len, ranks)
