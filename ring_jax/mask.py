@@ -266,6 +266,14 @@ def window(left: "int | Array | None", right: "int | Array | None" = None) -> Ma
     return Mask((_Window(*(None if w is None else per_row(name, w) for name, w in widths.items())),))
 
 
+def local_window(size: "int | tuple[int | None, int | None]") -> Mask:
+    """`window` by jax.nn's `local_window_size`: one width for both sides, or (left, right)."""
+    sides = (size, size) if np.ndim(size) == 0 else tuple(size)  # type: ignore[arg-type]
+    if len(sides) != 2:
+        raise ValueError(f"local_window_size takes an integer or (left, right), got {size!r}")
+    return window(*sides)
+
+
 def prefix(n: "int | Int[Array, ' B']") -> Mask:
     """Prefix-LM: causal, but the first `n` keys are visible to every query. `n`: int or int32 [B]."""
     return Mask((_Prefix(per_row("prefix(n)", n)),))

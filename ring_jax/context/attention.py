@@ -14,11 +14,11 @@ from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, run_sharded
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import STRATEGIES, check_strategy, choose
-from ring_jax.flash.api import make_spec
+from ring_jax.flash.api import make_spec, static_scalars
 from ring_jax.flash.backends import check_inputs
 from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.packed import pack
-from ring_jax.mask import Mask, ResolvedMask, causal, lengths, per_row, window
+from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
 
 
 def ring_attention(
@@ -208,7 +208,7 @@ def _plan(
             query_len=query_len, key_len=key_len, ranks=ranks, axis=context.axis, head_size=query.shape[3],
             query_heads=query.shape[2] // head_ranks, kv_heads=key.shape[2] // head_ranks,
         )  # fmt: skip
-    make_spec(query, jax.eval_shape(pack, key, value), scale, logits_soft_cap, implementation)  # raises early
+    scale, logits_soft_cap = static_scalars(scale, logits_soft_cap)
     queries, keys = (Shard(context.axis, ranks, context.layout, length) for length in (query_len, key_len))
     return _Call(queries, keys, q_len, kv_len, strategy, scale, logits_soft_cap, implementation)
 
@@ -221,10 +221,7 @@ def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_wi
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
         shorthand &= lengths(query_seq_lengths, key_value_seq_lengths)
     if local_window_size is not None:
-        width = (local_window_size,) * 2 if np.ndim(local_window_size) == 0 else tuple(local_window_size)
-        if len(width) != 2:
-            raise ValueError(f"local_window_size takes an integer or (left, right), got {local_window_size!r}")
-        shorthand &= window(*width)
+        shorthand &= local_window(local_window_size)
     if not isinstance(mask, ResolvedMask):
         return shorthand if mask is None else mask & shorthand
     offset = concrete(query_offset)

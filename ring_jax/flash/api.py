@@ -45,13 +45,20 @@ class Spec:
 
 
 def make_spec(query, kv, scale, logits_soft_cap, implementation) -> Spec:
-    """Resolve defaults; raises for a scale or cap that is not a number known at trace time."""
-    scale = query.shape[-1] ** -0.5 if scale is None else _static("scale", scale)
+    """Resolve defaults, on the shapes and the device that the block will see."""
+    scale, logits_soft_cap = static_scalars(scale, logits_soft_cap)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return Spec(select(implementation, query, kv, logits_soft_cap), scale, logits_soft_cap)
+
+
+def static_scalars(scale, logits_soft_cap) -> tuple[float | None, float | None]:
+    """Both as Python floats (or None); raises ValueError for what is not a number known at trace time."""
+    scale = None if scale is None else _static("scale", scale)
     if logits_soft_cap is not None:
         logits_soft_cap = _static("logits_soft_cap", logits_soft_cap)
         if not 0 < logits_soft_cap < float("inf"):
             raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
-    return Spec(select(implementation, query, kv, logits_soft_cap), scale, logits_soft_cap)
+    return scale, logits_soft_cap
 
 
 def _static(name: str, value) -> float:

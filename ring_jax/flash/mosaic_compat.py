@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _interpret = contextvars.ContextVar("ring_jax_mosaic_interpret", default=None)
@@ -105,13 +103,3 @@ def store(ref: Any, value: jax.Array) -> None:
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
-
-
-def dot_registers(acc: jax.Array, lhs: jax.Array, rhs_smem: Any) -> jax.Array:
-    """acc + lhs @ rhs, with acc and lhs in registers and rhs in shared memory; waits for the result.
-
-    wgmma with a register operand has no interpreter, so interpret mode computes the same product with `lax.dot`.
-    """
-    if interpreting():
-        return acc + lax.dot(lhs, rhs_smem[...], preferred_element_type=jnp.float32)
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, lhs, rhs_smem))(plgpu.ACC.init(acc))

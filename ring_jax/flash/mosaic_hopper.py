@@ -34,6 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ring_jax.flash import mosaic_compat, mosaic_wgmma
 from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 from ring_jax.flash.mosaic_schedule import Problem, Steps, steps_of, work_item
+from ring_jax.flash.packed import value_size
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -382,8 +383,7 @@ def forward(
 
 
 def _head_sizes(query: jax.Array, kv: jax.Array) -> tuple[int, int]:
-    head_size = query.shape[-1]
-    return head_size, kv.shape[-1] if kv.ndim == 5 else kv.shape[-1] - head_size
+    return query.shape[-1], value_size(kv, query.shape[-1])
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -163,7 +163,7 @@ def _mask_padding(ids, x, shard: Shard, seq_len: int | None):
         return ids
     if not 0 <= seq_len <= shard.length:
         raise ValueError(f"seq_len={seq_len} lies outside of the array's {shard.length} positions")
-    positions = shard.layout.positions(shard.rank(), shard.length, shard.ranks)
+    positions = shard.positions()
     if ids is None:
         ids = jnp.zeros(x.shape[:2], jnp.int32)
     return jnp.where(positions < seq_len, ids.astype(jnp.int32), segments.PADDING)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from ring_jax.context import ContextParallel, ring_attention
 from ring_jax.flash import flash_attention
-from ring_jax.mask import Mask, ResolvedMask, causal, window
+from ring_jax.mask import Mask, ResolvedMask, causal, local_window
 from ring_jax.nn.rope import apply_rope
 
 
@@ -193,8 +193,7 @@ class Attention(nnx.Module):
         if self.is_causal:
             mask = mask & causal()
         if self.local_window_size is not None:
-            sides = self.local_window_size
-            mask = mask & (window(sides, sides) if isinstance(sides, int) else window(*sides))
+            mask = mask & local_window(self.local_window_size)
         length = query.shape[1]
         real = length if seq_len is None else seq_len
         start, end = mask.interval(jnp.arange(length, dtype=jnp.int32), q_len=real, kv_len=real)

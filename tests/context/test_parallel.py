@@ -227,7 +227,9 @@ def test_equal_calls_share_one_program():
     x = jnp.ones((1, 16, 2, 8))
     before = parallel._run_sharded._cache_size()
     for _ in range(3):
-        ring_jax.ring_attention(x, x, x, mask=ring_jax.causal() & ring_jax.window(3), context=context)
+        ring_jax.ring_attention(
+            x, x, x, mask=ring_jax.causal() & ring_jax.window(3), scale=jnp.float32(0.5), context=context
+        )
     assert parallel._run_sharded._cache_size() == before + 1
 
 
