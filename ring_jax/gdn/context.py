@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import ContextParallel, axis_size, place
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.gdn import segments
@@ -30,7 +31,7 @@ from ring_jax.gdn.spread import HeadSplit, OneDevice, Spread, StatePassing
 
 
 def run(
-    layers: Callable[[Any, jax.Array, Any, Spread], tuple[Any, Any]],
+    layers: Callable[[Any, jax.Array, Any, Spread], tuple[Any, ...]],
     params: Any,
     x: Any,
     *,
@@ -40,7 +41,8 @@ def run(
     caches: Any = None,
     segment_ids: jax.Array | None = None,
     seq_len: int | None = None,
-) -> tuple[Any, Any]:
+    sums: bool = False,
+) -> tuple[Any, ...]:
     """Runs GDN layers, and whatever acts on tokens one by one between them, over the context axis as one shard_map.
 
     Args:
@@ -56,9 +58,11 @@ def run(
         caches: pytree with the batch first (`GDNCache`s), the same on all context ranks; None to begin.
         segment_ids: int [B, T] in the order of the layout; negative: padding.
         seq_len: real length, where `to_layout` padded: later positions are padding.
+        sums: `layers` returns a third pytree, of sums over the valid tokens here (statistics of a router).
 
     Returns:
-        y in the order of the layout, and caches after the last valid token, again the same on all context ranks.
+        y in the order of the layout, and caches after the last valid token, again the same on all context ranks; with
+        `sums` also those, summed over all tokens.
 
     Raises:
         ValueError: the way cannot serve the layout or the number of heads, or the length does not divide.
@@ -78,7 +82,13 @@ def run(
     way = _resolve_way(way, shape, rows, shard)
 
     def local(params, x, caches, ids):
-        return _run_local(layers, params, x, caches, ids, shard=shard, way=way, seq_len=seq_len)
+        y, caches, *totals = _run_local(layers, params, x, caches, ids, shard=shard, way=way, seq_len=seq_len)
+        if not sums:
+            return y, caches
+        over = (shard.axis, *([] if manual or context.batch_axis is None else [context.batch_axis]))
+        axes = tuple(name for axis in over for name in ([axis] if isinstance(axis, str) else axis))
+        (totals,) = pcast_to(totals, axes)
+        return y, caches, lax.psum(totals, axes)
 
     if manual:
         return local(params, x, caches, segment_ids)
@@ -87,7 +97,8 @@ def run(
     specs = (P(), tokens, row, tokens)
     args = (params, x, caches, segment_ids)
     args = tuple(place(a, mesh, s) for a, s in zip(args, specs, strict=True))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, row))(*args)
+    out_specs = (tokens, row, P()) if sums else (tokens, row)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(*args)
 
 
 def gated_delta_rule_across(operands, *, context: ContextParallel, way: str, initial_state, segment_ids, **options):
@@ -128,8 +139,8 @@ def _run_local(layers, params, x, caches, ids, *, shard: Shard, way: str, seq_le
     """The body of the shard_map: local tokens in, local tokens out, whole caches in and out."""
     ids = _mask_padding(ids, _first_leaf(x), shard, seq_len)
     if shard.ranks == 1:
-        y, caches = layers(params, x, caches, OneDevice(ids))
-        return y, lax.psum(caches, shard.axis)  # of one rank: only to say that it is the same on all
+        y, caches, *sums = layers(params, x, caches, OneDevice(ids))
+        return y, lax.psum(caches, shard.axis), *sums  # of one rank: only to say that it is the same on all
     if way == "state":
         return layers(params, x, caches, StatePassing.of(shard, ids))
     natural = None
@@ -151,11 +162,15 @@ def _run_rows(layers, params, x, caches, ids, shard: Shard):
         leaf = _pad_rows(leaf, padded)
         return lax.dynamic_slice_in_dim(leaf, shard.rank() * rows, rows, 0)
 
+    if ids is None and padded != batch:
+        ids = jnp.zeros((batch, _first_leaf(x).shape[1] * shard.ranks), jnp.int32)
+    if ids is not None:
+        ids = own(_pad_rows(ids, padded, segments.PADDING))
     x = jax.tree.map(lambda leaf: seq_to_axis(_pad_rows(leaf, padded), shard, 0), x)
-    y, caches = layers(params, x, jax.tree.map(own, caches), OneDevice(None if ids is None else own(ids)))
+    y, caches, *sums = layers(params, x, jax.tree.map(own, caches), OneDevice(ids))
     y = jax.tree.map(lambda leaf: axis_to_seq(leaf, shard, 0)[:batch], y)
     whole = [lax.all_gather(leaf, shard.axis, axis=0, tiled=True, to="invarying") for leaf in jax.tree.leaves(caches)]
-    return y, jax.tree.unflatten(jax.tree.structure(caches), [leaf[:batch] for leaf in whole])
+    return y, jax.tree.unflatten(jax.tree.structure(caches), [leaf[:batch] for leaf in whole]), *sums
 
 
 def _mask_padding(ids, x, shard: Shard, seq_len: int | None):
@@ -169,8 +184,9 @@ def _mask_padding(ids, x, shard: Shard, seq_len: int | None):
     return jnp.where(positions < seq_len, ids.astype(jnp.int32), segments.PADDING)
 
 
-def _pad_rows(x, rows: int):
-    return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1)) if rows != x.shape[0] else x
+def _pad_rows(x, rows: int, value: int = 0):
+    widths = [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, widths, constant_values=value) if rows != x.shape[0] else x
 
 
 def _resolve_way(way: str, shape: GDNShape | None, rows: int, shard: Shard) -> str:

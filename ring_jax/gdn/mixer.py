@@ -86,8 +86,8 @@ class Heads:
 class MixerWeights:
     """Weights up to the heads. Key features of all heads lie together, as do the values: [q | k | v]."""
 
-    qkv: Float[Array, "D F"]
-    ba: Float[Array, "D 2N"]  # b of all heads, then a
+    qkv: tuple[Float[Array, "D _"], ...]  # one kernel of all three parts, or one for each
+    ba: tuple[Float[Array, "D _"], ...]  # b of all heads, then a; one kernel or two
     conv: Float[Array, "W F"]
     a_log: Float32[Array, " N"]
     dt_bias: Float32[Array, " N"]
@@ -96,9 +96,12 @@ class MixerWeights:
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """mixed [B, T, F] and (b | a) [B, T, 2N], in x's dtype."""
-        kernels = (kernel.astype(x.dtype) for kernel in (self.qkv, self.ba))
-        mixed, ba = (jnp.matmul(x, kernel, precision=self.precision) for kernel in kernels)
-        return mixed, ba
+
+        def product(kernels):
+            parts = [jnp.matmul(x, kernel.astype(x.dtype), precision=self.precision) for kernel in kernels]
+            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+        return product(self.qkv), product(self.ba)
 
 
 def mix(
@@ -195,8 +198,8 @@ def _exchange(mixed, ba, heads: Heads, spread: HeadSplit):
 def _own_weights(weights: MixerWeights, rank, ranks: int) -> MixerWeights:
     n, parts = weights.heads.value_heads, weights.heads.parts
     return MixerWeights(
-        qkv=_own(weights.qkv, parts, rank, ranks),
-        ba=_own(weights.ba, (n, n), rank, ranks),
+        qkv=_own_kernels(weights.qkv, parts, rank, ranks),
+        ba=_own_kernels(weights.ba, (n, n), rank, ranks),
         conv=_own(weights.conv, parts, rank, ranks),
         a_log=_own(weights.a_log, (n,), rank, ranks),
         dt_bias=_own(weights.dt_bias, (n,), rank, ranks),
@@ -220,6 +223,12 @@ def _own(x, sizes: tuple[int, ...], rank, ranks: int):
         ],
         axis=-1,
     )
+
+
+def _own_kernels(kernels: tuple, sizes: tuple[int, ...], rank, ranks: int):
+    if len(kernels) == 1:
+        return (_own(kernels[0], sizes, rank, ranks),)
+    return tuple(_own(kernel, (size,), rank, ranks) for kernel, size in zip(kernels, sizes, strict=True))
 
 
 def _everyone(x, sizes: tuple[int, ...], spread: HeadSplit):

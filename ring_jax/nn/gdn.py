@@ -203,13 +203,12 @@ class GatedDeltaNet(nnx.Module):
     def _weights(self) -> tuple[MixerWeights, Array]:
         if self.projections == "separate":
             qkv, z = self.in_proj_qkv.kernel[...], self.in_proj_z.kernel[...]
-            ba = jnp.concatenate([self.in_proj_b.kernel[...], self.in_proj_a.kernel[...]], axis=-1)
+            ba = self.in_proj_b.kernel[...], self.in_proj_a.kernel[...]
         else:
             fused = self.in_proj_qkvz.kernel[...], self.in_proj_ba.kernel[...]
-            qkv, z, b, a = split_fused_projections(*fused, self.heads)
-            ba = jnp.concatenate([b, a], axis=-1)
+            qkv, z, *ba = split_fused_projections(*fused, self.heads)
         decay = self.A_log[...], self.dt_bias[...]
-        return MixerWeights(qkv, ba, self.conv[...], *decay, heads=self.heads, precision=self.precision), z
+        return MixerWeights((qkv,), tuple(ba), self.conv[...], *decay, heads=self.heads, precision=self.precision), z
 
 
 def gated_rms_norm(

@@ -34,7 +34,12 @@ def moved(way, *, time=512, batch=4, layout="zigzag", data_axis=False, gradient=
 
     weight = functools.partial(array, place(jax.P()))
     mixers = MixerWeights(
-        weight(width, HEADS.features), weight(width, 2 * n), weight(CONV, HEADS.features), weight(n), weight(n), HEADS
+        (weight(width, HEADS.features),),
+        (weight(width, 2 * n),),
+        weight(CONV, HEADS.features),
+        weight(n),
+        weight(n),
+        HEADS,
     )
     params = [(mixers, weight(values, width), weight(width, width))] * LAYERS
     cache = GDNCache(

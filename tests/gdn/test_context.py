@@ -56,8 +56,8 @@ def make_inputs(heads, batch, time, seed=0):
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     n = heads.value_heads
     weights = MixerWeights(
-        qkv=normal(WIDTH, heads.features) * WIDTH**-0.5,
-        ba=normal(WIDTH, 2 * n) * WIDTH**-0.5,
+        qkv=tuple(normal(WIDTH, size) * WIDTH**-0.5 for size in heads.parts),
+        ba=(normal(WIDTH, 2 * n) * WIDTH**-0.5,),
         conv=normal(CONV, heads.features) * 0.5,
         a_log=np.log(4 * rng.uniform(size=n) + 0.01).astype(np.float32),
         dt_bias=normal(n) - 4,

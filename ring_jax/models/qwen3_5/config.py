@@ -100,6 +100,8 @@ class Config:
             raise ValueError(
                 f"layer_types must name {self.num_layers} layers, each {FULL!r} or {LINEAR!r}, got {len(types)}: {types}"
             )
+        if not {FULL, LINEAR} <= set(types):
+            raise ValueError(f"a hybrid model has both {FULL!r} and {LINEAR!r} layers, got {types}")
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "conv_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -1,0 +1,63 @@
+"""What prefill leaves for decode: keys and values, GDN states, and how far each row is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from ring_jax.gdn import GDNCache
+from ring_jax.models.qwen3_5.sharding import Sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The state of a batch of texts. Keys lie where prefill computed them; nothing moves between prefill and decode.
+
+    Leading axes: G groups of layers, then the layers of one kind in a group.
+
+    Fields:
+        prompt: keys and values of the prompt, packed, in the order of the context's layout and sharded like it.
+        new: those of decoded tokens; the one at position lengths + j lies on context rank j mod C, slot j // C.
+        gdn: states and convolution tails, the same on all context ranks.
+        lengths: tokens of each row's prompt. count: tokens decoded since.
+    """
+
+    prompt: Float[Array, "G L 2 B S K H"]
+    new: Float[Array, "G L 2 B R K H"]
+    gdn: GDNCache
+    lengths: Int[Array, " B"]
+    count: Int[Array, ""]
+
+    @property
+    def room(self) -> int:
+        """How many tokens can be decoded in all."""
+        return self.new.shape[4]
+
+    @property
+    def positions(self) -> jax.Array:
+        """Position of each row's next token, int32 [B]."""
+        return self.lengths + self.count
+
+
+def cache_specs(sharding: Sharding) -> Any:
+    """PartitionSpecs of a `Cache`."""
+    batch, tensor = sharding.batch, sharding.tensor
+    keys = P(None, None, None, batch, sharding.sequence, tensor)
+    gdn = GDNCache(P(None, None, batch, tensor), P(None, None, batch, None, tensor), P(None, None, batch))  # type: ignore[arg-type]
+    return Cache(keys, keys, gdn, P(batch), P())  # type: ignore[arg-type]
+
+
+def append(cache: Cache, new: Float[Array, "G L 2 B 1 K H"], gdn: GDNCache, rank, ranks: int) -> Cache:
+    """The cache one token later; on this rank's shards."""
+    slot = cache.count // ranks
+    at = (0, 0, 0, 0, slot, 0, 0)
+    here = cache.count % ranks == rank
+    old = jax.lax.dynamic_slice(cache.new, at, new.shape)
+    written = jax.lax.dynamic_update_slice(cache.new, jnp.where(here, new, old), at)
+    return Cache(cache.prompt, written, gdn, cache.lengths, cache.count + 1)

@@ -1,0 +1,232 @@
+"""What the model's layers ask of the mesh, from inside the one shard_map around the model. Without a mesh: nothing.
+
+A parameter whose reduced dimension lies over the `weights` axis is used in one of two ways. Ranks with tokens of their
+own gather it (its gradient is then scattered back); ranks that share their tokens (decode) multiply the part of x that
+fits their part of the weight and sum the results, which moves activations instead of weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ring_jax import gdn
+from ring_jax._vma import pcast_to, varying_axes
+from ring_jax.context import ring_attention
+from ring_jax.context.decode import attend_few, merge_ranks
+from ring_jax.context.shard import Shard
+from ring_jax.flash import flash_attention, merge_partials
+from ring_jax.gdn import OneDevice
+from ring_jax.mask import ResolvedMask
+from ring_jax.models.qwen3_5.sharding import Sharding, names
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Local:
+    """The mesh as one rank sees it."""
+
+    sharding: Sharding | None
+
+    def weight(self, w: jax.Array, dim: int, size: int, like: jax.Array, *, expert: bool = False) -> jax.Array:
+        """`w` with all `size` entries of the reduced dimension `dim` that this tensor rank works on, to multiply
+        `like` with: it varies over the mesh axes that `like` varies over, no more."""
+        if w.shape[dim] == size:
+            return w
+        varying = varying_axes(like)
+        for axis in reversed(self._weights_axes(expert)):  # the last name is the minor one
+            w = lax.all_gather(w, axis, axis=dim, tiled=True, to="varying" if axis in varying else "invarying")
+        return w
+
+    def product(self, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+        """x [..., D] times w [D, F], wherever the rows of w lie; in `dtype` (default: x's)."""
+        dtype = x.dtype if dtype is None else dtype
+        size = x.shape[-1]
+        axes = self._weights_axes() if w.shape[0] != size else ()
+        if not axes or varying_axes(x) & set(axes):
+            return jnp.matmul(x, self.weight(w, 0, size, x).astype(x.dtype), preferred_element_type=dtype)
+        start = lax.axis_index(axes) * w.shape[0]
+        part = lax.dynamic_slice_in_dim(x, start, w.shape[0], x.ndim - 1)
+        return lax.psum(jnp.matmul(part, w.astype(x.dtype), preferred_element_type=jnp.float32), axes).astype(dtype)
+
+    def sum_tensor(self, y: jax.Array) -> jax.Array:
+        """The sum over the tensor axis of what its ranks have computed from their heads or features."""
+        return lax.psum(y, names(self.tensor)) if self.tensor is not None else y
+
+    def rows(self, table: jax.Array, index: jax.Array, width: int) -> jax.Array:
+        """table[index] [..., width], where rows may lie over the tensor axis and columns over the weights axis."""
+        axes = self._weights_axes() if table.shape[1] != width else ()
+        spread = bool(varying_axes(index) & set(axes))
+        if spread:  # all ranks' indices come here, their parts of the rows go back
+            index = lax.all_gather(pcast_to(index, axes), axes, axis=0)
+        found = self._own_rows(table, index)
+        if spread:
+            return lax.all_to_all(found, axes, 0, found.ndim - 1, tiled=True)[0]
+        return lax.all_gather(found, axes, axis=found.ndim - 1, tiled=True, to="invarying") if axes else found
+
+    def _own_rows(self, table, index):
+        if self.tensor is None or self._vocabulary_is_whole(table):
+            return table[index]
+        local = index - lax.axis_index(names(self.tensor)) * table.shape[0]
+        inside = (local >= 0) & (local < table.shape[0])
+        found = table[jnp.clip(local, 0, table.shape[0] - 1)]
+        return lax.psum(jnp.where(inside[..., None], found, jnp.zeros_like(found)), names(self.tensor))
+
+    def _vocabulary_is_whole(self, table) -> bool:
+        return not varying_axes(table) & set(names(self.tensor))
+
+    def cross_entropy(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """-log softmax(logits)[target] of each token, [T]; the vocabulary may lie over the tensor axis."""
+        axes = names(self.tensor) if varying_axes(logits) & set(names(self.tensor)) else ()
+        top = lax.stop_gradient(logits).max(axis=-1)
+        top = lax.pmax(top, axes) if axes else top
+        local = targets - (lax.axis_index(axes) * logits.shape[-1] if axes else 0)
+        inside = (local >= 0) & (local < logits.shape[-1])
+        index = jnp.clip(local, 0, logits.shape[-1] - 1)[:, None]
+        target = jnp.where(inside, jnp.take_along_axis(logits, index, axis=-1)[:, 0], 0)
+        total = jnp.exp(logits - top[:, None]).sum(axis=-1)
+        if axes:
+            total, target = lax.psum((total, target), axes)
+        return jnp.log(total) + top - target
+
+    @property
+    def tensor(self):
+        return None if self.sharding is None else self.sharding.tensor
+
+    @property
+    def tensor_ranks(self) -> int:
+        return lax.axis_size(names(self.tensor)) if self.tensor is not None else 1
+
+    @property
+    def expert(self):
+        return None if self.sharding is None else self.sharding.expert
+
+    def token_axes(self, *, rows_only: bool = False) -> tuple[str, ...]:
+        """Mesh axes over which tokens differ."""
+        if self.sharding is None:
+            return ()
+        return (*names(self.sharding.batch), *(() if rows_only else names(self.sharding.sequence)))
+
+    def spread_over(self, axis) -> bool:
+        """Whether ranks along `axis` have tokens of their own."""
+        return axis is not None and set(names(axis)) <= set(self.token_axes())
+
+    def sum_context(self, tree):
+        """The sum over the context ranks of what each has counted in its tokens."""
+        if self.sharding is None:
+            return tree
+        return jax.tree.map(lambda x: invariant_sum(x, self.sharding), tree)
+
+    def sum_rows(self, tree):
+        """The sum over the data ranks."""
+        axes = () if self.sharding is None else names(self.sharding.batch)
+        return jax.tree.map(lambda x: lax.psum(pcast_to(x, axes), axes), tree) if axes else tree
+
+    def _weights_axes(self, expert: bool = False) -> tuple[str, ...]:
+        if self.sharding is None:
+            return ()
+        used = names(self.sharding.expert) if expert else ()
+        return tuple(name for name in names(self.sharding.weights) if name not in used)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt(Local):
+    """Whole sequences, laid out over the context axis: many new tokens, nothing before them.
+
+    Fields:
+        positions: int32 [T here] or [B, T here], for RoPE. order: int32 [T here], the place in the sequence.
+        mask: what full attention sees, resolved once for all layers: without a mesh a pair of key bounds [B, S].
+        segment_ids: int32 [B, T here] in layout order, negative for padding; None where every token is real.
+        implementation: of the flash block.
+    """
+
+    positions: jax.Array
+    order: jax.Array
+    mask: ResolvedMask | tuple[jax.Array, jax.Array]
+    segment_ids: jax.Array | None
+    implementation: str | None
+
+    def attend(self, query, key, value, cache: None) -> tuple[jax.Array, jax.Array]:
+        """(out, packed key and value to cache), each for the tokens here."""
+        if self.sharding is None:
+            assert isinstance(self.mask, tuple)
+            out, _ = flash_attention(query, key, value, *self.mask, implementation=self.implementation)
+        else:
+            context, mask = self.sharding.context, self.mask
+            out = ring_attention(query, key, value, mask=mask, context=context, implementation=self.implementation)
+        return out.astype(query.dtype), jnp.stack([key, value])
+
+    def run(self, layers: Callable, x, caches: None, shape: gdn.GDNShape):
+        """A run of GDN layers: `layers(x, caches, spread) -> (y, caches, sums)`."""
+        if self.sharding is None:
+            return layers(x, None, OneDevice(self.segment_ids))
+        return gdn.run(
+            lambda _, x, caches, spread: layers(x, caches, spread),
+            None,
+            x,
+            context=self.sharding.context,
+            way=self.sharding.way,
+            shape=shape,
+            segment_ids=self.segment_ids,
+            sums=True,
+        )
+
+    @property
+    def valid(self) -> jax.Array | None:
+        """Which tokens here are real, bool [B, T here]; None where all are."""
+        return None if self.segment_ids is None else self.segment_ids >= 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step(Local):
+    """One new token for each row, the same on all context ranks, after a prompt whose keys lie where they lay.
+
+    Fields:
+        positions: int32 [B, 1].
+        prompt: how the prompt's keys lie; None without a mesh.
+        lengths: int32 [B], tokens of each prompt.
+        count: int32 [], tokens decoded so far: new token j lies on rank j mod C, slot j // C.
+    """
+
+    positions: jax.Array
+    prompt: Shard | None
+    lengths: jax.Array
+    count: jax.Array
+
+    def attend(self, query, key, value, cache) -> tuple[jax.Array, jax.Array]:
+        """cache: packed keys and values (of the prompt, of the new tokens) that are here. The token sees itself too."""
+        own = jnp.stack([key, value])
+        rank, ranks = (self.prompt.rank(), self.prompt.ranks) if self.prompt is not None else (0, 1)
+        older, newer = cache
+        seen = self.lengths
+        if self.prompt is not None:
+            seen = self.prompt.layout.count_below(seen, rank, self.prompt.length, ranks)
+        new = jnp.broadcast_to((self.count - rank + ranks - 1) // ranks, self.lengths.shape)
+        partial = merge_partials(*attend_few(query, older, seen), *attend_few(query, newer, new))
+        if self.prompt is not None:
+            partial = merge_ranks(*partial, self.prompt.axis)
+        out, _ = merge_partials(*partial, *attend_few(query, own, jnp.ones_like(self.lengths)))
+        return out.astype(query.dtype), own
+
+    def run(self, layers: Callable, x, caches, shape):
+        del shape
+        return layers(x, caches, OneDevice())
+
+    @property
+    def valid(self) -> None:
+        return None
+
+    def token_axes(self, *, rows_only: bool = False) -> tuple[str, ...]:
+        return super().token_axes(rows_only=True)
+
+
+def invariant_sum(x: jax.Array, sharding: Sharding | None) -> jax.Array:
+    """The sum of `x` over the context ranks, the same on all of them."""
+    if sharding is None:
+        return x
+    axes = names(sharding.sequence)
+    return lax.psum(pcast_to(x, axes), axes)

@@ -1,0 +1,128 @@
+"""How a model's parameters and activations lie on a mesh: one value names the mesh axes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import PartitionSpec as P
+
+from ring_jax.context import ContextParallel
+from ring_jax.context.parallel import axis_size
+from ring_jax.context.shard import Axis
+
+# Dimensions of parameters. The reduced dimension of every product can lie over the `weights` axis too, so that a rank
+# that has the whole of x multiplies its part and sums, and one that has its own tokens gathers the weight first.
+REDUCED = "reduced"  # input of a projection whose output is split over heads or MLP features
+HEADS, KEY_VALUE_HEADS, LINEAR_HEADS, FEATURES, VOCABULARY = "heads", "kv_heads", "linear_heads", "features", "vocab"
+EXPERTS = "experts"
+REDUCED_HEADS, REDUCED_FEATURES = "reduced_heads", "reduced_features"  # input of an output projection
+WHOLE = None
+
+_TENSOR = {HEADS, KEY_VALUE_HEADS, LINEAR_HEADS, FEATURES, VOCABULARY, REDUCED_HEADS, REDUCED_FEATURES}
+_WEIGHTS = {REDUCED, REDUCED_HEADS, REDUCED_FEATURES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """Mesh axes of a model. Hashable.
+
+    Args:
+        context: sequence (`axis`, `layout`, `strategy`), data (`batch_axis`), tensor (`head_axis`: heads, MLP
+            features and vocabulary) and the mesh itself.
+        expert: one axis over which experts lie; their tokens travel to them and back. May be the context axis.
+        weights: axis over which every large parameter lies besides (FSDP), on a dimension that products reduce:
+            it is gathered layer by layer. May be the context or the data axis, or both.
+        way: how runs of GDN layers are spread: "auto", "batch", "head" or "state".
+
+    Example:
+        >>> import jax, ring_jax
+        >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> cp = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh)
+        >>> Sharding(cp, weights="context").spec((64, 128), ("reduced", "heads"), mesh)
+        PartitionSpec('context', None)
+    """
+
+    context: ContextParallel
+    _: dataclasses.KW_ONLY
+    expert: str | None = None
+    weights: Axis | None = None
+    way: str = "auto"
+
+    def __post_init__(self):
+        if not isinstance(self.context, ContextParallel):
+            raise ValueError(f"context must be a ring_jax.ContextParallel, got {type(self.context).__name__}")
+        if self.way not in ("auto", "batch", "head", "state"):
+            raise ValueError(f"way must be 'auto', 'batch', 'head' or 'state', got {self.way!r}")
+        if self.expert is not None and not isinstance(self.expert, str):
+            raise ValueError(f"experts lie over one mesh axis, got expert={self.expert!r}")
+        for field in ("expert", "weights"):
+            if set(names(getattr(self, field))) & set(names(self.tensor)):
+                raise ValueError(f"{field}={getattr(self, field)!r} is the tensor axis too: give it another mesh axis")
+
+    @property
+    def tensor(self) -> Axis | None:
+        return self.context.head_axis
+
+    @property
+    def batch(self) -> Axis | None:
+        return self.context.batch_axis
+
+    @property
+    def sequence(self) -> Axis:
+        return self.context.axis
+
+    def resolve_mesh(self) -> Any:
+        """The mesh of the context, or the ambient one.
+
+        Raises:
+            ValueError: there is none, or it lacks an axis that is named here.
+        """
+        mesh = self.context.resolve_mesh()
+        for field in ("expert", "weights"):
+            for name in names(getattr(self, field)):
+                if name not in mesh.axis_names:
+                    raise ValueError(f"Sharding({field}={name!r}): the mesh has axes {dict(mesh.shape)}, no {name!r}")
+        return mesh
+
+    def spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Any) -> P:
+        """PartitionSpec of a parameter whose dimensions are named `axes`.
+
+        A dimension that does not divide over the weights axis stays whole along it; heads, features and experts that
+        do not divide over theirs are an error.
+        """
+        used: set[str] = set()
+
+        def free(axis: Axis | None) -> tuple[str, ...]:
+            return tuple(name for name in names(axis) if name not in used)
+
+        entries: list[Any] = [None] * len(shape)
+        for i, (size, name) in enumerate(zip(shape, axes, strict=True)):
+            if name not in _TENSOR and name != EXPERTS:
+                continue
+            axis = names(self.expert if name == EXPERTS else self.tensor)
+            if size % axis_size(mesh, axis):
+                if name != VOCABULARY:  # an odd vocabulary stays whole
+                    raise ValueError(
+                        f"{size} {name} of a parameter {shape} do not divide over mesh axis {axis} of size {axis_size(mesh, axis)}"
+                    )
+                continue
+            entries[i] = axis
+            used.update(axis)
+        for i, (size, name) in enumerate(zip(shape, axes, strict=True)):
+            if name in _WEIGHTS:
+                axis = (*(entries[i] or ()), *free(self.weights))
+                if size % axis_size(mesh, axis) == 0:
+                    entries[i] = axis
+        return P(*(axis[0] if axis and len(axis) == 1 else axis or None for axis in entries))
+
+    def param_specs(self, config, mesh: Any = None) -> dict[str, Any]:
+        """PartitionSpecs of all parameters of a `Config`, in the model's tree."""
+        from ring_jax.models.qwen3_5.modeling import Qwen3_5
+
+        mesh = self.resolve_mesh() if mesh is None else mesh
+        return Qwen3_5(config, rngs=None).param_specs(self, mesh)
+
+
+def names(axis: Axis | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
