@@ -1,0 +1,75 @@
+"""How tokens reach experts that are spread over ranks of a mesh axis, and how the results come back.
+
+Each way is linear in the tokens, exact for any routing, and drops nothing:
+
+    Here      the same tokens are on all ranks (decode): each runs its experts, one psum adds up; or all experts are here
+    Gathered  tokens differ: all_gather, then a sum that is scattered (psum_scatter)
+    Ragged    tokens differ: each goes once to every rank that holds one of its experts (ragged_all_to_all)
+
+Bytes, for T tokens a rank, C ranks and k experts a token: `Gathered` receives (C - 1) T rows. An all-to-all of
+assignments would receive k T (C - 1) / C of them with even routing and needs room for k C T where all go to one rank;
+`Ragged` sends a token once to a rank however many of its experts lie there, so it receives
+C T (1 - (1 - 1/C)^k) (C - 1) / C rows, at most as many as `Gathered`, in the same C T rows of memory. It pays where
+C > k (0.63 of the rows and falling); for fewer ranks nearly every token goes everywhere. XLA runs ragged_all_to_all
+on GPUs, not on CPUs.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+from jax import lax
+
+from ring_jax._vma import pcast_to
+from ring_jax.context.shard import Axis
+
+
+def _names(axis: Axis | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+class Exchange(Protocol):
+    """Tokens to the experts' ranks and sums back. With `tensor`, features of each expert are spread over that axis."""
+
+    def send(self, x: jax.Array) -> jax.Array:
+        """[T, ...] of the tokens here to [rows, ...] of those that the experts here may have to see."""
+        ...
+
+    def combine(self, y: jax.Array) -> jax.Array:
+        """[rows, D], this rank's part of the rows' results, to [T, D], the results of the tokens here."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """All experts are on this rank, or, with an axis, the same tokens are on all of its ranks."""
+
+    axis: Axis | None = None
+    tensor: Axis | None = None
+
+    def send(self, x):
+        return pcast_to(x, self._axes)
+
+    def combine(self, y):
+        return lax.psum(pcast_to(y, self._axes), self._axes) if self._axes else y
+
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        return (*_names(self.axis), *_names(self.tensor))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """Every rank sees all tokens and adds up what its experts make of them."""
+
+    axis: Axis
+    tensor: Axis | None = None
+
+    def send(self, x):
+        # Cast first: the gradient's sum over the tensor axis then comes after its scatter, on fewer rows.
+        x = pcast_to(x, (*_names(self.axis), *_names(self.tensor)))
+        return lax.all_gather(x, self.axis, axis=0, tiled=True)
+
+    def combine(self, y):
+        y = lax.psum_scatter(pcast_to(y, _names(self.axis)), self.axis, scatter_dimension=0, tiled=True)
+        return Here(tensor=self.tensor).combine(y)

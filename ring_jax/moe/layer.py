@@ -1,0 +1,131 @@
+"""The mixture of experts of one layer: checks, routing, exchange, products."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from ring_jax.context.shard import Axis
+from ring_jax.moe.blocks import Blocks, block_size
+from ring_jax.moe.exchange import Exchange, Gathered, Here
+from ring_jax.moe.experts import blocks_per_step, run_experts
+from ring_jax.moe.platform import target_platform
+from ring_jax.moe.router import RouterStats, Routing, route
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEWeights:
+    """Parameters of one layer's routed experts, as they lie on this rank. Kernels are [in, out].
+
+    Args:
+        router: [D, E], of all experts.
+        gate_up: [E / ranks, D, 2, F], gate first.
+        down: [E / ranks, F, D].
+    """
+
+    router: Float[Array, "D E"]
+    gate_up: Float[Array, "e D 2 F"]
+    down: Float[Array, "e F D"]
+
+
+def moe(
+    x: Float[Array, "T D"],
+    weights: MoEWeights,
+    *,
+    top_k: int,
+    renormalize: bool = True,
+    expert_axis: Axis | None = None,
+    tokens_spread: bool = True,
+    tensor_axis: Axis | None = None,
+    valid: Bool[Array, " T"] | None = None,
+) -> tuple[Float[Array, "T D"], RouterStats]:
+    """Each token through the k experts that the router picks for it; no token is ever dropped.
+
+        y_t = sum_{e in top-k} w_te down_e^T (silu(gate_e^T x_t) * up_e^T x_t)
+
+    A plain function on local arrays: call it inside a shard_map that is manual over the axes named here, or without
+    any mesh. Its cost is that of T k assignments, whatever E is.
+
+    Args:
+        x: the tokens here; float32, bfloat16 or float16 (float64 where x64 is on).
+        weights: x's dtype. The router is whole; experts lie over `expert_axis` in order (rank r holds
+            r E / C ... (r + 1) E / C - 1), their features F over `tensor_axis`.
+        top_k: k. renormalize: scale the k weights to sum to one.
+        expert_axis: mesh axis (or several) of the experts; None: all are here.
+        tokens_spread: whether the ranks of `expert_axis` hold different tokens (training, prefill), as many on each.
+            False: the same tokens are on all of them (decode).
+        tensor_axis: mesh axis of the experts' features; the same tokens are on all of its ranks.
+        valid: False for padding, which is not routed, gives zeros and is not counted, whatever x holds there.
+
+    Returns:
+        y in x's dtype, summed in float32, the same on all ranks of `tensor_axis` (and of `expert_axis` where the
+        tokens are); and the router's statistics over the tokens here.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> weights = MoEWeights(jnp.ones((4, 8)), jnp.ones((8, 4, 2, 6)), jnp.ones((8, 6, 4)))
+        >>> y, stats = moe(jnp.ones((3, 4)), weights, top_k=2)
+        >>> y.shape, stats.counts.sum().item()
+        ((3, 4), 6.0)
+
+    Source: as transformers' `Qwen3_5MoeSparseMoeBlock` without its shared expert.
+    """
+    ranks = 1 if expert_axis is None else lax.axis_size(expert_axis)
+    _check(x, weights, top_k, ranks, valid)
+    if valid is not None:
+        x = jnp.where(valid[:, None], x, jnp.zeros_like(x))
+    routing = route(x, weights.router, top_k=top_k, renormalize=renormalize, valid=valid)
+    stats = RouterStats.of(routing, valid)
+    exchange: Exchange = Here(expert_axis, tensor_axis)
+    if expert_axis is not None and tokens_spread:
+        exchange = Gathered(expert_axis, tensor_axis)
+    with jax.named_scope("moe"):
+        y = _through_experts(x, routing, weights, exchange, expert_axis)
+    return y.astype(x.dtype), stats
+
+
+def _through_experts(x, routing: Routing, weights: MoEWeights, exchange, expert_axis):
+    count, per_token = weights.gate_up.shape[0], routing.experts.shape[1]
+    total = weights.router.shape[1]
+    # Numbers of experts travel with their weights, as one array; 0 is none, and exact: there are fewer than 2^24.
+    number = (routing.experts + 1) % (total + 1)
+    packed = jnp.concatenate([routing.weights, number.astype(routing.weights.dtype)], axis=1)
+    x, packed = exchange.send(x), exchange.send(packed)
+    factors, number = jnp.split(packed, 2, axis=1)
+    first = 0 if expert_axis is None else lax.axis_index(expert_axis).astype(jnp.int32) * count
+    experts = lax.stop_gradient(number).astype(jnp.int32) - 1 - first
+    step = blocks_per_step(weights.gate_up, target_platform())
+    blocks = Blocks.of(experts, count, block_size(x.shape[0], per_token, total), step)
+    return exchange.combine(run_experts(x, weights.gate_up, weights.down, factors, blocks, step))
+
+
+def _check(x, weights: MoEWeights, top_k: int, ranks: int, valid) -> None:
+    router, gate_up, down = weights.router, weights.gate_up, weights.down
+    if x.ndim != 2:
+        raise ValueError(f"x must be [tokens, width], got {x.shape}: flatten batch and sequence first")
+    width, experts = x.shape[1], router.shape[-1]
+    if router.shape != (width, experts):
+        raise ValueError(f"router must be [D, E] with D = {width}, got {router.shape}")
+    if gate_up.ndim != 4 or gate_up.shape[1:3] != (width, 2):
+        raise ValueError(f"gate_up must be [experts, D, 2, F] with D = {width}, gate first, got {gate_up.shape}")
+    here, features = gate_up.shape[0], gate_up.shape[3]
+    if down.shape != (here, features, width):
+        raise ValueError(f"down must be [experts, F, D] = {(here, features, width)} to fit gate_up, got {down.shape}")
+    if here * ranks != experts:
+        raise ValueError(
+            f"the router knows {experts} experts, but {ranks} ranks with {here} each hold {here * ranks}: shard gate_up and "
+            "down over expert_axis, and only there"
+        )
+    if not 0 < top_k <= experts:
+        raise ValueError(f"top_k must be 1 ... {experts} (the number of experts), got {top_k}")
+    for name, array in (("router", router), ("gate_up", gate_up), ("down", down)):
+        if array.dtype != x.dtype:
+            raise ValueError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}: cast the parameters first")
+    if valid is not None and (valid.shape != x.shape[:1] or valid.dtype != jnp.bool_):
+        raise ValueError(f"valid must be bool [{x.shape[0]}], one entry per token, got {valid.dtype} {valid.shape}")

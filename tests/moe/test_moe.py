@@ -1,0 +1,127 @@
+"""The mixture of experts on one device, against the float64 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ring_jax.moe import MoEWeights, layer, moe
+from tests.gdn.helpers import jit, relative
+from tests.moe.helpers import check, dense, expected, operands, pulled
+
+
+@pytest.mark.parametrize("tokens, experts, top_k", [(37, 8, 2), (50, 16, 4), (1, 16, 4), (300, 4, 2), (6, 4, 4)])
+def test_agrees_with_float64(tokens, experts, top_k):
+    arrays = operands(tokens, experts)
+    check(pulled(dense(top_k=top_k))(*arrays), expected(*arrays, top_k=top_k))
+
+
+@pytest.mark.parametrize("step", [2, 32])
+def test_several_blocks_a_step(step, monkeypatch):
+    """What GPUs run: batched products of several blocks, of which the last may be empty."""
+    monkeypatch.setattr(layer, "blocks_per_step", lambda *_: step)
+    arrays = operands(70, 8, favoured=(3,))
+    check(pulled(dense(top_k=2))(*arrays), expected(*arrays, top_k=2))
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_without_renormalisation(top_k):
+    arrays = operands(40, 8, seed=1)
+    options = {"top_k": top_k, "renormalize": False}
+    check(pulled(dense(**options))(*arrays), expected(*arrays, **options))
+
+
+@pytest.mark.parametrize("favoured", [(5,), (0, 7)])
+def test_every_token_to_one_expert(favoured):
+    arrays = operands(150, 8, favoured=favoured)
+    top_k = len(favoured)
+    y, stats = jit(lambda x, w: moe(x, w, top_k=top_k))(*arrays[:2])
+    assert np.flatnonzero(stats.counts).tolist() == list(favoured)
+    # Renormalised, the weight of a single expert is 1 whatever the router says: no gradient to compare.
+    options = {"top_k": top_k, "renormalize": top_k > 1}
+    check(pulled(dense(**options))(*arrays), expected(*arrays, **options))
+
+
+def test_padding_costs_and_changes_nothing():
+    x, weights, cotangent = operands(41, 8)
+    valid = np.random.default_rng(3).uniform(size=41) < 0.6
+    wanted = expected(x, weights, cotangent, top_k=2, valid=valid)
+    poisoned = np.where(valid[:, None], x, np.nan).astype(np.float32)
+    found = pulled(dense(top_k=2, valid=jnp.asarray(valid)))(poisoned, weights, cotangent)
+    check(found, wanted)
+    assert np.all(np.asarray(found[0])[~valid] == 0) and np.all(np.asarray(found[1][0])[~valid] == 0)
+    _, stats = jit(lambda x, w: moe(x, w, top_k=2, valid=jnp.asarray(valid)))(poisoned, weights)
+    _, alone = jit(lambda x, w: moe(x, w, top_k=2))(x[valid], weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), stats, alone)
+
+
+def test_nothing_valid():
+    x, weights, cotangent = operands(9, 4)
+    y, gradients = pulled(dense(top_k=2, valid=jnp.zeros(9, bool)))(x, weights, cotangent)
+    assert all(np.all(np.asarray(a) == 0) for a in jax.tree.leaves((y, gradients)))
+
+
+def test_bfloat16_is_rounded_once():
+    """Sums are float32: the result is as close to float64 as rounding the hidden values and y allows."""
+    x, weights, cotangent = jax.tree.map(lambda a: a.astype(jnp.bfloat16), operands(64, 8, features=64))
+    y, gradients = pulled(dense(top_k=2))(x, weights, cotangent)
+    assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves((y, gradients)))
+    # Logits are rounded to bfloat16 too, so tokens near a tie go elsewhere: route as the function does.
+    with jax.enable_x64(True):
+        logits = np.asarray(x, np.float32) @ np.asarray(weights.router, np.float32)
+        probs = jax.nn.softmax(jnp.asarray(logits).astype(jnp.bfloat16).astype(jnp.float64))
+        factors, experts = (np.asarray(a) for a in jax.lax.top_k(probs, 2))
+    tokens, kernels, out = (np.asarray(a, np.float64) for a in (x, weights.gate_up, weights.down))
+    wanted = np.zeros(tokens.shape)
+    for t, i in np.ndindex(*experts.shape):
+        gate, up = np.einsum("d,dcf->cf", tokens[t], kernels[experts[t, i]])
+        wanted[t] += factors[t, i] / factors[t].sum() * (gate / (1 + np.exp(-gate)) * up) @ out[experts[t, i]]
+    assert relative(y, wanted) <= 4e-3  # bfloat16 rounds by up to 2^-9 = 2e-3
+
+
+def test_float64_stays():
+    with jax.enable_x64(True):
+        x, weights, _ = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), operands(20, 8))
+        y, stats = jit(lambda x, w: moe(x, w, top_k=2))(x, weights)
+        assert y.dtype == stats.probs.dtype == jnp.float64
+
+
+def test_repeats_bit_for_bit():
+    x, weights, _ = operands(60, 8)
+    run = jit(dense(top_k=4))
+    np.testing.assert_array_equal(run(x, weights), run(x, weights))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x, w: (x[None], w, 2), r"x must be \[tokens, width\], got \(1, 9, 24\)"),
+        (lambda x, w: (x, w, 5), r"top_k must be 1 \.\.\. 4 .*, got 5"),
+        (lambda x, w: (x, w, 0), r"top_k must be 1 \.\.\. 4 .*, got 0"),
+        (lambda x, w: (x[:, 1:], w, 2), r"router must be \[D, E\] with D = 23, got \(24, 4\)"),
+        (lambda x, w: (x.astype(jnp.bfloat16), w, 2), "router must have x's dtype bfloat16, got float32"),
+        (
+            lambda x, w: (x, MoEWeights(w.router, w.gate_up[:2], w.down[:2]), 2),
+            "the router knows 4 experts, but 1 ranks",
+        ),
+        (
+            lambda x, w: (x, MoEWeights(w.router, w.gate_up[:, :, 0], w.down), 2),
+            r"gate_up must be \[experts, D, 2, F\]",
+        ),
+        (
+            lambda x, w: (x, MoEWeights(w.router, w.gate_up, w.down[:, 1:]), 2),
+            r"down must be \[experts, F, D\] = \(4, 12, 24\)",
+        ),
+    ],
+)
+def test_errors_say_what_came(change, message):
+    x, weights, _ = operands(9, 4)
+    x, weights, top_k = change(jnp.asarray(x), weights)
+    with pytest.raises(ValueError, match=message):
+        moe(x, weights, top_k=top_k)
+
+
+def test_valid_must_be_one_bool_per_token():
+    x, weights, _ = operands(9, 4)
+    with pytest.raises(ValueError, match=r"valid must be bool \[9\], one entry per token, got int32 \(9,\)"):
+        moe(jnp.asarray(x), weights, top_k=2, valid=jnp.ones(9, jnp.int32))
