@@ -1,0 +1,275 @@
+"""Orbax checkpoints of a training run: the same numbers on another mesh, and no good step lost to a bad one."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ring_jax.models import checkpoint
+
+
+class Net(nnx.Module):
+    """A stack of layers under a list, as the models have it, with a parameter in another dtype and random state."""
+
+    def __init__(self, width=8, features=16, layers=2, seed=0):
+        rngs = nnx.Rngs(seed)
+        self.embed = nnx.Param(rngs.params.normal((32, width)))
+        self.layers = nnx.List([nnx.Param(rngs.params.normal((3, width, features))) for _ in range(layers)])
+        self.half = nnx.Param(jnp.ones(features, jnp.bfloat16))
+        self.rngs = rngs
+
+    def __call__(self, tokens):
+        x = self.embed[...][tokens]
+        for layer in self.layers:
+            kernel = layer[...].sum(0)
+            x = x + jnp.tanh(x @ kernel * self.half[...].astype(x.dtype)) @ kernel.T
+        return x
+
+
+SPECS = {2: P("context", "tensor"), 3: P(None, "context", "tensor"), 1: P("tensor")}
+
+
+def make(mesh=None, seed=0, **sizes):
+    """A model, laid out over `mesh`, and an optimizer whose state lies as the parameters do."""
+    model = Net(seed=seed, **sizes)
+    if mesh is not None:
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, SPECS[x.ndim])), params))
+    return model, nnx.Optimizer(model, optax.adamw(0.1), wrt=nnx.Param)
+
+
+def mesh_of(*shape, kind=AxisType.Auto):
+    return jax.make_mesh(shape, ("context", "tensor"), axis_types=(kind, kind))
+
+
+@nnx.jit
+def train_step(model, optimizer, tokens):
+    loss, grads = nnx.value_and_grad(lambda model: jnp.mean(model(tokens) ** 2))(model)
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        optimizer.update(model, grads)
+    return loss
+
+
+def leaves(*modules):
+    return [
+        np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+        for module in modules
+        for x in jax.tree.leaves(nnx.state(module))
+    ]
+
+
+def assert_same(got, want):
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y, strict=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Steps 1 and 2 of a run over 4 x 2 devices, saved, and what they and step 3 gave."""
+    directory = tmp_path_factory.mktemp("run") / "steps"
+    model, optimizer = make(mesh_of(4, 2))
+    losses = []
+    for step in (1, 2, 3):
+        losses.append(float(train_step(model, optimizer, jnp.arange(8) + step)))
+        if step < 3:
+            saved = leaves(model, optimizer)
+            checkpoint.save(directory, step, model, optimizer, extra={"losses": losses})
+    return directory, saved, losses
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((2, 4), AxisType.Auto), ((8, 1), AxisType.Explicit), ((2, 1), AxisType.Auto), (None, None)],
+    ids=["2x4", "8x1_explicit", "2x1", "one_device"],
+)
+def test_another_mesh(run, shape, kind):
+    directory, saved, losses = run
+    mesh = None if shape is None else jax.make_mesh(shape, ("context", "tensor"), axis_types=(kind, kind))
+    model, optimizer = make(mesh, seed=1)
+    before = jax.tree.map(lambda x: (x.sharding, x.committed), (nnx.state(model), nnx.state(optimizer)))
+    found = checkpoint.restore(directory, model, optimizer)
+    assert found == checkpoint.Restored(2, {"losses": losses[:2]})
+    assert_same(leaves(model, optimizer), saved)
+    after = jax.tree.map(lambda x: (x.sharding, x.committed), (nnx.state(model), nnx.state(optimizer)))
+    assert jax.tree.leaves(before) == jax.tree.leaves(after)
+    if kind != AxisType.Explicit:  # the toy's products do not say how they are sharded
+        assert float(train_step(model, optimizer, jnp.arange(8) + 3)) == pytest.approx(losses[2], rel=1e-6)
+
+
+def test_model_alone_an_earlier_step_and_another_dtype(run):
+    directory, saved, _ = run
+    model, _ = make(seed=1)
+    wanted = nnx.state(model)
+    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, wanted))
+    assert checkpoint.restore(directory, model).step == 2
+    cast = [x.astype(jnp.bfloat16) if x.dtype == np.float32 else x for x in saved[: len(leaves(model))]]
+    assert_same(leaves(model), cast)
+    model, optimizer = make(seed=1)
+    assert checkpoint.restore(directory, model, optimizer, step=1).extra["losses"] == run[2][:1]
+    assert not all(np.array_equal(x, y) for x, y in zip(leaves(model, optimizer), saved, strict=True))
+
+
+def test_abstract_parameters(run):
+    """Shapes with shardings are enough of a model to restore into, so that its values never lie there twice."""
+    directory, saved, _ = run
+    mesh = mesh_of(2, 4)
+    model, _ = make(seed=1)
+
+    def abstract(x):
+        sharding = NamedSharding(mesh, SPECS[x.ndim]) if x.ndim else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    nnx.update(model, jax.tree.map(abstract, nnx.state(model)))
+    with pytest.raises(ValueError, match=r"the model has no values yet for 6 parameters \(embed, \.\.\.\)"):
+        checkpoint.save(directory, 3, model)
+    checkpoint.restore(directory, model)
+    assert_same(leaves(model), saved[: len(leaves(model))])
+    assert model.embed[...].sharding == NamedSharding(mesh, P("context", "tensor"))
+
+
+def test_all_differences_in_one_error(run, tmp_path):
+    directory, _, _ = run
+    model, _ = make(features=12, layers=3)
+    model.half = nnx.Param(jnp.ones(12, jnp.int32))
+    before = leaves(model)
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(directory, model)
+    message = str(error.value)
+    for part in (
+        f"the model saved in {directory}/2 is not the one to restore",
+        "1 missing: layers.2 (3, 8, 12)",
+        "3 of another shape: half (16,), expected (12,), layers.0 (3, 8, 16), expected (3, 8, 12)",
+        "1 of another kind: half bfloat16, expected int32",
+    ):
+        assert part in message, message
+    assert_same(leaves(model), before)
+    model, _ = make(layers=1)
+    with pytest.raises(ValueError, match="1 unexpected: layers.1"):
+        checkpoint.restore(directory, model)
+    model, _ = make()
+    other = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+    with pytest.raises(ValueError, match="the optimizer saved in .* is not the one to restore(.|\n)*missing: .*trace"):
+        checkpoint.restore(directory, model, other)
+    checkpoint.save(tmp_path, 1, model)
+    with pytest.raises(ValueError, match="/1 has no optimizer: it was saved without one"):
+        checkpoint.restore(tmp_path, model, other)
+
+
+def test_what_is_not_there(run, tmp_path):
+    model, optimizer = make()
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*nowhere: there is no such directory"):
+        checkpoint.restore(tmp_path / "nowhere", model)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*, found steps \[\]"):
+        checkpoint.restore(tmp_path, model)
+    with pytest.raises(FileNotFoundError, match=r"no step 7 in .*, found steps \[1, 2\]"):
+        checkpoint.restore(run[0], model, step=7)
+    with pytest.raises(ValueError, match="step 2 does not follow step 2, the latest in"):
+        checkpoint.save(run[0], 2, model, optimizer)
+    with pytest.raises(ValueError, match="keep must be at least 1 or None, got 0"):
+        checkpoint.save(run[0], 3, model, keep=0)
+    assert checkpoint.latest_step(tmp_path / "nowhere") is None and checkpoint.latest_step(tmp_path) is None
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_last_steps_stay(tmp_path):
+    model, optimizer = make()
+    for step in (0, 10, 20, 30):
+        checkpoint.save(tmp_path, step, model, optimizer, keep=2)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["20", "30"]
+    checkpoint.save(tmp_path, 40, model, keep=None)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["20", "30", "40"]
+
+
+def test_an_interrupted_save_changes_nothing(tmp_path):
+    """A half-written step, under the temporary name that Orbax gives it, is neither restored nor counted."""
+    model, optimizer = make()
+    checkpoint.save(tmp_path, 1, model, optimizer)
+    saved = leaves(model, optimizer)
+    half = tmp_path / "2.orbax-checkpoint-tmp"
+    (half / "model").mkdir(parents=True)
+    (half / "model" / "manifest.ocdbt").write_bytes(b"half")
+    model, optimizer = make(seed=1)
+    assert checkpoint.latest_step(tmp_path) == 1
+    assert checkpoint.restore(tmp_path, model, optimizer).step == 1
+    assert_same(leaves(model, optimizer), saved)
+    checkpoint.save(tmp_path, 2, model, optimizer)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["1", "2"]
+
+
+KILLED = """
+    import os, signal, sys
+    import orbax.checkpoint as ocp
+    from tests.models import test_checkpoint as t
+    model, optimizer = t.make()
+    t.checkpoint.save(sys.argv[1], 1, model, optimizer)
+    real = ocp.StandardCheckpointHandler.async_save
+    async def dies(self, *args, **kwargs):
+        if "model" in str(args[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await real(self, *args, **kwargs)
+    ocp.StandardCheckpointHandler.async_save = dies
+    t.train_step(model, optimizer, t.jnp.arange(8))
+    t.checkpoint.save(sys.argv[1], 2, model, optimizer)
+"""
+
+
+def python(code, *args):
+    # Optimised, XLA draws other random numbers in the last bit.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_save_changes_nothing(tmp_path):
+    killed = python(KILLED, tmp_path)
+    output = killed.communicate(timeout=300)[0]
+    assert killed.returncode == -signal.SIGKILL, output
+    assert len(list(tmp_path.iterdir())) == 2, "step 1 and what was left of step 2"
+    model, optimizer = make(seed=1)
+    assert checkpoint.restore(tmp_path, model, optimizer).step == 1
+    assert_same(leaves(model, optimizer), leaves(*make()))
+    checkpoint.save(tmp_path, 2, model, optimizer)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["1", "2"]
+
+
+TWO_PROCESSES = """
+    import sys, jax, numpy as np
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    from tests.models import test_checkpoint as t
+    from flax import nnx
+    model, optimizer = t.make(t.mesh_of(4, 2))
+    t.checkpoint.save(sys.argv[3], 5, model, optimizer, extra={"a": [1, 2]})
+    model, optimizer = t.make(t.mesh_of(2, 4), seed=1)
+    assert t.checkpoint.restore(sys.argv[3], model, optimizer) == t.checkpoint.Restored(5, {"a": [1, 2]})
+    want = jax.tree.leaves(nnx.state(t.make()[0], nnx.Param))
+    for x, y in zip(jax.tree.leaves(nnx.state(model, nnx.Param)), want, strict=True):
+        assert not x.is_fully_addressable
+        for shard in x.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(y)[shard.index])
+    print("restored", optimizer.step[...], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_several_processes(tmp_path):
+    runs = [python(TWO_PROCESSES, "127.0.0.1:29531", i, tmp_path / "steps") for i in range(2)]
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
+    assert all(re.search("restored 0", text) for text in outputs)
+    model, optimizer = make(seed=1)
+    checkpoint.restore(tmp_path / "steps", model, optimizer)
+    assert_same(leaves(model, optimizer)[:4], leaves(*make())[:4])
