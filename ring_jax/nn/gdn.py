@@ -203,7 +203,7 @@ class GatedDeltaNet(nnx.Module):
     def _weights(self) -> tuple[MixerWeights, Array]:
         if self.projections == "separate":
             qkv, z = self.in_proj_qkv.kernel[...], self.in_proj_z.kernel[...]
-            ba = self.in_proj_b.kernel[...], self.in_proj_a.kernel[...]
+            ba = [self.in_proj_b.kernel[...], self.in_proj_a.kernel[...]]
         else:
             fused = self.in_proj_qkvz.kernel[...], self.in_proj_ba.kernel[...]
             qkv, z, *ba = split_fused_projections(*fused, self.heads)

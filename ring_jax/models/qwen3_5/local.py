@@ -79,6 +79,12 @@ class Local:
     def _vocabulary_is_whole(self, table) -> bool:
         return not varying_axes(table) & set(names(self.tensor))
 
+    def whole_vocabulary(self, logits: jax.Array, size: int) -> jax.Array:
+        """Logits [B, V] on every tensor rank."""
+        if logits.shape[-1] == size:
+            return logits
+        return lax.all_gather(logits, names(self.tensor), axis=logits.ndim - 1, tiled=True, to="invarying")
+
     def cross_entropy(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """-log softmax(logits)[target] of each token, [T]; the vocabulary may lie over the tensor axis."""
         axes = names(self.tensor) if varying_axes(logits) & set(names(self.tensor)) else ()
@@ -117,13 +123,13 @@ class Local:
 
     def sum_context(self, tree):
         """The sum over the context ranks of what each has counted in its tokens."""
-        if self.sharding is None:
-            return tree
-        return jax.tree.map(lambda x: invariant_sum(x, self.sharding), tree)
+        return self._sum(tree, () if self.sharding is None else names(self.sharding.sequence))
 
     def sum_rows(self, tree):
         """The sum over the data ranks."""
-        axes = () if self.sharding is None else names(self.sharding.batch)
+        return self._sum(tree, () if self.sharding is None else names(self.sharding.batch))
+
+    def _sum(self, tree, axes):
         return jax.tree.map(lambda x: lax.psum(pcast_to(x, axes), axes), tree) if axes else tree
 
     def _weights_axes(self, expert: bool = False) -> tuple[str, ...]:
@@ -154,10 +160,12 @@ class Prompt(Local):
         """(out, packed key and value to cache), each for the tokens here."""
         if self.sharding is None:
             assert isinstance(self.mask, tuple)
-            out, _ = flash_attention(query, key, value, *self.mask, implementation=self.implementation)
+            out: Any = flash_attention(query, key, value, *self.mask, implementation=self.implementation)[0]
         else:
-            context, mask = self.sharding.context, self.mask
-            out = ring_attention(query, key, value, mask=mask, context=context, implementation=self.implementation)
+            assert isinstance(self.mask, ResolvedMask)
+            options: Any = {"implementation": self.implementation}
+            context = self.sharding.context
+            out = ring_attention(query, key, value, mask=self.mask, context=context, **options)
         return out.astype(query.dtype), jnp.stack([key, value])
 
     def run(self, layers: Callable, x, caches: None, shape: gdn.GDNShape):
@@ -222,11 +230,3 @@ class Step(Local):
 
     def token_axes(self, *, rows_only: bool = False) -> tuple[str, ...]:
         return super().token_axes(rows_only=True)
-
-
-def invariant_sum(x: jax.Array, sharding: Sharding | None) -> jax.Array:
-    """The sum of `x` over the context ranks, the same on all of them."""
-    if sharding is None:
-        return x
-    axes = names(sharding.sequence)
-    return lax.psum(pcast_to(x, axes), axes)

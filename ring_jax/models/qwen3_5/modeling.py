@@ -18,26 +18,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ring_jax import gdn
 from ring_jax._vma import pcast_to
-from ring_jax.context.parallel import Static, place, run_sharded
+from ring_jax.context.parallel import Static, axis_size, place, run_sharded
 from ring_jax.gdn import segments
 from ring_jax.gdn.mixer import MixerWeights, mix, mix_projected
 from ring_jax.mask import Mask, causal, documents
 from ring_jax.mask import lengths as lengths_mask
 from ring_jax.models.qwen3_5.cache import Cache, append, cache_specs
 from ring_jax.models.qwen3_5.config import FULL, LINEAR, Config
-from ring_jax.models.qwen3_5.local import Local, Prompt, Step, invariant_sum
+from ring_jax.models.qwen3_5.initial import initialise, param, stacked
+from ring_jax.models.qwen3_5.local import Local, Prompt, Step
 from ring_jax.models.qwen3_5.sharding import (
     EXPERTS,
     FEATURES,
@@ -52,8 +51,7 @@ from ring_jax.models.qwen3_5.sharding import (
     Sharding,
     names,
 )
-from ring_jax.moe import MoEWeights, RouterStats, load_balance_loss, moe
-from ring_jax.nn.gdn import gated_rms_norm
+from ring_jax.moe import MoEWeights, RouterStats, moe
 from ring_jax.nn.rope import apply_rope
 
 REMAT = (None, "full", "attention")
@@ -76,11 +74,6 @@ class Output:
     cache: Cache | None = None
     hidden: Float[Array, "layers B S D"] | None = None
     stats: RouterStats | None = None
-
-
-def param(shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param:
-    """A parameter without values yet: `axes` name its dimensions for `Sharding.spec`, `init` how to begin."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init)
 
 
 class Qwen3_5(nnx.Module):
@@ -123,7 +116,7 @@ class Qwen3_5(nnx.Module):
             None if config.tie_embeddings else param((width, vocabulary), (REDUCED, VOCABULARY), "rows", dtype)
         )
         if rngs is not None:
-            _initialise(self, rngs.params())
+            initialise(self, rngs.params())
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -147,7 +140,7 @@ class Qwen3_5(nnx.Module):
             logits: "all", "last" (of each row's last real token) or "none".
             cache_room: return a cache with room for that many new tokens.
             return_hidden: return what every layer hands on.
-            return_stats: return the routers' statistics, for `load_balance_loss`.
+            return_stats: return the routers' statistics, for `ring_jax.moe.load_balance_loss`.
 
         Raises:
             ValueError: arguments that do not fit together, or more tokens than the model has positions.
@@ -163,7 +156,9 @@ class Qwen3_5(nnx.Module):
         if return_stats and self.config.experts is None:
             raise ValueError("return_stats: this model has no experts")
         ask = Ask(logits, cache_room, return_hidden, return_stats, tokens.shape[1])
-        return self._run_prompt(_forward, ask, tokens, lengths, segment_ids, None)
+        specs = None if self.sharding is None else self._output_specs(ask, self.sharding)
+        out = self._run_prompt(_forward, specs, ask, tokens, lengths, segment_ids, None)
+        return out if self.sharding is None else _cut(out, tokens.shape[1], self.sharding)
 
     def loss(
         self,
@@ -185,8 +180,11 @@ class Qwen3_5(nnx.Module):
         """
         if lengths is not None and segment_ids is not None:
             raise ValueError("give lengths or segment_ids, not both: padding has negative segment ids")
+        from ring_jax.models.qwen3_5.training import local_loss, next_tokens
+
         ask = Ask("none", None, False, self.config.experts is not None, tokens.shape[1], chunk)
-        return self._run_prompt(_loss, ask, tokens, lengths, segment_ids, weights)
+        labels = next_tokens(tokens, lengths, segment_ids, weights)
+        return self._run_prompt(local_loss, P(), ask, tokens, lengths, segment_ids, labels)
 
     def decode(self, tokens: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """One more token for each row.
@@ -205,56 +203,44 @@ class Qwen3_5(nnx.Module):
         mesh, batch = self.sharding.resolve_mesh(), self.sharding.batch
         caches = cache_specs(self.sharding)
         in_specs = (self.param_specs(self.sharding, mesh), P(batch), caches)
-        out_specs = (P(batch, self._vocabulary_axis(mesh)), caches)
-        return run_sharded(Static(_decode, (graph,)), mesh, in_specs, out_specs, (params, tokens, cache))
+        return run_sharded(Static(_decode, (graph,)), mesh, in_specs, (P(batch), caches), (params, tokens, cache))
 
-    def _run_prompt(self, local, ask: Ask, tokens, lengths, segment_ids, weights):
-        config, length = self.config, tokens.shape[1]
-        total = length + (ask.cache_room or 0)
-        if total > config.max_positions:
-            raise ValueError(
-                f"{length} tokens and room for {ask.cache_room or 0} more exceed the model's {config.max_positions} positions"
-            )
+    def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
+        """`local` on every rank's share of the prompts, laid out by itself."""
+        length, room, limit = tokens.shape[1], ask.cache_room or 0, self.config.max_positions
+        if length + room > limit:
+            raise ValueError(f"{length} tokens and room for {room} more exceed the model's {limit} positions")
         graph, params = self._split()
-        labels = None
-        if local is _loss:
-            labels = _next_tokens(tokens, lengths, segment_ids, weights)
         if self.sharding is None:
             return _run_here(Static(local, (graph, ask)), params, tokens, lengths, segment_ids, labels)
         sharding, mesh = self.sharding, self.sharding.resolve_mesh()
-        context, rows = sharding.context, sharding.batch
-        pad = context.padded_length(length, tokens) - length
+        rows, sequence = P(sharding.batch), P(sharding.batch, sharding.sequence)
+        pad = sharding.context.padded_length(length, tokens) - length
         tokens, labels = _pad_end((tokens, labels), pad)
         if segment_ids is not None:
             segment_ids = _pad_end(segment_ids, pad, segments.PADDING)
-        sequence = P(rows, sharding.sequence)
         in_specs = (
             self.param_specs(sharding, mesh),
             sequence,
-            None if lengths is None else P(rows),
-            None if segment_ids is None else P(rows),  # masks need the whole
+            None if lengths is None else rows,
+            None if segment_ids is None else rows,  # masks need the whole
             None if labels is None else (sequence, sequence),
         )
         operands = (params, tokens, lengths, segment_ids, labels)
-        out_specs: Any = P()
-        if local is _forward:
-            out_specs = self._output_specs(ask, mesh)
-        out = run_sharded(Static(local, (graph, ask)), mesh, in_specs, out_specs, operands)
-        return _cut(out, length, sharding, mesh) if local is _forward else out
+        return run_sharded(Static(local, (graph, ask)), mesh, in_specs, out_specs, operands)
 
-    def _output_specs(self, ask: Ask, mesh) -> Output:
-        assert self.sharding is not None
-        sharding, vocabulary = self.sharding, self._vocabulary_axis(mesh)
-        every = P(sharding.batch, sharding.sequence, vocabulary)
-        logits = {"all": every, "last": P(sharding.batch, vocabulary), "none": None}[ask.logits]
-        return Output(  # type: ignore[arg-type]
-            logits,
+    def _output_specs(self, ask: Ask, sharding: Sharding) -> Any:
+        vocabulary = self._vocabulary_axis(sharding.resolve_mesh())
+        logits = {"all": P(sharding.batch, sharding.sequence, vocabulary), "last": P(sharding.batch), "none": None}
+        specs: Any = Output  # a tree of specs in the place of arrays
+        return specs(
+            logits[ask.logits],
             None if ask.cache_room is None else cache_specs(sharding),
             P(None, sharding.batch, sharding.sequence) if ask.hidden else None,
-            RouterStats(P(), P(), P()) if ask.stats else None,
+            jax.tree.map(lambda _: P(), RouterStats(0, 0, 0)) if ask.stats else None,  # type: ignore[arg-type]
         )
 
-    def _vocabulary_axis(self, mesh):
+    def _vocabulary_axis(self, mesh) -> Any:
         assert self.sharding is not None
         return self.sharding.spec((self.config.vocab_size,), (VOCABULARY,), mesh)[0]
 
@@ -335,46 +321,46 @@ class Layer(nnx.Module):
     """x += mixer(norm(x));  x += mlp(norm(x))."""
 
     def __init__(self, config: Config, kind: str, dtype: Any):
-        stacked = functools.partial(_stacked, config.groups)
+        make = functools.partial(stacked, config.groups)
         width = config.hidden_size
         self.config, self.kind = config, kind
-        self.input_norm = stacked((width,), (WHOLE,), "zeros", dtype)
-        self.mixer = (FullAttention if kind == FULL else GatedDeltaNet)(config, stacked, dtype)
-        self.post_norm = stacked((width,), (WHOLE,), "zeros", dtype)
-        self.mlp = (MLP if config.experts is None else SparseMLP)(config, stacked, dtype)
+        self.input_norm = make((width,), (WHOLE,), "zeros", dtype)
+        self.mixer = (FullAttention if kind == FULL else GatedDeltaNet)(config, make, dtype)
+        self.post_norm = make((width,), (WHOLE,), "zeros", dtype)
+        self.mlp = (MLP if config.experts is None else SparseMLP)(config, make, dtype)
 
-    def __call__(self, x: Array, mixer_cache: Any, here: Local, spread: gdn.Spread | None, valid: Array | None):
+    def __call__(self, x: Array, mixer_cache: Any, here: Local, spread: Any, valid: Array | None):
         """(x, what the mixer leaves in the cache, router statistics or None)."""
         config = self.config
-        mixed, left = self.mixer(_norm(x, self.input_norm, config), mixer_cache, here, spread)
+        mixed, left = self.mixer(norm(x, self.input_norm, config), mixer_cache, here, spread)
         x = x + mixed
-        y, stats = self.mlp(_norm(x, self.post_norm, config), here, valid)
+        y, stats = self.mlp(norm(x, self.post_norm, config), here, valid)
         return x + y, left, stats
 
 
 class FullAttention(nnx.Module):
     """Grouped-query attention with q/k norm, partial RoPE and an output gate."""
 
-    def __init__(self, config: Config, stacked: Any, dtype: Any):
+    def __init__(self, config: Config, make: Any, dtype: Any):
         width, size = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
         self.config = config
-        self.q = stacked((width, 2 * heads), (REDUCED, HEADS), "rows", dtype)  # for each head: query, gate
-        self.k = stacked((width, kv_heads), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
-        self.v = stacked((width, kv_heads), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
-        self.o = stacked((heads, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
-        self.q_norm = stacked((size,), (WHOLE,), "zeros", dtype)
-        self.k_norm = stacked((size,), (WHOLE,), "zeros", dtype)
+        self.q = make((width, 2 * heads), (REDUCED, HEADS), "rows", dtype)  # for each head: query, gate
+        self.k = make((width, kv_heads), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
+        self.v = make((width, kv_heads), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
+        self.o = make((heads, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
+        self.q_norm = make((size,), (WHOLE,), "zeros", dtype)
+        self.k_norm = make((size,), (WHOLE,), "zeros", dtype)
 
-    def __call__(self, x_btd: Array, cache: Any, here: Any, spread: None) -> tuple[Array, Array]:
+    def __call__(self, x_btd: Array, cache: Any, here: Any, spread: None = None) -> tuple[Array, Array]:
         config, size = self.config, self.config.head_dim
         split = (*x_btd.shape[:2], -1, size)
         q, gate = jnp.split(here.product(x_btd, self.q[...]).reshape(*x_btd.shape[:2], -1, 2 * size), 2, axis=-1)
         k = here.product(x_btd, self.k[...]).reshape(split)
         v = here.product(x_btd, self.v[...]).reshape(split)
         rope = functools.partial(apply_rope, theta=config.rope_theta, rotary_fraction=config.rotary_fraction)
-        q = rope(_norm(q, self.q_norm, config), here.positions)
-        k = rope(_norm(k, self.k_norm, config), here.positions)
+        q = rope(norm(q, self.q_norm, config), here.positions)
+        k = rope(norm(k, self.k_norm, config), here.positions)
         out_btnh, left = here.attend(q, k, v, cache)
         gated = (out_btnh * jax.nn.sigmoid(gate)).reshape(*x_btd.shape[:2], -1)
         return here.sum_tensor(here.product(gated, self.o[...])), left
@@ -383,33 +369,37 @@ class FullAttention(nnx.Module):
 class GatedDeltaNet(nnx.Module):
     """The gated delta rule behind a short convolution, before a gated norm; `ring_jax.gdn.mixer` has the formulas."""
 
-    def __init__(self, config: Config, stacked: Any, dtype: Any):
+    def __init__(self, config: Config, make: Any, dtype: Any):
         width, heads = config.hidden_size, config.linear
         self.config = config
-        for name, features in zip("qkv", heads.parts, strict=True):
-            setattr(self, name, stacked((width, features), (REDUCED, LINEAR_HEADS), "rows", dtype))
-            setattr(self, f"conv_{name}", stacked((config.conv_width, features), (WHOLE, LINEAR_HEADS), "rows", dtype))
-        values, n = heads.parts[2], heads.value_heads
-        self.z = stacked((width, values), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.b = stacked((width, n), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.a = stacked((width, n), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.A_log = stacked((n,), (LINEAR_HEADS,), "decay", jnp.float32)
-        self.dt_bias = stacked((n,), (LINEAR_HEADS,), "time_step", dtype)
-        self.norm = stacked((heads.value_size,), (WHOLE,), "ones", jnp.float32)
-        self.o = stacked((values, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
+        keys, _, values = heads.parts
+        n, taps = heads.value_heads, config.conv_width
+        self.q = make((width, keys), (REDUCED, LINEAR_HEADS), "rows", dtype)
+        self.k = make((width, keys), (REDUCED, LINEAR_HEADS), "rows", dtype)
+        self.v = make((width, values), (REDUCED, LINEAR_HEADS), "rows", dtype)
+        self.conv_q = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
+        self.conv_k = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
+        self.conv_v = make((taps, values), (WHOLE, LINEAR_HEADS), "rows", dtype)
+        self.z = make((width, values), (REDUCED, LINEAR_HEADS), "rows", dtype)
+        self.b = make((width, n), (REDUCED, LINEAR_HEADS), "rows", dtype)
+        self.a = make((width, n), (REDUCED, LINEAR_HEADS), "rows", dtype)
+        self.A_log = make((n,), (LINEAR_HEADS,), "decay", jnp.float32)
+        self.dt_bias = make((n,), (LINEAR_HEADS,), "time_step", dtype)
+        self.norm = make((heads.value_size,), (WHOLE,), "ones", jnp.float32)
+        self.o = make((values, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
 
     def __call__(self, x_btd: Array, cache: Any, here: Local, spread: gdn.Spread) -> tuple[Array, gdn.GDNCache]:
         width, heads = x_btd.shape[-1], self.config.linear
         heads = heads.share(heads.value_heads // self.A_log.shape[0])  # those of this tensor rank
-        qkv, ba = (self.q, self.k, self.v), (self.b, self.a)
+        kernels = (self.q, self.k, self.v), (self.b, self.a)
         conv = jnp.concatenate([self.conv_q[...], self.conv_k[...], self.conv_v[...]], axis=-1)
         rest: dict[str, Any] = {"conv": conv, "a_log": self.A_log[...], "dt_bias": self.dt_bias[...], "heads": heads}
         if isinstance(here, Step):
-            mixed, ba = (jnp.concatenate([here.product(x_btd, w[...]) for w in ws], axis=-1) for ws in (qkv, ba))
+            mixed, ba = (jnp.concatenate([here.product(x_btd, w[...]) for w in ws], axis=-1) for ws in kernels)
             out, cache = mix_projected(MixerWeights((), (), **rest), mixed, ba, cache, spread)
         else:
-            whole = [tuple(here.weight(w[...], 0, width, x_btd) for w in ws) for ws in (qkv, ba)]
-            out, cache = mix(MixerWeights(*whole, **rest), x_btd, cache, spread)
+            qkv, split_ba = (tuple(here.weight(w[...], 0, width, x_btd) for w in ws) for ws in kernels)
+            out, cache = mix(MixerWeights(qkv, split_ba, **rest), x_btd, cache, spread)
         gate = here.product(x_btd, self.z[...]).reshape(out.shape)
         out = gated_rms_norm(out, gate, self.norm[...], self.config.norm_epsilon)
         y = here.sum_tensor(here.product(out.reshape(*x_btd.shape[:2], -1), self.o[...]))
@@ -419,10 +409,10 @@ class GatedDeltaNet(nnx.Module):
 class MLP(nnx.Module):
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, config: Config, stacked: Any, dtype: Any):
+    def __init__(self, config: Config, make: Any, dtype: Any):
         width, size = config.hidden_size, config.mlp_size
-        self.gate_up = stacked((width, 2, size), (REDUCED, WHOLE, FEATURES), "pairs", dtype)
-        self.down = stacked((size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
+        self.gate_up = make((width, 2, size), (REDUCED, WHOLE, FEATURES), "pairs", dtype)
+        self.down = make((size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
 
     def __call__(self, x_btd: Array, here: Local, valid: Array | None) -> tuple[Array, None]:
         return here.sum_tensor(_swiglu(x_btd, self.gate_up[...], self.down[...], here)), None
@@ -431,16 +421,17 @@ class MLP(nnx.Module):
 class SparseMLP(nnx.Module):
     """Routed experts and a gated shared one."""
 
-    def __init__(self, config: Config, stacked: Any, dtype: Any):
+    def __init__(self, config: Config, make: Any, dtype: Any):
         width, experts = config.hidden_size, config.experts
+        assert experts is not None
         self.experts = experts
-        self.router = stacked((width, experts.count), (REDUCED, WHOLE), "rows", dtype)
+        self.router = make((width, experts.count), (REDUCED, WHOLE), "rows", dtype)
         gate_up = (experts.count, width, 2, experts.size)
-        self.gate_up = stacked(gate_up, (EXPERTS, REDUCED, WHOLE, FEATURES), "pairs", dtype)
-        self.down = stacked((experts.count, experts.size, width), (EXPERTS, REDUCED_FEATURES, WHOLE), "rows", dtype)
-        self.shared_gate_up = stacked((width, 2, experts.shared_size), (REDUCED, WHOLE, FEATURES), "pairs", dtype)
-        self.shared_down = stacked((experts.shared_size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
-        self.shared_gate = stacked((width,), (WHOLE,), "vector", dtype)
+        self.gate_up = make(gate_up, (EXPERTS, REDUCED, WHOLE, FEATURES), "pairs", dtype)
+        self.down = make((experts.count, experts.size, width), (EXPERTS, REDUCED_FEATURES, WHOLE), "rows", dtype)
+        self.shared_gate_up = make((width, 2, experts.shared_size), (REDUCED, WHOLE, FEATURES), "pairs", dtype)
+        self.shared_down = make((experts.shared_size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
+        self.shared_gate = make((width,), (WHOLE,), "vector", dtype)
 
     def __call__(self, x_btd: Array, here: Local, valid: Array | None) -> tuple[Array, RouterStats]:
         width, experts = x_btd.shape[-1], self.experts
@@ -470,7 +461,7 @@ def _swiglu(x, gate_up, down, here: Local):
     return here.product(jax.nn.silu(gate) * up, down)
 
 
-def _norm(x, weight, config: Config):
+def norm(x, weight, config: Config):
     """x / rms(x) * (1 + weight), in float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)
@@ -484,7 +475,7 @@ def _forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> O
     """A pass over the prompts whose tokens are here, contiguous [B, S / C]; results in natural order again."""
     del labels
     model = nnx.merge(graph, nnx.State(params))
-    here, x, left = _encode(model, tokens, lengths, segment_ids, ask)
+    here, x, left = encode(model, tokens, lengths, segment_ids, ask)
     logits = cache = hidden = None
     if ask.logits == "all":
         logits = _logits(model, here, _natural(x, here))
@@ -492,7 +483,7 @@ def _forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> O
         last = jnp.full(tokens.shape[:1], ask.seq_len - 1) if lengths is None else lengths - 1
         at_last = here.order == last[:, None]
         x = jnp.sum(jnp.where(at_last[..., None], x, jnp.zeros_like(x)), axis=1)
-        logits = _logits(model, here, invariant_sum(x, model.sharding))
+        logits = here.whole_vocabulary(_logits(model, here, here.sum_context(x)), model.config.vocab_size)
     if ask.cache_room is not None:
         ranks = 1 if model.sharding is None else model.sharding.context.ranks()
         G, L, two, B, _, K, H = left.keys.shape
@@ -506,36 +497,6 @@ def _forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> O
     return Output(logits, cache, hidden, left.stats)
 
 
-def _loss(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> Array:
-    """Mean cross entropy over all ranks, logits formed chunk by chunk."""
-    model = nnx.merge(graph, nnx.State(params))
-    here, x, left = _encode(model, tokens, lengths, segment_ids, ask)
-    if model.sharding is not None:
-        labels = tuple(model.sharding.context.to_layout(y) for y in labels)
-    targets, weights = (y.reshape(-1) for y in labels)
-    x = _norm(x, model.final_norm, model.config).reshape(-1, x.shape[-1])
-    chunk = min(ask.chunk, x.shape[0])
-    x, targets, weights = (_chunked(y, chunk) for y in (x, targets, weights))
-    head = here.weight(_head(model), 0, x.shape[-1], x)
-
-    @jax.checkpoint
-    def chunk_loss(total, operands):
-        x, targets, weights = operands
-        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        return total + jnp.sum(weights * here.cross_entropy(logits, targets)), None
-
-    axes = here.token_axes()
-    total, _ = jax.lax.scan(chunk_loss, pcast_to(jnp.zeros((), jnp.float32), axes), (x, targets, weights))
-    count = pcast_to(jnp.sum(weights), axes)
-    if axes:
-        total, count = jax.lax.psum((total, count), axes)
-    loss = total / jnp.maximum(count, 1)
-    if left.stats is not None:
-        experts = model.config.experts
-        loss = loss + experts.aux_loss * load_balance_loss(left.stats, experts.per_token)
-    return loss
-
-
 def _decode(params, tokens, cache: Cache, graph):
     """One token for each row; on this rank's shards of the cache."""
     model = nnx.merge(graph, nnx.State(params))
@@ -547,10 +508,11 @@ def _decode(params, tokens, cache: Cache, graph):
     here = Step(sharding, cache.positions[:, None], shard, cache.lengths, cache.count)
     x = _embed(model, here, tokens[:, None])
     x, left = _walk(model, x, here, (cache.prompt, cache.new, cache.gdn), hidden=False, stats=False)
-    return _logits(model, here, x[:, 0]), append(cache, left.keys, left.states, rank, ranks)
+    logits = here.whole_vocabulary(_logits(model, here, x[:, 0]), model.config.vocab_size)
+    return logits, append(cache, left.keys, left.states, rank, ranks)
 
 
-def _encode(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
+def encode(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
     """(how the tokens lie, the last layer's output [B, T here, D] in layout order, what the layers leave)."""
     tokens, here = _lay_out(model, tokens, lengths, segment_ids, ask)
     x, left = _walk(model, _embed(model, here, tokens), here, None, hidden=ask.hidden, stats=ask.stats)
@@ -666,12 +628,12 @@ def _embed(model: Qwen3_5, here: Any, tokens):
     return pcast_to(x, here.token_axes())
 
 
-def _head(model: Qwen3_5):
+def head(model: Qwen3_5):
     return model.embed[...].T if model.lm_head is None else model.lm_head[...]
 
 
 def _logits(model: Qwen3_5, here: Local, x):
-    return here.product(_norm(x, model.final_norm, model.config), _head(model), jnp.float32)
+    return here.product(norm(x, model.final_norm, model.config), head(model), jnp.float32)
 
 
 def _natural(x, here: Local, seq_axis: int = 1):
@@ -687,78 +649,24 @@ def _run_here(local: Static, *operands):
 # -- around the pass -----------------------------------------------------------------------------
 
 
-def _next_tokens(tokens, lengths, segment_ids, weights):
-    """(the token after each, float32 weight of predicting it), natural order [B, S]."""
-    batch, length = tokens.shape
-    after = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
-    counts = jnp.broadcast_to(jnp.arange(length) < length - 1, tokens.shape)
-    if lengths is not None:
-        counts &= jnp.arange(1, length + 1) < lengths[:, None]
-    if segment_ids is not None:
-        counts &= (segment_ids >= 0) & (segment_ids == after(segment_ids))
-    weight = counts.astype(jnp.float32)
-    return after(tokens), weight if weights is None else weight * after(weights).astype(jnp.float32)
-
-
-def _chunked(x, chunk: int):
-    """[n, ...] as [chunks, chunk, ...], zeros at the end."""
-    x = jnp.pad(x, [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, chunk, *x.shape[1:])
-
-
 def _pad_end(tree, pad: int, value: int = 0):
     if pad == 0:
         return tree
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad)), constant_values=value), tree)
 
 
-def _cut(out: Output, length: int, sharding: Sharding, mesh) -> Output:
+def _cut(out: Output, length: int, sharding: Sharding) -> Output:
     """Without the padding of the layout."""
+    mesh = sharding.resolve_mesh()
 
-    def cut(x, axis: int, vocabulary=None):
-        if x is None or x.ndim <= axis or x.shape[axis] == length:
+    def cut(x, axis: int):
+        if x is None or x.shape[axis] == length:
             return x
-        ranks = math.prod(mesh.shape[name] for name in names(sharding.sequence))
-        if length % ranks:  # no longer divides over the axis: Explicit meshes want that said
-            spec = [None] * x.ndim
+        if length % axis_size(mesh, sharding.sequence):  # no longer divides: Explicit meshes want that said
+            spec: list[Any] = [None] * x.ndim
             spec[axis - 1] = sharding.batch
             x = place(x, mesh, P(*spec))
         return jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
     logits = out.logits if out.logits is None or out.logits.ndim == 2 else cut(out.logits, 1)
     return dataclasses.replace(out, logits=logits, hidden=cut(out.hidden, 2))
-
-
-def _stacked(groups: int, shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param:
-    return param((groups, *shape), (WHOLE, *axes), init, dtype)
-
-
-def _initialise(model: Qwen3_5, key) -> None:
-    """Random parameters, made where they lie. The same for any mesh."""
-    found = nnx.state(model, nnx.Param)
-    leaves, tree = jax.tree.flatten(found, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    kinds = tuple((leaf.get_value().shape, leaf.get_value().dtype, leaf.init) for leaf in leaves)
-
-    def make(key):
-        return [_initial(jax.random.fold_in(key, i), *kind) for i, kind in enumerate(kinds)]
-
-    shardings = None
-    if model.sharding is not None:
-        mesh = model.sharding.resolve_mesh()
-        shardings = [
-            NamedSharding(mesh, model.sharding.spec(leaf.get_value().shape, leaf.axes, mesh)) for leaf in leaves
-        ]
-    values = jax.jit(make, out_shardings=shardings)(key)
-    model.set_parameters(nnx.to_pure_dict(jax.tree.unflatten(tree, values)))
-
-
-def _initial(key, shape, dtype, init: str):
-    if init in ("zeros", "ones"):
-        return jnp.full(shape, init == "ones", dtype)
-    if init == "decay":  # A in (1, 16)
-        return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0)).astype(dtype)
-    if init == "time_step":  # softplus(dt_bias) from 0.001 to 0.1, log-uniform: memories of many lengths
-        step = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(1e-3), math.log(1e-1)))
-        return (step + jnp.log(-jnp.expm1(-step))).astype(dtype)
-    reduced = {"rows": -2, "pairs": -3, "columns": -1, "vector": -1}[init]
-    return (jax.random.normal(key, shape, jnp.float32) * shape[reduced] ** -0.5).astype(dtype)

@@ -1,0 +1,54 @@
+"""Parameters before they have values, and random ones to begin training with."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+if TYPE_CHECKING:
+    from ring_jax.models.qwen3_5.modeling import Qwen3_5
+
+
+def param(shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param:
+    """A parameter without values yet: `axes` name its dimensions for `Sharding.spec`, `init` how to begin."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init)
+
+
+def stacked(groups: int, shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param:
+    return param((groups, *shape), (None, *axes), init, dtype)
+
+
+def initialise(model: Qwen3_5, key) -> None:
+    """Random parameters, made where they lie. The same for any mesh."""
+    found = nnx.state(model, nnx.Param)
+    leaves, tree = jax.tree.flatten(found, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    kinds = tuple((leaf.get_value().shape, leaf.get_value().dtype, leaf.init) for leaf in leaves)
+
+    def make(key):
+        return [_initial(jax.random.fold_in(key, i), *kind) for i, kind in enumerate(kinds)]
+
+    shardings = None
+    if model.sharding is not None:
+        mesh = model.sharding.resolve_mesh()
+        shardings = [
+            NamedSharding(mesh, model.sharding.spec(leaf.get_value().shape, leaf.axes, mesh)) for leaf in leaves
+        ]
+    values = jax.jit(make, out_shardings=shardings)(key)
+    model.set_parameters(nnx.to_pure_dict(jax.tree.unflatten(tree, values)))
+
+
+def _initial(key, shape, dtype, init: str):
+    if init in ("zeros", "ones"):
+        return jnp.full(shape, init == "ones", dtype)
+    if init == "decay":  # A in (1, 16)
+        return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0)).astype(dtype)
+    if init == "time_step":  # softplus(dt_bias) from 0.001 to 0.1, log-uniform: memories of many lengths
+        step = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(1e-3), math.log(1e-1)))
+        return (step + jnp.log(-jnp.expm1(-step))).astype(dtype)
+    reduced = {"rows": -2, "pairs": -3, "columns": -1, "vector": -1}[init]
+    return (jax.random.normal(key, shape, jnp.float32) * shape[reduced] ** -0.5).astype(dtype)
