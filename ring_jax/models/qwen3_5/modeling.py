@@ -52,6 +52,7 @@ from ring_jax.models.qwen3_5.sharding import (
     names,
 )
 from ring_jax.moe import MoEWeights, RouterStats, moe
+from ring_jax.nn.gdn import gated_rms_norm
 from ring_jax.nn.rope import apply_rope
 
 REMAT = (None, "full", "attention")
