@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., RoFormer, arXiv:2104.09864), half-rotation form, optionally partial."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -40,7 +41,8 @@ def apply_rope(
     if positions.shape not in ((x.shape[1],), x.shape[:2], (1, x.shape[1])):
         raise ValueError(f"expected positions [{x.shape[1]}] or {list(x.shape[:2])}, got {list(positions.shape)}")
 
-    frequency = theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
+    # In NumPy, once, and as checkpoints were trained: far out, one more rounding turns an angle by a hundredth.
+    frequency = 1 / theta ** (np.arange(0, rotary, 2, dtype=np.float32) / rotary)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency  # [(B,) T, 1, R/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x[..., :rotary].astype(jnp.float32), 2, axis=-1)
