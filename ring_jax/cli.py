@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import jax
 
 COMMANDS = {
-    "demo": (
-        "ring_jax.commands.demo",
-        "train a small model with ring attention on a text, then read 16,384 bytes of it",
+    "generate": (
+        "ring_jax.commands.generate",
+        "continue a text with a Qwen3.5 checkpoint, its prompt spread over all devices; without one, find a hidden pass key",
     ),
     "doctor": ("ring_jax.commands.doctor", "show versions, devices and what runs here; check it against the reference"),
 }

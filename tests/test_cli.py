@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ring_jax.cli import main
+from tests.inference.checkpoint import tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,34 +34,29 @@ def ring_jax(*args, cwd=ROOT):
     )
 
 
-def check_demo(tmp_path, *args, tokens):
-    result = ring_jax("demo", *args, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_generate_from_a_checkpoint(checkpoint, tmp_path):
+    (tmp_path / "prompt.txt").write_text("To be, or not to be")
+    args = "--model", checkpoint, "--prompt-file", "prompt.txt", "--context-ranks", 2, "--max-new-tokens", 5
+    result = ring_jax("generate", *args, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    text = result.stdout
-    assert "devices   8 x" in text and f"long pass {tokens:,} bytes" in text
-    before, after = map(float, re.search(r"loss ([\d.]+) before, ([\d.]+) after", text).groups())
-    assert after < 0.8 * before
-    assert float(re.search(r"differs by at most ([\d.e+-]+)", text)[1]) < 1e-3
-    assert float(re.search(r"([\d,.]+) tokens/s", text)[1].replace(",", "")) > 0
-    # Two layers, one ring each: 7 permutes of packed KV; the layouts move in programs of their own.
-    assert re.search(r"compiled program: .*\b14 collective-permute", text)
-    assert "all-gather" not in text
-    for layout in ("contiguous", "striped", "zigzag"):
-        shares = re.search(rf"^ +{layout} +([\d. ]+)  +ring", text, re.MULTILINE)[1].split()
-        assert len(shares) == 8 and sum(map(float, shares)) == pytest.approx(8, abs=0.1)
-    return text
-
-
-def test_demo_on_a_file(tmp_path):
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    check_demo(tmp_path, "text.txt", "--max-tokens", 1000, "--plot", "work.png", tokens=1000)
-    assert (tmp_path / "work.png").read_bytes().startswith(b"\x89PNG")
+    assert "prefill   19 tokens over 2 ranks ... done" in result.stdout
+    assert re.search(r"first     token after [\d.]+ s", result.stdout)
+    assert re.search(r"decode    5 tokens, [\d.]+ tokens/s", result.stdout)
+    assert re.search(r"memory    arrays now \d+, \d+ MiB", result.stdout)
 
 
 @pytest.mark.slow
-def test_demo_as_the_readme_says(tmp_path):
-    check_demo(tmp_path, tokens=16_384)
-    assert (tmp_path / "ring-jax-demo.png").read_bytes().startswith(b"\x89PNG")
+def test_generate_as_the_readme_says(tmp_path):
+    result = ring_jax("generate", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "prefill   16,384 tokens on one rank ... done" in result.stdout
+    assert "prefill   16,384 tokens over 8 ranks ... done" in result.stdout
+    assert result.stdout.count(": found, '") == 2
 
 
 def test_doctor():
@@ -74,35 +70,34 @@ def test_doctor():
 
 
 @pytest.mark.parametrize(
-    ("content", "args", "message"),
+    ("args", "message"),
     [
-        (None, [], r"cannot read .*text.txt: No such file"),
-        (b"", [], "has 0 bytes; the demo needs at least 256"),
-        (b"short", [], "has 5 bytes"),
-        (b"x" * 1000, ["--max-tokens", "10"], "--max-tokens must be at least 256, got 10"),
-        (b"x" * 1000, ["--plot", "nowhere/at/all.png"], "cannot write .*nowhere"),
+        (["--model", "nowhere", "--prompt", "x"], "no config.json at nowhere"),
+        (["--prompt-file", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--context-ranks", "9", "--prompt", "x"], "--context-ranks 9: this machine has 8 devices"),
+        (["--temperature", "-1"], "temperature must be 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be positive, got 0"),
+        (["--model", "nowhere"], "give --prompt TEXT"),
     ],
 )
-def test_demo_errors(tmp_path, capsys, content, args, message):
-    file = tmp_path / "text.txt"
-    if content is not None:
-        file.write_bytes(content)
-    assert main(["demo", str(file), *args]) == 2
-    assert re.search(message, capsys.readouterr().err)
+def test_generate_errors(args, message, capsys):
+    assert main(["generate", *args]) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_demo_names_a_folder(tmp_path, capsys):
-    assert main(["demo", str(tmp_path)]) == 2
-    assert "Is a directory" in capsys.readouterr().err
+def test_generate_refuses_a_prompt_that_is_too_long(checkpoint, capsys):
+    args = ["generate", "--model", str(checkpoint), "--prompt", "x" * 600, "--context-ranks", "1"]
+    assert main(args) == 2
+    assert "600 tokens and 128 new ones exceed the model's 512 positions" in capsys.readouterr().err
 
 
 def test_missing_extra_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["demo"]) == 2
+    assert main(["generate"]) == 2
     assert "pip install 'ring-jax[cli]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["abacus"], ["demo", "--max-tokens", "many"]])
+@pytest.mark.parametrize("argv", [[], ["abacus"], ["generate", "--max-new-tokens", "many"]])
 def test_wrong_command_lines(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
@@ -112,5 +107,5 @@ def test_wrong_command_lines(argv, capsys):
 
 def test_help_shows_the_options(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["demo", "--help"])
-    assert stop.value.code == 0 and "--max-tokens" in capsys.readouterr().out
+        main(["generate", "--help"])
+    assert stop.value.code == 0 and "--context-ranks" in capsys.readouterr().out

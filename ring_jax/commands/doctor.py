@@ -150,8 +150,8 @@ def advice(devices: list[Any]) -> list[str]:
         )
     if platform.python_version_tuple()[:2] == ("3", "11"):
         lines.append("jax 0.10.2 is the last for Python 3.11: take 3.12 or newer for the newest jax")
-    if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("optax") is None:
-        lines.append("`ring-jax demo` needs pip install 'ring-jax[cli]'")
+    if importlib.util.find_spec("tokenizers") is None or importlib.util.find_spec("jinja2") is None:
+        lines.append("`ring-jax generate` needs pip install 'ring-jax[cli]'")
     return lines
 
 

@@ -289,6 +289,9 @@ class Static:
     def __call__(self, *operands):
         return self.fn(*operands, *self.args)
 
+    def __repr__(self):  # jax's messages show it; the arguments may be a whole model's structure
+        return getattr(self.fn, "__name__", type(self.fn).__name__)
+
 
 def run_sharded(local: Callable, mesh, in_specs, out_specs, operands: tuple):
     """A jitted, fully manual shard_map of `local` (hashable) over `operands`, which are resharded first where the

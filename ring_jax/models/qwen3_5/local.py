@@ -79,11 +79,12 @@ class Local:
     def _vocabulary_is_whole(self, table) -> bool:
         return not varying_axes(table) & set(names(self.tensor))
 
-    def whole_vocabulary(self, logits: jax.Array, size: int) -> jax.Array:
+    def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
         """Logits [B, V] on every tensor rank."""
-        if logits.shape[-1] == size:
+        axes = names(self.tensor)
+        if not varying_axes(logits) & set(axes):
             return logits
-        return lax.all_gather(logits, names(self.tensor), axis=logits.ndim - 1, tiled=True, to="invarying")
+        return lax.all_gather(logits, axes, axis=logits.ndim - 1, tiled=True, to="invarying")
 
     def cross_entropy(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """-log softmax(logits)[target] of each token, [T]; the vocabulary may lie over the tensor axis."""

@@ -484,7 +484,7 @@ def _forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> O
         last = jnp.full(tokens.shape[:1], ask.seq_len - 1) if lengths is None else lengths - 1
         at_last = here.order == last[:, None]
         x = jnp.sum(jnp.where(at_last[..., None], x, jnp.zeros_like(x)), axis=1)
-        logits = here.whole_vocabulary(_logits(model, here, here.sum_context(x)), model.config.vocab_size)
+        logits = here.whole_vocabulary(_logits(model, here, here.sum_context(x)))
     if ask.cache_room is not None:
         ranks = 1 if model.sharding is None else model.sharding.context.ranks()
         G, L, two, B, _, K, H = left.keys.shape
@@ -509,7 +509,7 @@ def _decode(params, tokens, cache: Cache, graph):
     here = Step(sharding, cache.positions[:, None], shard, cache.lengths, cache.count)
     x = _embed(model, here, tokens[:, None])
     x, left = _walk(model, x, here, (cache.prompt, cache.new, cache.gdn), hidden=False, stats=False)
-    logits = here.whole_vocabulary(_logits(model, here, x[:, 0]), model.config.vocab_size)
+    logits = here.whole_vocabulary(_logits(model, here, x[:, 0]))
     return logits, append(cache, left.keys, left.states, rank, ranks)
 
 

@@ -1,0 +1,49 @@
+"""A tiny checkpoint directory with random weights and a byte-level tokenizer, as tests of generation need it."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import tokenizers
+from flax import nnx
+from tokenizers import decoders, models, pre_tokenizers
+
+from ring_jax.gdn import Heads
+from ring_jax.models.qwen3_5 import Config, Qwen3_5
+
+EOS = 256
+CONFIG = Config(
+    family="qwen3_5",
+    vocab_size=257,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    linear=Heads(1, 2, 8, 8),
+    mlp_size=48,
+    rotary_fraction=0.5,
+    max_positions=512,
+    tie_embeddings=True,
+    eos_token_ids=(EOS,),
+)
+
+
+def tiny_model(**options) -> Qwen3_5:
+    return Qwen3_5(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32, **options)
+
+
+def tiny_checkpoint(directory: Path, *, chat_template: str | None = None) -> Path:
+    tiny_model().save_pretrained(directory)
+    alphabet = {char: token for token, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    assert tokenizer.token_to_id("<|end|>") == EOS
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings: dict[str, object] = {"eos_token": {"content": "<|end|>"}}
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
