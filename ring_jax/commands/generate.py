@@ -222,27 +222,29 @@ class StopAt:
 
 
 def _find_the_key(settings: Settings, each: list[int]) -> int:
-    from ring_jax.data.passkey import make_text
+    """The bundled model on what it was trained for; the exit status says whether every number of ranks found the key."""
+    import numpy as np
 
-    if not (settings.directory / "model.safetensors").is_file():
+    from ring_jax.data.passkey import NEEDLE, QUESTION, held_out_text, random_text
+
+    if not (settings.directory / "config.json").is_file():
         raise CommandError(
-            f"the bundled model is missing at {settings.directory}: install the package again, or give --model DIR"
+            f"the bundled model is missing at {settings.directory}: install ring-jax again, or give --model DIR"
         )
-    hidden = make_text(DEMO_TOKENS, seed=settings.seed)
-    print(
-        f"text      {len(hidden.text.encode()):,} bytes of Python's documentation, one line among them: {hidden.needle!r}"
-    )
-    print(f"          and at the end: {hidden.question!r}")
+    hidden = random_text(np.random.default_rng(settings.seed), DEMO_TOKENS, text=held_out_text())
+    needle = NEEDLE.format(key=hidden.key).strip()
+    depth = hidden.prompt.index(needle) / len(hidden.prompt)
+    print(f"text      {len(hidden.prompt):,} bytes of Python's documentation; {depth:.0%} into it: {needle!r}")
+    print(f"          and at the end: {QUESTION.strip()!r}")
     answers = {}
     for ranks in each:
         session = Session.open(settings, ranks)
-        answers[ranks] = session.answer(hidden.text, len(hidden.key), sys.stdout)
+        answers[ranks] = session.answer(hidden.prompt, len(hidden.answer) + 1, sys.stdout)
         session.print_memory()
-    found = {ranks: answer.strip() == hidden.key for ranks, answer in answers.items()}
+    found = {ranks: answer.strip() == hidden.answer for ranks, answer in answers.items()}
     for ranks, ok in found.items():
-        print(
-            f"result    {ranks} rank{'s' * (ranks > 1)}: {'found' if ok else 'NOT found'}, {answers[ranks]!r}, hidden was {hidden.key!r}"
-        )
+        where = f"{ranks} ranks" if ranks > 1 else "1 rank"
+        print(f"result    {where}: {'found' if ok else 'NOT found'}, {answers[ranks]!r}, hidden was {hidden.key}")
     return 0 if all(found.values()) else 1
 
 
