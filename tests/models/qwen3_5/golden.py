@@ -23,9 +23,11 @@ class Case:
     seed: int
     decays: bool = True
     greedy: bool = False
+    layers: int = 4
+    period: int = 4
 
     def config(self) -> dict:
-        return tiny.config(self.family)
+        return tiny.config(self.family, layers=self.layers, period=self.period)
 
     def weights(self) -> tiny.Tensors:
         return tiny.weights(self.config(), self.seed, decays=self.decays)
@@ -49,6 +51,8 @@ CASES = {
     "next_raw": Case("next_raw", 5),
     "head256": Case("head256", 0),
 }
+# One GDN and one full layer, without golden files: for comparisons of ours with ours that take long to compile.
+PAIRS = {f"{family} pair": Case(family, 0, layers=2, period=2) for family in ("dense", "moe")}
 
 
 @dataclasses.dataclass(frozen=True)

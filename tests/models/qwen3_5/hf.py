@@ -95,6 +95,14 @@ def continue_greedily(model: transformers.PreTrainedModel, tokens: np.ndarray, c
     return Continuation(new, float((first - second).min()), watch.router_margin)
 
 
+def loss_and_gradients(model: transformers.PreTrainedModel, tokens: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+    """Next-token loss of one row, with the routers' loss where there are experts, and gradients by tensor name."""
+    experts = {"output_router_logits": True} if hasattr(model.config, "num_experts") else {}
+    loss = model(_row(tokens), labels=_row(tokens), **experts).loss
+    loss.backward()
+    return loss.item(), {name: _array(parameter.grad) for name, parameter in model.named_parameters()}
+
+
 class _Watch:
     """Records what layers put out and how clearly routers decide."""
 

@@ -78,9 +78,9 @@ _CONFIGS = {
 FAMILIES = tuple(_CONFIGS)
 
 
-def config(family: str, *, layers: int = 4, dtype: str = "float32") -> dict:
-    """What config.json holds. `family` is one of FAMILIES; every fourth layer is full attention."""
-    types = ["linear_attention" if (n + 1) % 4 else "full_attention" for n in range(layers)]
+def config(family: str, *, layers: int = 4, period: int = 4, dtype: str = "float32") -> dict:
+    """What config.json holds. `family` is one of FAMILIES; layer `period` of each `period` is full attention."""
+    types = ["linear_attention" if (n + 1) % period else "full_attention" for n in range(layers)]
     return _CONFIGS[family] | {"num_hidden_layers": layers, "layer_types": types, "dtype": dtype}
 
 
