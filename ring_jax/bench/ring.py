@@ -17,6 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_jax
+from ring_jax.bench import trace
+from ring_jax.bench.flash_forward import relative_error
 from ring_jax.flash import reference
 from ring_jax.flash.packed import pack
 
@@ -89,9 +91,7 @@ def check(
         return out, *pull(dout.astype(out.dtype))
 
     pairs = zip(*(everything(f, query, key, value, dout) for f in (ours, theirs)), strict=True)
-    return max(
-        float(jnp.linalg.norm((a - b).astype(jnp.float32)) / jnp.linalg.norm(b.astype(jnp.float32))) for a, b in pairs
-    )
+    return max(relative_error(a, b) for a, b in pairs)
 
 
 def milliseconds(f, args, layers: int, repeats: int) -> float:
@@ -118,16 +118,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="bidirectional instead of causal")
     parser.add_argument("--implementation", help="block backend (default: what ring_jax picks)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no new measurement after this long")
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not compare with the reference first"
+    )
+    parser.add_argument("--gradients", choices=["no", "yes", "both"], default="both")
+    parser.add_argument(
+        "--profile", action="store_true", help="trace one run of each: transfer hidden, longest kernels"
+    )
+    parser.add_argument("--png", help="with --profile: draw the last timeline to this file")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
     begin, rows = time.perf_counter(), []
     shape = (args.heads, args.kv_heads, args.head_size)
-    for strategy in args.strategies:
+    for strategy in args.strategies if args.check else ():
         error = check(max(args.ranks), strategy, *shape, implementation=args.implementation)
         print(f"check {strategy}, {max(args.ranks)} ranks, 1000 tokens: worst relative error {error:.1e}", flush=True)
         if not error < 2e-2:
             raise SystemExit(f"{strategy} disagrees with the reference: {error}")
-    for gradients in (False, True):
+    for gradients in {"no": (False,), "yes": (True,), "both": (False, True)}[args.gradients]:
         for length in args.lengths:
             runs = [(1, "ring")] + [(ranks, strategy) for ranks in args.ranks for strategy in args.strategies]
             base = None
@@ -136,7 +144,8 @@ def main(argv: list[str] | None = None) -> None:
                     break
                 context = make_context(ranks, strategy)
                 f = stack(context, not args.full, args.layers, gradients, args.implementation)
-                ms = milliseconds(f, draw(context, length, *shape, args.layers), args.layers, args.repeats)
+                operands = draw(context, length, *shape, args.layers)
+                ms = milliseconds(f, operands, args.layers, args.repeats)
                 base = base or ms
                 flops = (
                     4 * length**2 * args.heads * args.head_size * (1 if args.full else 0.5) * (3.5 if gradients else 1)
@@ -146,8 +155,23 @@ def main(argv: list[str] | None = None) -> None:
                     "strategy": strategy if ranks > 1 else "one GPU", "ms_per_layer": ms, "speed_up": base / ms,
                     "tflops_per_gpu": flops / ms / 1e9 / ranks,
                 }  # fmt: skip
+                if args.profile:
+                    activities = trace.record(functools.partial(f, *operands))
+                    row["profile"] = [activity.summary() for activity in activities]
+                    if args.png and activities:
+                        middle = activities[0].length / 2
+                        title = f"{row['what']}, {length} tokens, {row['strategy']}, {ranks} GPUs"
+                        trace.draw(activities, args.png, title, (middle, middle + 2 * ms))
                 rows.append(row)
-                print(" ".join(f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in row.values()), flush=True)
+                shown = [v for v in row.values() if not isinstance(v, list)]
+                print(" ".join(f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in shown), flush=True)
+                for facts in row.get("profile", [])[:1]:
+                    print(
+                        f"    {facts['device']}: transfer {facts['transfer_ms'] / args.layers:.3f} ms a layer, "
+                        f"{facts['hidden_share']:.1%} hidden; idle {facts['idle_share']:.1%}"
+                    )
+                    for kernel in facts["kernels"]:
+                        print(f"        {kernel['ms'] / args.layers:.4f} ms {kernel['calls']:5d} x {kernel['name']}")
                 if args.json:
                     with open(args.json, "w") as file:
                         json.dump(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import concrete, static_length
 from ring_jax._vma import pcast_to, varying_axes
+from ring_jax.context import halves
 from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, run_sharded
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import STRATEGIES, check_strategy, choose
@@ -104,6 +105,8 @@ def ring_attention(
                 f"sinks must be floating point of shape [N] = {(query.shape[2],)} (one per query head), got {sinks.dtype} {sinks.shape}"
             )
     resolved = isinstance(mask, ResolvedMask)
+    if not isinstance(mask, ResolvedMask):
+        call = dataclasses.replace(call, whole=_whole(call, mask, query_offset))
     where = mask if resolved else (mask, per_row("query_offset", query_offset))
     if context.is_manual:
         out, lse = call(query, key, value, where, sinks)
@@ -124,12 +127,13 @@ class _Call:
     scale: float | None
     logits_soft_cap: float | None
     implementation: str | None
+    whole: str | None = None
 
     def __call__(self, query, key, value, mask, sinks):
         """On local shards, inside a shard_map that is manual over the context axis."""
         B, T, N, _ = query.shape
         kv = pack(key, value)
-        spec = make_spec(query, kv, self.scale, self.logits_soft_cap, self.implementation)
+        spec = make_spec(query, kv, self.scale, self.logits_soft_cap, self.implementation, self.whole)
         if isinstance(mask, ResolvedMask):
             start, end = mask.start, mask.end
             if start.shape[1] != T or start.shape[0] not in (1, B):
@@ -151,6 +155,19 @@ class _Call:
             lse = jnp.broadcast_to(sinks.astype(acc_dtype), (B, T, N))
             carry = (pcast_to(jnp.zeros((B, T, N, value.shape[-1]), acc_dtype), axes), lse)
         return STRATEGIES[self.strategy](spec, self.keys, query, kv, start, end, carry)
+
+
+def _whole(call: _Call, mask: Mask, query_offset) -> str | None:
+    """Which whole mask the blocks see, for backends that cannot read bounds."""
+    if (call.q_len, call.kv_len) != (call.queries.length, call.keys.length):
+        return None
+    if not mask.parts:
+        return "full"
+    natural = call.keys.ranks == 1 or call.strategy == "ulysses"
+    cut = call.strategy in ("ring", "ring_ulysses") and halves.serves(call.keys.layout) and call.q_len == call.kv_len
+    offset = concrete(query_offset)
+    plain = mask.parts == causal().parts and offset is not None and not np.any(offset)
+    return "causal" if plain and (natural or cut) else None
 
 
 def _sharded(call: _Call, context: ContextParallel, query, key, value, mask, sinks):

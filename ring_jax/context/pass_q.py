@@ -37,7 +37,7 @@ def pass_q(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | Non
 
 
 def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
-    def hop(travel, stay, source):
+    def hop(travel, stay, source, own, last):
         query, (start, end) = travel[0], travel[1]
         here = shard.local_bounds(start, end, shard.rank())
         return stay, _join(*spec.forward(query, kv, *here, None))
@@ -66,7 +66,7 @@ def _pass_q_bwd(spec, shard, saved, cotangents):
     delta = delta_of(out, dout, dlse)
     head_size = query.shape[-1]
 
-    def hop(travel, dkv, source):
+    def hop(travel, dkv, source, own, last):
         query_dout, (lse, delta), (start, end) = travel
         query, dout = query_dout[..., :head_size], query_dout[..., head_size:]
         here = shard.local_bounds(start, end, shard.rank())

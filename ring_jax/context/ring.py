@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax.context import halves
 from ring_jax.context.shard import Shard, rotate
 from ring_jax.flash.api import Partial, Spec, delta_of, named
 from ring_jax.flash.merge import carry_gradient
@@ -26,9 +27,13 @@ def ring(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None)
 
 
 def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
-    def hop(kv, partial, source):
+    whole = spec.backend.whole == "causal"
+
+    def hop(kv, partial, source, own, last):
+        if whole:
+            return halves.forward(spec, shard, query, kv, start, end, partial, source, own), None
         here = shard.local_bounds(start, end, source)
-        return spec.forward(query, kv, *here, partial), None
+        return spec.forward(query, kv, *here, partial, query.dtype if last else None), None
 
     (out, lse), _ = rotate(shard, spec.backend.unroll, hop, kv, carry)
     return out.astype(query.dtype), lse
@@ -45,9 +50,14 @@ def _ring_bwd(spec, shard, saved, cotangents):
     kv, (dout, dlse) = lax.optimization_barrier((kv, cotangents))
     delta = delta_of(out, dout, dlse)
 
-    def hop(kv, dq, source):
-        here = shard.local_bounds(start, end, source)
-        dq_part, dkv_part = spec.backward(query, kv, *here, lse, delta, dout)
+    whole = spec.backend.whole == "causal"
+
+    def hop(kv, dq, source, own, last):
+        if whole:
+            dq_part, dkv_part = halves.backward(spec, shard, query, kv, start, end, lse, delta, dout, source, own)
+        else:
+            here = shard.local_bounds(start, end, source)
+            dq_part, dkv_part = spec.backward(query, kv, *here, lse, delta, dout)
         return dq_part if dq is None else dq + dq_part, dkv_part
 
     dq, dkv = rotate(shard, spec.backend.unroll, hop, kv, None, jnp.add)

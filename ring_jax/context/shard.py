@@ -54,9 +54,9 @@ def rotate(
 ):
     """Walk `travel` once around the ring; the engine of `ring` and `pass_q`, forward and backward.
 
-    At every hop, `hop(travel, stay, source) -> (stay, part)` works on what has arrived from rank
-    `source`. `stay` is kept here. `part` (or None) belongs to rank `source`: parts follow their
-    `travel` one hop behind, joined by `combine(arrived, part)`, and come home at the end.
+    At every hop, `hop(travel, stay, source, own, last) -> (stay, part)` works on what has arrived from rank `source`;
+    `own` (the first hop) and `last` are static. `stay` is kept here. `part` (or None) belongs to rank `source`: parts
+    follow their `travel` one hop behind, joined by `combine(arrived, part)`, and come home at the end.
 
     The permute of `travel` is issued before the hop, that of the parts beside it, so both hide behind
     the hop's compute. C - 1 permutes of `travel`, C of the parts. Up to `unroll` ranks the hops are unrolled, beyond
@@ -66,11 +66,11 @@ def rotate(
     """
     C, rank = shard.ranks, shard.rank()
 
-    def one(i, state, last: bool):
+    def one(i, state, own: bool, last: bool):
         travel, stay, parts = state
         arriving = shard.shift(parts)
         departing = None if last else shard.shift(travel)
-        stay, part = hop(travel, stay, (rank - i) % C)
+        stay, part = hop(travel, stay, (rank - i) % C, own, last)
         parts = part if arriving is None else combine(arriving, part)
         # Without the barrier all permutes are ready at once: memory would not fall as 1/C.
         return lax.optimization_barrier((departing, stay, parts)) if not last else (None, stay, parts)
@@ -78,11 +78,13 @@ def rotate(
     state = (travel, stay, None)
     if C <= unroll:
         for i in range(C):
-            state = one(i, state, last=i == C - 1)
+            state = one(i, state, own=i == 0, last=i == C - 1)
     else:
-        state = one(0, state, last=False)
-        state, _ = lax.scan(lambda s, i: (one(i, s, last=False), None), state, jnp.arange(1, C - 1, dtype=jnp.int32))
-        state = one(C - 1, state, last=True)
+        state = one(0, state, own=True, last=False)
+        state, _ = lax.scan(
+            lambda s, i: (one(i, s, own=False, last=False), None), state, jnp.arange(1, C - 1, dtype=jnp.int32)
+        )
+        state = one(C - 1, state, own=False, last=True)
     _, stay, parts = state
     return stay, (parts if C == 1 else shard.shift(parts))
 

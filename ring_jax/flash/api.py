@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -44,11 +45,11 @@ class Spec:
         )
 
 
-def make_spec(query, kv, scale, logits_soft_cap, implementation) -> Spec:
-    """Resolve defaults, on the shapes and the device that the block will see."""
+def make_spec(query, kv, scale, logits_soft_cap, implementation, whole: str | None = None) -> Spec:
+    """Resolve defaults, on the shapes and the device that the block will see; `whole` as in `backends.select`."""
     scale, logits_soft_cap = static_scalars(scale, logits_soft_cap)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return Spec(select(implementation, query, kv, logits_soft_cap), scale, logits_soft_cap)
+    return Spec(select(implementation, query, kv, logits_soft_cap, whole), scale, logits_soft_cap)
 
 
 def static_scalars(scale, logits_soft_cap) -> tuple[float | None, float | None]:
@@ -147,7 +148,7 @@ def flash_attention(
     S = key.shape[1]
     start, end = _check_bounds(key_start, key_end, B, T, S)
     kv = pack(key, value)
-    spec = make_spec(query, kv, scale, logits_soft_cap, implementation)
+    spec = make_spec(query, kv, scale, logits_soft_cap, implementation, _whole(key_start, key_end, T, S))
     acc_dtype = partial_dtype(query.dtype)
     if carry is not None:
         out_in, lse_in = carry
@@ -160,6 +161,16 @@ def flash_attention(
         return carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
     query, kv, start, end, carry = align(query, kv, start, end, carry)
     return block(spec, query, kv, start, end, carry)
+
+
+def _whole(key_start, key_end, T: int, S: int) -> str | None:
+    """Which whole mask the bounds are, where their values are known now."""
+    start, end = concrete(key_start), concrete(key_end)
+    if start is None or end is None or np.any(start > 0):
+        return None
+    if np.all(end >= S):
+        return "full"
+    return "causal" if np.all(np.minimum(end, S) == np.minimum(np.arange(1, T + 1), S)) else None
 
 
 def _check_bounds(key_start, key_end, B: int, T: int, S: int):

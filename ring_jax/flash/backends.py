@@ -14,13 +14,14 @@ To add one: write the two functions, give `unsupported` a reason for what it can
 `BACKENDS`, and add its name to the harness in tests/flash.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from ring_jax.flash import mosaic, reference, xla
+from ring_jax.flash import cudnn, mosaic, reference, xla
 
 
 @dataclass(frozen=True)
@@ -31,45 +32,70 @@ class Backend:
     # Rings of up to this many ranks are unrolled. A kernel is one small op, so unrolling is cheap and lets XLA overlap
     # freely; a block made of XLA loops is large to compile, and CPUs keep all hops' buffers when they are unrolled.
     unroll: int = 2
-    # Why it cannot run these shapes here, or None. Takes (query, kv).
-    unsupported: Callable[[jax.Array, jax.Array], str | None] = lambda query, kv: None
-    # Why implementation=None should not pick it although it could run, or None. Takes (query, kv, logits_soft_cap).
-    avoid: Callable[[jax.Array, jax.Array, float | None], str | None] = lambda query, kv, logits_soft_cap: None
+    # Why it cannot run these inputs here, or None. Takes (query, kv, logits_soft_cap).
+    unsupported: Callable[[jax.Array, jax.Array, float | None], str | None] = lambda query, kv, logits_soft_cap: None
+    # The mask that it takes the bounds to be: "full", "causal" (from the first position), or None where it reads them.
+    whole: str | None = None
 
+
+def _cudnn(whole: str) -> Backend:
+    forward, backward = (functools.partial(f, causal=whole == "causal") for f in (cudnn.forward, cudnn.backward))
+    return Backend("cudnn", forward, backward, unroll=8, unsupported=cudnn.unsupported, whole=whole)
+
+
+# The same kernel for each mask that it knows.
+CUDNN = {whole: _cudnn(whole) for whole in ("full", "causal")}
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend("reference", reference.forward, reference.backward),
     "xla": Backend("xla", xla.forward, xla.backward),
-    "mosaic": Backend(
-        "mosaic", mosaic.forward, mosaic.backward, unroll=8, unsupported=mosaic.unsupported, avoid=mosaic.unproven
-    ),
+    "mosaic": Backend("mosaic", mosaic.forward, mosaic.backward, unroll=8, unsupported=mosaic.unsupported),
+    "cudnn": CUDNN["full"],
 }
 
 # What implementation=None tries, best first; the last runs anything.
-_PREFERENCE = ("mosaic", "xla")
+PREFERENCE = ("mosaic", "cudnn", "xla")
+
+
+def why_not(
+    name: str, query: jax.Array, kv: jax.Array, logits_soft_cap: float | None = None, whole: str | None = None
+) -> str | None:
+    """Why the backend `name` cannot run these inputs under such a mask here, or None; arguments as in `select`."""
+    backend = BACKENDS[name]
+    reason = backend.unsupported(query, kv, logits_soft_cap)
+    if reason is None and backend.whole is not None and whole not in CUDNN:
+        return (
+            "cuDNN reads no key intervals: the mask must be known, while tracing, to be full or causal over a sequence without "
+            "padding, and a causal one needs strategy 'ring' (contiguous or two-chunk zigzag) or 'ulysses' where ranks are several"
+        )
+    return reason
 
 
 def select(
-    implementation: str | None, query: jax.Array, kv: jax.Array, logits_soft_cap: float | None = None
+    implementation: str | None,
+    query: jax.Array,
+    kv: jax.Array,
+    logits_soft_cap: float | None = None,
+    whole: str | None = None,
 ) -> Backend:
     """The backend that `implementation` names, or the best that runs here for None.
+
+    `whole` is "full" or "causal" where the mask is known to be that, for backends that cannot read bounds.
 
     Raises:
         ValueError: unknown name.
         NotImplementedError: a named backend cannot run these inputs on this device.
     """
     if implementation is None:
-        candidates = (BACKENDS[name] for name in _PREFERENCE)
-        return next(b for b in candidates if not (b.unsupported(query, kv) or b.avoid(query, kv, logits_soft_cap)))
-    if implementation not in BACKENDS:
+        implementation = next(name for name in PREFERENCE if why_not(name, query, kv, logits_soft_cap, whole) is None)
+    elif implementation not in BACKENDS:
         raise ValueError(f"unknown implementation {implementation!r}: expected None or one of {sorted(BACKENDS)}")
-    backend = BACKENDS[implementation]
-    reason = backend.unsupported(query, kv)
-    if reason is not None:
+    elif (reason := why_not(implementation, query, kv, logits_soft_cap, whole)) is not None:
         raise NotImplementedError(
             f"implementation={implementation!r} cannot run here: {reason}. None lets ring_jax choose"
         )
-    return backend
+    backend = BACKENDS[implementation]
+    return backend if backend.whole is None or whole is None else CUDNN[whole]
 
 
 _DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))

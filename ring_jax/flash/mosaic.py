@@ -5,6 +5,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash import mosaic_hopper, mosaic_hopper_backward
@@ -30,16 +31,9 @@ def device_reason() -> str | None:
     return None
 
 
-def unsupported(query: jax.Array, kv: jax.Array) -> str | None:
+def unsupported(query: jax.Array, kv: jax.Array, logits_soft_cap: float | None = None) -> str | None:
     """Why the kernels cannot run these inputs here, or None."""
-    return device_reason() or mosaic_hopper.unsupported_reason(query, kv)
-
-
-def unproven(query: jax.Array, kv: jax.Array, logits_soft_cap: float | None) -> str | None:
-    """Why these inputs are left to other backends unless "mosaic" is named: values never compared on a GPU, or None."""
-    if query.dtype != jnp.bfloat16 or query.shape[-1] != 128 or kv.ndim != 5 or logits_soft_cap is not None:
-        return "only bfloat16 with head size 128 and no soft cap is compared with the reference on a GPU, forward and backward"
-    return None
+    return device_reason() or mosaic_hopper.unsupported_reason(query, kv, logits_soft_cap=logits_soft_cap)
 
 
 def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None, out_dtype=None):
@@ -48,7 +42,8 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
     options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "out_dtype": out_dtype or jnp.float32}
     with jax.enable_x64(False):  # the kernels compute indices in int32
         partial = mosaic_hopper.forward(query, kv, key_start, key_end, carry, **options)
-    return pcast_to(partial, axes)
+    # In a scan that also stacks a result as residual, XLA would clone the whole kernel into a fusion that writes the stack.
+    return pcast_to(lax.optimization_barrier(partial), axes)
 
 
 def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_soft_cap=None):

@@ -45,7 +45,7 @@ class BackwardConfig:
     stages: int = 2
     block_kv_dq: int = 128
     slots: int = 4
-    overlap: bool = False
+    overlap: bool = True
     fused: bool = False
     feed_registers: int = 72
 

@@ -29,7 +29,7 @@ class ForwardConfig:
     warpgroups: int = 2
     overlap: bool = True
     ping_pong: bool = True
-    lazy_rescale: bool = False
+    lazy_rescale: bool = True
     persistent: bool = False
     multiprocessors: int = 132
     kv_bytes_in_flight: int = 24 * 2**20

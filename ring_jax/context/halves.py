@@ -1,0 +1,88 @@
+"""A causal ring for blocks that know no bounds, only whole masks (cuDNN): every hop is cut into whole pieces.
+
+Two-chunk zigzag: rank r holds the chunks r and 2C-1-r, its low and its high half. On its own keys it is causal. Of
+the keys of another rank s, its high queries see all low keys; beside those its low queries see the low keys where
+s < r, and its high queries the high keys where s > r. Which of the two is a value on the device, but both have one shape: the
+operands are selected, so no branch makes the host wait, and every rank does the same work.
+
+Contiguous: of the keys of rank s its queries see all where s < r, else nothing; that work is done and thrown away.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ring_jax.context.shard import Shard
+from ring_jax.flash.api import Partial, Spec
+from ring_jax.flash.backends import CUDNN
+from ring_jax.flash.merge import merge_partials
+from ring_jax.flash.packed import seq_axis
+from ring_jax.layout import Contiguous, Layout, Zigzag
+
+
+def serves(layout: Layout) -> bool:
+    return isinstance(layout, Contiguous) or (isinstance(layout, Zigzag) and layout.block is None)
+
+
+def forward(spec: Spec, shard: Shard, query, kv, start, end, partial: Partial | None, source, own: bool) -> Partial:
+    """One hop: `partial` resumed on the KV of rank `source`; `own` says, statically, that it is this rank."""
+    if own:
+        return spec.forward(query, kv, start, end, partial)
+    assert partial is not None
+    full = _full(spec)
+    earlier = source < shard.rank()
+    if isinstance(shard.layout, Contiguous):
+        out, lse = full.forward(query, kv, start, end, None)
+        return merge_partials(partial[0], partial[1], out, jnp.where(earlier, lse, -jnp.inf))
+    q, k = (_halves(x, axis) for x, axis in ((query, 1), (kv, seq_axis(kv))))
+    start, end = (_halves(x, 1)[0] for x in (start, end))  # not read
+    (out_low, out_high), (lse_low, lse_high) = (_halves(x, 1) for x in partial)
+    high = full.forward(q[1], k[0], start, end, (out_high, lse_high))
+    low = (out_low, lse_low)
+    chosen = full.forward(_pick(earlier, *q), _pick(earlier, *k), start, end, _pick(earlier, low, high))
+    low, high = _pick(earlier, chosen, low), _pick(earlier, high, chosen)
+    return _join(low[0], high[0]), _join(low[1], high[1])
+
+
+def backward(spec: Spec, shard: Shard, query, kv, start, end, lse, delta, dout, source, own: bool):
+    """(dq, dkv) of one hop."""
+    if own:
+        return spec.backward(query, kv, start, end, lse, delta, dout)
+    full = _full(spec)
+    earlier = source < shard.rank()
+    if isinstance(shard.layout, Contiguous):
+        grads = full.backward(query, kv, start, end, lse, delta, dout)
+        return _pick(earlier, grads, jax.tree.map(jnp.zeros_like, grads))
+    axis = seq_axis(kv)
+    rows = [_halves(x, 1) for x in (query, lse, delta, dout)]
+    low, high = ([x[i] for x in rows] for i in range(2))
+    kv_low, kv_high = _halves(kv, axis)
+    start, end = (_halves(x, 1)[0] for x in (start, end))
+
+    def pull(rows, kv):
+        query, lse, delta, dout = rows
+        return full.backward(query, kv, start, end, lse, delta, dout)
+
+    dq, dkv = pull(high, kv_low)
+    dq_chosen, dkv_chosen = pull(_pick(earlier, low, high), _pick(earlier, kv_low, kv_high))
+    zero_q, zero_kv = jnp.zeros_like(dq), jnp.zeros_like(dkv)
+    dq = _join(_pick(earlier, dq_chosen, zero_q), dq + _pick(earlier, zero_q, dq_chosen))
+    dkv = _join(dkv + _pick(earlier, dkv_chosen, zero_kv), _pick(earlier, zero_kv, dkv_chosen), axis)
+    return dq, dkv
+
+
+def _full(spec: Spec) -> Spec:
+    return dataclasses.replace(spec, backend=CUDNN["full"])
+
+
+def _halves(x, axis: int):
+    return jnp.split(x, 2, axis=axis)
+
+
+def _join(low, high, axis: int = 1):
+    return jnp.concatenate([low, high], axis=axis)
+
+
+def _pick(condition, a, b):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
