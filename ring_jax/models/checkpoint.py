@@ -206,7 +206,9 @@ def _local(x: Any) -> bool:
 def _abstract(x: Any) -> Any:
     if _local(x):
         return np.empty(x.shape, x.dtype)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+    # Without a sharding Orbax would look for the devices of the saved run.
+    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _as_before(new: Any, old: Any) -> jax.Array:

@@ -16,7 +16,12 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import ring_jax
 from ring_jax.models import checkpoint
+from ring_jax.models.qwen3_5.config import Config
+from ring_jax.models.qwen3_5.modeling import Qwen3_5
+from ring_jax.models.qwen3_5.sharding import Sharding
+from tests.models.qwen3_5 import tiny
 
 
 class Net(nnx.Module):
@@ -205,6 +210,38 @@ def test_an_interrupted_save_changes_nothing(tmp_path):
     assert_same(leaves(model, optimizer), saved)
     checkpoint.save(tmp_path, 2, model, optimizer)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_whole_model_changes_its_mesh(tmp_path, kind):
+    """Qwen3.5 and its optimizer from four context ranks onto two, with a tensor axis, and onto one device."""
+    config = Config.from_hf(tiny.config("moe"))
+    rng = np.random.default_rng(0)
+
+    def model_on(*shape):
+        model = Qwen3_5(config, rngs=None, dtype=jnp.float32)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), params)
+        if shape:
+            mesh = mesh_of(*shape, kind=kind)
+            context = ring_jax.ContextParallel("context", layout="zigzag", head_axis="tensor", mesh=mesh)
+            specs = Sharding(context, weights="context", expert="context").param_specs(config)
+            params = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs)
+        model.set_parameters(jax.tree.map(jax.device_put, params))
+        return model, nnx.Optimizer(model, optax.sgd(1e-3, momentum=0.9), wrt=nnx.Param)
+
+    model, optimizer = model_on(4, 1)
+    checkpoint.save(tmp_path, 7, model, optimizer)
+    for shape in ((2, 2), ()):
+        other, other_optimizer = model_on(*shape)
+        before = jax.tree.map(lambda x: x.sharding, (nnx.state(other), nnx.state(other_optimizer)))
+        checkpoint.restore(tmp_path, other, other_optimizer)
+        assert_same(leaves(other, other_optimizer), leaves(model, optimizer))
+        after = jax.tree.map(lambda x: x.sharding, (nnx.state(other), nnx.state(other_optimizer)))
+        assert jax.tree.leaves(before) == jax.tree.leaves(after)
+        if shape:
+            moments = jax.tree.leaves(nnx.state(other_optimizer))
+            assert any(not x.sharding.is_fully_replicated for x in moments), "moments lie as their parameters do"
 
 
 KILLED = """

@@ -25,7 +25,7 @@ from ring_jax.models.qwen3_5.saving import save as save
 from ring_jax.models.qwen3_5.tensors import DTYPES, Entry, Meter, Reader
 
 _EMBED = "model.embed_tokens.weight"
-_BLOCK = 1 << 21  # elements that are read at a time: what lies twice on the host, before and after transposition
+_BLOCK = 1 << 18  # elements that are read at a time: what lies twice on the host, before and after transposition
 _SHOWN = 20  # tensors of one kind that an error lists
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 
 from ring_jax.models.qwen3_5 import names
 from ring_jax.models.qwen3_5.config import PRESETS, Config
+from ring_jax.models.qwen3_5.modeling import Qwen3_5
 from ring_jax.models.qwen3_5.pretrained import checkpoint_dtype, load
 from ring_jax.models.qwen3_5.saving import save
 from ring_jax.models.qwen3_5.tensors import Meter
@@ -476,6 +478,17 @@ def test_published_sizes(preset):
     assert params == sum(math.prod(names.extents(piece.target)) for piece in plan.pieces)
     billions = float(re.search(r"(\d+(\.\d+)?)b", preset)[1])
     assert abs(params / 1e9 / billions - 1) < 0.12  # the names count the vision part too, and round
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_is_the_models_tree(family):
+    config = Config.from_hf(tiny.config(family, layers=8))
+    model = nnx.to_pure_dict(nnx.state(Qwen3_5(config, rngs=None, dtype=jnp.bfloat16), nnx.Param))
+    plan = names.plan(config)
+    for path, shape in plan.params.items():
+        leaf = names.at(model, path, "parameters")
+        assert (leaf.shape, leaf.dtype == jnp.float32) == (shape, plan.float32(path)), path
+    assert len(jax.tree.leaves(model)) == len(plan.params)
 
 
 @pytest.mark.slow
