@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rows of a block: from 8, below which a product is bound by reading the weights, to 128, where it is bound by arithmetic.
-_SMALLEST, _LARGEST = 8, 128
+# Rows of a block: from 8, below which a product is bound by reading the weights, to 128, where it is bound by
+# arithmetic; to 512 where experts have many rows, since a block also costs copies of weights and gradients.
+_SMALLEST, _USUAL, _LARGEST = 8, 128, 512
 
 
 class Chunk(NamedTuple):
@@ -80,14 +81,16 @@ class Blocks:
 
 
 def block_size(tokens: int, per_token: int, experts: int) -> int:
-    """Rows of a block: the mean number of tokens of an expert, rounded up to a power of two, within bounds.
+    """Rows of a block: about the mean number of tokens of an expert, or a quarter of it where that is much.
 
     Args:
         tokens: that the assignments come from. A token goes to an expert at most once, so no block needs more.
         per_token: k. experts: those that all the assignments spread over (not only the ones here).
     """
-    mean = -(-tokens * per_token // experts)
-    return min(max(tokens, 1), min(max(1 << max(mean - 1, 0).bit_length(), _SMALLEST), _LARGEST))
+    mean = max(-(-tokens * per_token // experts), 1)
+    up = 1 << (mean - 1).bit_length()
+    size = min(max(up, _SMALLEST), max(_USUAL, min(up // 4, _LARGEST)))
+    return min(max(tokens, 1), size)
 
 
 def capacity(tokens: int, per_token: int, experts: int, size: int) -> int:

@@ -4,14 +4,14 @@ Each way is linear in the tokens, exact for any routing, and drops nothing:
 
     Here      the same tokens are on all ranks (decode): each runs its experts, one psum adds up; or all experts are here
     Gathered  tokens differ: all_gather, then a sum that is scattered (psum_scatter)
-    Ragged    tokens differ: each goes once to every rank that holds one of its experts (ragged_all_to_all)
+    Ragged    tokens differ: each goes once to every rank that holds one of its experts (ragged_all_to_all), see `moe.ragged`
 
 Bytes, for T tokens a rank, C ranks and k experts a token: `Gathered` receives (C - 1) T rows. An all-to-all of
 assignments would receive k T (C - 1) / C of them with even routing and needs room for k C T where all go to one rank;
 `Ragged` sends a token once to a rank however many of its experts lie there, so it receives
-C T (1 - (1 - 1/C)^k) (C - 1) / C rows, at most as many as `Gathered`, in the same C T rows of memory. It pays where
-C > k (0.63 of the rows and falling); for fewer ranks nearly every token goes everywhere. XLA runs ragged_all_to_all
-on GPUs, not on CPUs.
+T (C - 1) (1 - (1 - 1/C)^k) rows, never more than `Gathered`, into the same C T rows of memory. It pays where C > k
+(0.63 of the rows and falling); with fewer ranks nearly every token goes everywhere. XLA runs ragged_all_to_all on
+GPUs, not on CPUs. The room for C T rows is bounded by sending long sequences slice by slice (`slices`).
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ from jax import lax
 from ring_jax._vma import pcast_to
 from ring_jax.context.shard import Axis
 
+WAYS = ("gather", "ragged")
 
-def _names(axis: Axis | None) -> tuple[str, ...]:
-    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+# Rows that a rank makes room for at a time. With 2^17 rows of width 2048, x takes 0.5 GB in bfloat16, y 1 GB.
+_ROWS = 2**17
 
 
 class Exchange(Protocol):
@@ -38,6 +39,29 @@ class Exchange(Protocol):
     def combine(self, y: jax.Array) -> jax.Array:
         """[rows, D], this rank's part of the rows' results, to [T, D], the results of the tokens here."""
         ...
+
+
+def choose_way(way: str | None, ranks: int, per_token: int, platform: str) -> str:
+    """The way that is asked for, or that with the fewest bytes.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: "ragged" where XLA cannot run it.
+    """
+    if way is None:
+        return "ragged" if platform == "gpu" and ranks > per_token else "gather"
+    if way not in WAYS:
+        raise ValueError(f"unknown exchange {way!r}: expected None or one of {WAYS}")
+    if way == "ragged" and platform == "cpu":
+        raise NotImplementedError(
+            "exchange='ragged' cannot run here: XLA has no ragged_all_to_all on CPUs; use 'gather'"
+        )
+    return way
+
+
+def slices(tokens: int, ranks: int) -> int:
+    """Parts to send one after the other, so that the room for their rows does not grow with the number of ranks."""
+    return min(-(-tokens * ranks // _ROWS), max(tokens, 1)) if ranks > 1 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +79,7 @@ class Here:
 
     @property
     def _axes(self) -> tuple[str, ...]:
-        return (*_names(self.axis), *_names(self.tensor))
+        return (*names(self.axis), *names(self.tensor))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +91,13 @@ class Gathered:
 
     def send(self, x):
         # Cast first: the gradient's sum over the tensor axis then comes after its scatter, on fewer rows.
-        x = pcast_to(x, (*_names(self.axis), *_names(self.tensor)))
+        x = pcast_to(x, (*names(self.axis), *names(self.tensor)))
         return lax.all_gather(x, self.axis, axis=0, tiled=True)
 
     def combine(self, y):
-        y = lax.psum_scatter(pcast_to(y, _names(self.axis)), self.axis, scatter_dimension=0, tiled=True)
+        y = lax.psum_scatter(pcast_to(y, names(self.axis)), self.axis, scatter_dimension=0, tiled=True)
         return Here(tensor=self.tensor).combine(y)
+
+
+def names(axis: Axis | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)

@@ -23,7 +23,7 @@ from ring_jax.moe.blocks import Blocks, Chunk
 
 # On GPUs, the weights of the blocks of one step are copied to lie together: so many bytes of them.
 _WEIGHT_BYTES = 256 * 2**20
-_MOST_BLOCKS = 32
+_MOST_BLOCKS = 16
 
 
 def blocks_per_step(gate_up: jax.Array, platform: str) -> int:

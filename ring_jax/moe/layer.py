@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Float
 
 from ring_jax.context.shard import Axis
 from ring_jax.moe.blocks import Blocks, block_size
-from ring_jax.moe.exchange import Exchange, Gathered, Here
+from ring_jax.moe.exchange import Exchange, Gathered, Here, choose_way, slices
 from ring_jax.moe.experts import blocks_per_step, run_experts
 from ring_jax.moe.platform import target_platform
+from ring_jax.moe.ragged import Ragged
 from ring_jax.moe.router import RouterStats, Routing, route
 
 
@@ -41,6 +42,7 @@ def moe(
     tokens_spread: bool = True,
     tensor_axis: Axis | None = None,
     valid: Bool[Array, " T"] | None = None,
+    exchange: str | None = None,
 ) -> tuple[Float[Array, "T D"], RouterStats]:
     """Each token through the k experts that the router picks for it; no token is ever dropped.
 
@@ -58,6 +60,8 @@ def moe(
         tokens_spread: whether the ranks of `expert_axis` hold different tokens (training, prefill), as many on each.
             False: the same tokens are on all of them (decode).
         tensor_axis: mesh axis of the experts' features; the same tokens are on all of its ranks.
+        exchange: how different tokens reach the experts: "gather" (all_gather and psum_scatter), "ragged"
+            (ragged_all_to_all, on GPUs); None takes the one that moves fewer bytes (see `ring_jax.moe.exchange`).
         valid: False for padding, which is not routed, gives zeros and is not counted, whatever x holds there.
 
     Returns:
@@ -65,7 +69,8 @@ def moe(
         tokens are); and the router's statistics over the tokens here.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, or an unknown exchange.
+        NotImplementedError: exchange="ragged" on CPUs.
 
     Example:
         >>> import jax.numpy as jnp
@@ -82,23 +87,47 @@ def moe(
         x = jnp.where(valid[:, None], x, jnp.zeros_like(x))
     routing = route(x, weights.router, top_k=top_k, renormalize=renormalize, valid=valid)
     stats = RouterStats.of(routing, valid)
-    exchange: Exchange = Here(expert_axis, tensor_axis)
-    if expert_axis is not None and tokens_spread:
-        exchange = Gathered(expert_axis, tensor_axis)
     with jax.named_scope("moe"):
-        y = _through_experts(x, routing, weights, exchange, expert_axis)
+        if expert_axis is None or not tokens_spread:
+            here = Here(expert_axis, tensor_axis)
+            y = _run(x, routing.experts, routing.weights, weights, expert_axis, lambda experts: here)
+        else:
+            way = choose_way(exchange, ranks, top_k, target_platform())
+            y = _run_spread(x, routing, weights, expert_axis, tensor_axis, way)
     return y.astype(x.dtype), stats
 
 
-def _through_experts(x, routing: Routing, weights: MoEWeights, exchange, expert_axis):
-    count, per_token = weights.gate_up.shape[0], routing.experts.shape[1]
-    total = weights.router.shape[1]
-    # Numbers of experts travel with their weights, as one array; 0 is none, and exact: there are fewer than 2^24.
-    number = (routing.experts + 1) % (total + 1)
-    packed = jnp.concatenate([routing.weights, number.astype(routing.weights.dtype)], axis=1)
+def _run_spread(x, routing: Routing, weights: MoEWeights, axis: Axis, tensor: Axis | None, way: str):
+    """Tokens differ between the ranks of `axis`; long sequences go slice by slice."""
+
+    def exchange(experts) -> Exchange:
+        return Ragged.of(experts, weights.gate_up.shape[0], axis, tensor) if way == "ragged" else Gathered(axis, tensor)
+
+    parts = slices(x.shape[0], lax.axis_size(axis))
+    if parts == 1:
+        return _run(x, routing.experts, routing.weights, weights, axis, exchange)
+
+    def cut(a, fill=0):
+        size = -(-x.shape[0] // parts)
+        a = jnp.pad(a, ((0, size * parts - a.shape[0]), (0, 0)), constant_values=fill)
+        return a.reshape(parts, size, -1)
+
+    pieces = cut(x), cut(routing.experts, weights.router.shape[1]), cut(routing.weights)
+    # The rows of other ranks are not kept for the backward pass: those of all slices would need the room again.
+    part = jax.checkpoint(lambda x, experts, factors: _run(x, experts, factors, weights, axis, exchange))
+    return lax.map(lambda piece: part(*piece), pieces).reshape(-1, x.shape[1])[: x.shape[0]]
+
+
+def _run(x, experts, factors, weights: MoEWeights, axis: Axis | None, make_exchange):
+    """Sums of the experts' outputs, float32 [T, D], for int32 [T, k] experts (E: none) and their factors."""
+    count, per_token, total = weights.gate_up.shape[0], experts.shape[1], weights.router.shape[1]
+    exchange = make_exchange(experts)
+    # Numbers of experts travel with their factors, as one array; 0 is none, and exact: there are fewer than 2^24.
+    number = (experts + 1) % (total + 1)
+    packed = jnp.concatenate([factors, number.astype(factors.dtype)], axis=1)
     x, packed = exchange.send(x), exchange.send(packed)
     factors, number = jnp.split(packed, 2, axis=1)
-    first = 0 if expert_axis is None else lax.axis_index(expert_axis).astype(jnp.int32) * count
+    first = 0 if axis is None else lax.axis_index(axis).astype(jnp.int32) * count
     experts = lax.stop_gradient(number).astype(jnp.int32) - 1 - first
     step = blocks_per_step(weights.gate_up, target_platform())
     blocks = Blocks.of(experts, count, block_size(x.shape[0], per_token, total), step)

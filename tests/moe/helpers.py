@@ -38,22 +38,27 @@ def margin(x, weights, top_k) -> float:
 
 
 def pulled(function):
-    """(y, gradients of x and weights) of `function(x, weights)`, given a cotangent."""
+    """(y, gradients of x and weights) of `function(x, weights, *rest)`, given a cotangent before the rest."""
 
-    def run(x, weights, cotangent):
-        y, pull = jax.vjp(function, x, weights)
+    def run(x, weights, cotangent, *rest):
+        y, pull = jax.vjp(lambda x, weights: function(x, weights, *rest), x, weights)
         return y, pull(cotangent.astype(y.dtype))
 
     return jit(run)
 
 
-def expected(x, weights, cotangent, *, top_k, valid=None, **options):
+@functools.cache
+def _reference(**options):
+    return pulled(lambda x, weights, valid: reference(x, weights, valid=valid, **options))
+
+
+def expected(x, weights, cotangent, *, valid=None, **options):
     """The same in float64, token by token."""
-    assert margin(x if valid is None else x[valid], weights, top_k) > 1e-4, "choose another seed"
+    valid = np.ones(len(x), bool) if valid is None else valid
+    assert margin(x[valid], weights, options["top_k"]) > 1e-4, "choose another seed"
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (x, weights, cotangent))
-        run = pulled(functools.partial(reference, top_k=top_k, valid=valid, **options))
-        return jax.tree.map(np.asarray, run(*wide))
+        return jax.tree.map(np.asarray, _reference(**options)(*wide, valid))
 
 
 def check(found, wanted, bound=BOUND):

@@ -37,17 +37,20 @@ def spread(mesh, *, expert="expert", tensor=None, tokens=None, valid=None, **opt
     return lambda x, weights: mapped(x, weights, valid)
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "ranks, experts, top_k, favoured, shunned",
     [
         (2, 8, 2, (), ()),
         (4, 8, 2, (0, 1), ()),  # every token to one rank
-        (4, 16, 4, (), (4, 5, 6, 7)),  # one rank with none
-        (8, 16, 4, (2, 9, 14), (3,)),
+        (8, 16, 4, (2, 9, 14), (4, 5)),  # one rank with none
+        slow(4, 16, 4, (), (4, 5, 6, 7)),
     ],
 )
 def test_equals_one_device(ranks, experts, top_k, favoured, shunned):
-    arrays = operands(ranks * 10, experts, favoured=favoured, shunned=shunned)
+    arrays = operands(40, experts, favoured=favoured, shunned=shunned)
     run = pulled(spread(make_mesh(expert=ranks), tokens="expert", top_k=top_k))
     check(run(*arrays), expected(*arrays, top_k=top_k))
 
@@ -58,37 +61,32 @@ def test_every_token_to_one_expert():
     check(run(*arrays), expected(*arrays, top_k=1, renormalize=False))
 
 
-@pytest.mark.parametrize("ranks, tokens, favoured", [(4, 1, ()), (8, 5, (0, 1))])
+@pytest.mark.parametrize("ranks, tokens, favoured", [(4, 1, ()), (8, 40, (0, 1))])
 def test_same_tokens_everywhere(ranks, tokens, favoured):
-    arrays = operands(tokens, 16, favoured=favoured, seed=1)
+    arrays = operands(tokens, 16, favoured=favoured)
     run = pulled(spread(make_mesh(expert=ranks), top_k=4))
     check(run(*arrays), expected(*arrays, top_k=4))
 
 
-@pytest.mark.parametrize("tokens", ["expert", None])
-def test_features_over_a_tensor_axis(tokens):
-    arrays = operands(24, 8)
+@pytest.mark.parametrize("expert, tokens", [("expert", "expert"), ("expert", None), slow(None, None)])
+def test_features_over_a_tensor_axis(expert, tokens):
+    arrays = operands(40, 8)
     mesh = make_mesh(expert=2, tensor=4)
-    check(pulled(spread(mesh, tensor="tensor", tokens=tokens, top_k=2))(*arrays), expected(*arrays, top_k=2))
-
-
-def test_tensor_axis_alone():
-    arrays = operands(24, 8)
-    run = pulled(spread(make_mesh(tensor=4), expert=None, tensor="tensor", top_k=2))
+    run = pulled(spread(mesh, expert=expert, tensor="tensor", tokens=tokens, top_k=2))
     check(run(*arrays), expected(*arrays, top_k=2))
 
 
 def test_experts_over_two_axes_and_data_over_a_third():
-    arrays = operands(32, 8)
+    arrays = operands(40, 8)
     mesh = make_mesh(data=2, outer=2, expert=2)
     run = pulled(spread(mesh, expert=("outer", "expert"), tokens=("data", "outer", "expert"), top_k=2))
     check(run(*arrays), expected(*arrays, top_k=2))
 
 
-@pytest.mark.parametrize("tokens", ["expert", None])
+@pytest.mark.parametrize("tokens", ["expert", slow(None)])
 def test_padding(tokens):
-    x, weights, cotangent = operands(24, 8)
-    valid = np.arange(24) % 12 < 7  # unlike numbers of valid tokens on the ranks
+    x, weights, cotangent = operands(40, 8)
+    valid = np.arange(40) % 20 < 13  # unlike numbers of valid tokens on the ranks
     run = pulled(spread(make_mesh(expert=4), tokens=tokens, valid=jnp.asarray(valid), top_k=2))
     poisoned = np.where(valid[:, None], x, np.nan).astype(np.float32)
     check(run(poisoned, weights, cotangent), expected(x, weights, cotangent, top_k=2, valid=valid))
@@ -102,8 +100,12 @@ def test_in_a_scan_over_rematerialised_layers():
 
     def layers(run):
         def model(x, stacked):
-            step = jax.checkpoint(lambda x, w: (x + run(x, w)[0], run(x, w)[1]))
-            y, stats = jax.lax.scan(step, x, stacked)
+            @jax.checkpoint
+            def layer(x, weights):
+                y, stats = run(x, weights)
+                return x + y, stats
+
+            y, stats = jax.lax.scan(layer, x, stacked)
             return y, jax.tree.map(lambda a: a.sum(axis=0), stats)
 
         return model
@@ -133,7 +135,7 @@ def test_in_a_scan_over_rematerialised_layers():
 
 
 def test_explicit_mesh_axes():
-    arrays = operands(16, 8)
+    arrays = operands(40, 8)
     mesh = make_mesh(expert=4)
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
