@@ -141,7 +141,14 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     "name", ["dense pair", *(pytest.param(name, marks=_slow) for name in ("dense", "moe", "next", "head256"))]
 )
 def test_gradients_of_eight_ranks(name):
-    check_gradients(name, ranks(8))
+    check_gradients(name, Spread(context=8, way="state"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [ranks(8), Spread(context=2, way="head")], ids=["batch", "head"])
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_gradients_of_other_ways(name, spread):
+    check_gradients(name, spread)
 
 
 @pytest.mark.slow
