@@ -205,6 +205,11 @@ def drain(total, depth, *barriers):
             plgpu.barrier_wait(barrier.at[lax.rem(total - pending + i, depth)])
 
 
+def ring_slot(i, slots):
+    """i mod slots, for i >= 0."""
+    return i & (slots - 1) if slots & (slots - 1) == 0 else lax.rem(i, slots)
+
+
 def program(problem, heads, tiles, *, descending):
     """(batch, head, tile) of this program: heads fastest, so that neighbours share tiles in L2; the longest first."""
     p = lax.axis_index("program")

@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.flash import mosaic_compat as compat
+from ring_jax.flash import mosaic_wgmma
 from ring_jax.flash.mosaic_backward_common import (
     COL,
     ROWS,
@@ -21,6 +22,7 @@ from ring_jax.flash.mosaic_backward_common import (
     product,
     program,
     read,
+    ring_slot,
     softmax,
     splits_by_role,
     store,
@@ -129,7 +131,7 @@ def query_of(problem, span, head, t):
 def load_query(problem, span, b, head, query, dout, stats, bounds, t, *, wait, q_smem, do_smem, stats_smem, bounds_smem,
                 q_full, do_full, q_consumed, do_consumed, **_):  # fmt: skip
     """Starts the loads of step t, if `wait` once its buffers are free."""
-    slot = lax.rem(t, problem.config.stages)
+    slot = ring_slot(t, problem.config.stages)
     rows, q_head = query_of(problem, span, head, t)
     if wait:
         plgpu.barrier_wait(q_consumed.at[slot])
@@ -170,52 +172,59 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
     shape = (ROWS, problem.config.block_q_dkv)
     key, value = k_smem.at[wg], v_smem.at[wg]
 
-    def spread(ref):
-        return lax.broadcast_in_dim(compat.load(ref, COL), shape, [1])
+    def load(ref):
+        return compat.load(ref, COL)
+
+    def spread(row):
+        return lax.broadcast_in_dim(row, shape, [1])
 
     def walk(dk_acc, dv_acc):
         def step(t, i):
-            slot = lax.rem(t, stages)
+            slot = ring_slot(t, stages)
             q, do = q_smem.at[slot], do_smem.at[slot]
+            lse, delta = (stats_smem.at[slot, i] for i in range(2))
 
-            def probabilities_of(s):
+            def probabilities_of(s, lse):
+                """P for the product, the same in float32 (to hold the unrounded form too would spill), the cap's derivative."""
                 visible = _visible_keys(span, i, row, shape, bounds_smem.at[slot])
-                p, derivative = softmax(problem, s, spread(stats_smem.at[slot, 0]), visible)
-                return p.astype(problem.dtype), derivative
+                p, derivative = softmax(problem, s, spread(lse), visible)
+                return *mosaic_wgmma.rounded(p, problem.dtype), derivative
 
             def start_s(s_acc):
                 plgpu.barrier_wait(q_full.at[slot])
                 product(s_acc, key, q, rhs_transposed=True)
+                # Loaded while the product runs, not after it.
+                return load(lse)
 
             def start_dp(dp_acc):
                 plgpu.barrier_wait(do_full.at[slot])
                 product(dp_acc, value, do, rhs_transposed=True)
 
-            def finish(p, derivative, dp_acc):
+            def finish(p, wide_p, derivative, dp_acc):
                 product(dv_acc, p, do)
-                # dS from the rounded P too: to hold both forms would spill registers.
-                ds = p.astype(jnp.float32) * (read(dp_acc, in_flight=1) - spread(stats_smem.at[slot, 1]))
+                row = load(delta)
+                ds = wide_p * (read(dp_acc, in_flight=1) - spread(row))
                 return (ds if derivative is None else ds * derivative).astype(problem.dtype)
 
-            if problem.config.overlap:
+            if problem.config.overlap and hand_over is None:  # the fused form lacks the registers
 
                 def gradients(s_acc, dp_acc):
-                    start_s(s_acc)
+                    row = start_s(s_acc)
                     start_dp(dp_acc)
-                    return finish(*probabilities_of(read(s_acc, in_flight=1)), dp_acc)
+                    return finish(*probabilities_of(read(s_acc, in_flight=1), row), dp_acc)
 
                 ds = accumulate(gradients, shape, shape)
             else:
 
                 def probabilities(s_acc):
-                    start_s(s_acc)
-                    return probabilities_of(read(s_acc))
+                    row = start_s(s_acc)
+                    return probabilities_of(read(s_acc), row)
 
-                p, derivative = accumulate(probabilities, shape)
+                p, wide_p, derivative = accumulate(probabilities, shape)
 
                 def gradients(dp_acc):
                     start_dp(dp_acc)
-                    return finish(p, derivative, dp_acc)
+                    return finish(p, wide_p, derivative, dp_acc)
 
                 ds = accumulate(gradients, shape)
             if hand_over is not None:
@@ -241,7 +250,7 @@ def _dv_role(problem, span, row, target, *, k_smem, q_smem, do_smem, stats_smem,
 
     def walk(dv_acc):
         def step(t, i):
-            slot, p_slot = lax.rem(t, stages), lax.rem(t, 2)
+            slot, p_slot = ring_slot(t, stages), ring_slot(t, 2)
 
             def probabilities(s_acc):
                 plgpu.barrier_wait(q_full.at[slot])
@@ -281,7 +290,7 @@ def _dk_role(problem, span, row, target, *, v_smem, q_smem, do_smem, stats_smem,
 
     def walk(dk_acc):
         def step(t, i):
-            slot, p_slot = lax.rem(t, stages), lax.rem(t, 2)
+            slot, p_slot = ring_slot(t, stages), ring_slot(t, 2)
 
             def gradients(dp_acc):
                 plgpu.barrier_wait(do_full.at[slot])

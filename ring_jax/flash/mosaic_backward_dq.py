@@ -21,6 +21,7 @@ from ring_jax.flash.mosaic_backward_common import (
     product,
     program,
     read,
+    ring_slot,
     softmax,
     store,
 )
@@ -90,7 +91,7 @@ def _body(problem, tiles, query, kv, dout, stats, bounds, table, dq_ref, *,
         def walk(dq_acc):
             def step(j):
                 item = 2 * (j - first)
-                k_slot, v_slot = lax.rem(item, config.slots), lax.rem(item + 1, config.slots)
+                k_slot, v_slot = ring_slot(item, config.slots), ring_slot(item + 1, config.slots)
                 key, value = _slot(slots, k_slot, 0), _slot(slots, v_slot, 1)
 
                 def visible(p):
@@ -129,7 +130,7 @@ def _body(problem, tiles, query, kv, dout, stats, bounds, table, dq_ref, *,
         def _(t):
             keys = pl.ds((first + t) * block, block)
             for i, source in enumerate((problem.key_at, problem.value_at)):
-                slot = lax.rem(2 * t + i, config.slots)
+                slot = ring_slot(2 * t + i, config.slots)
 
                 @pl.when(2 * t + i >= config.slots)
                 def _(slot=slot):
