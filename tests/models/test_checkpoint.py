@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -303,7 +304,10 @@ TWO_PROCESSES = """
 
 @pytest.mark.slow
 def test_several_processes(tmp_path):
-    runs = [python(TWO_PROCESSES, "127.0.0.1:29531", i, tmp_path / "steps") for i in range(2)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    runs = [python(TWO_PROCESSES, address, i, tmp_path / "steps") for i in range(2)]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
     assert all(re.search("restored 0", text) for text in outputs)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -512,7 +513,10 @@ def test_several_processes(tmp_path):
         assert t.Config.from_hf(pathlib.Path({str(tmp_path)!r}) / sys.argv[3]) == config
     """
     held = read(tmp_path / "hf")
-    for port, kind in ((29517, "Auto"), (29518, "Explicit")):
+    for kind in ("Auto", "Explicit"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
         args = [[sys.executable, "-c", textwrap.dedent(code), f"127.0.0.1:{port}", str(i), kind] for i in range(2)]
         runs = [subprocess.Popen(a, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for a in args]
