@@ -17,6 +17,7 @@ COMMANDS = {
         "ring_jax.commands.generate",
         "continue a text with a Qwen3.5 checkpoint, its prompt spread over all devices; without one, find a hidden pass key",
     ),
+    "bench": ("ring_jax.commands.bench", "time attention on this host's GPUs, beside cuDNN and over ranks"),
     "doctor": ("ring_jax.commands.doctor", "show versions, devices and what runs here; check it against the reference"),
 }
 

@@ -1,4 +1,4 @@
-"""`python -m ring_jax.bench.ring`: context-parallel attention in a jitted stack of layers.
+"""`ring-jax bench ring`: context-parallel attention in a jitted stack of layers.
 
 Checks every strategy against the float32 reference first. Then times causal zigzag attention, forward and forward +
 backward, in a scan over layers with keys and values of their own (dispatch is amortised, nothing is merged across
@@ -6,10 +6,12 @@ layers), on one GPU and on all of them, and reports the speed-up over one GPU wi
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,10 @@ from jax.sharding import PartitionSpec as P
 
 import ring_jax
 from ring_jax.bench import trace
+from ring_jax.bench.attention import environment
 from ring_jax.bench.flash_forward import relative_error
+from ring_jax.context.shard import Shard
+from ring_jax.context.strategies import STRATEGIES
 from ring_jax.flash import reference
 from ring_jax.flash.packed import pack
 
@@ -94,95 +99,175 @@ def check(
     return max(relative_error(a, b) for a, b in pairs)
 
 
-def milliseconds(f, args, layers: int, repeats: int) -> float:
-    """Median time per layer."""
+def milliseconds(f, args, layers: int, repeats: int, queued: int = 3) -> float:
+    """Median time per layer of calls queued behind each other, so that their dispatch does not count."""
     jax.block_until_ready(f(*args))
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        jax.block_until_ready(f(*args))
-        times.append((time.perf_counter() - begin) / layers)
+        jax.block_until_ready([f(*args) for _ in range(queued)][-1])
+        times.append((time.perf_counter() - begin) / layers / queued)
     return 1e3 * statistics.median(times)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[len(jax.devices())])
-    parser.add_argument("--strategies", nargs="+", default=["ring", "all_gather"])
+@contextlib.contextmanager
+def no_transfer():
+    """Programs traced inside rotate nothing: their results are wrong, their time is that of the blocks alone."""
+    jax.clear_caches()  # equal calls share one trace
+    shift, Shard.shift = Shard.shift, lambda self, tree: tree
+    try:
+        yield
+    finally:
+        Shard.shift = shift
+        jax.clear_caches()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768], metavar="S")
+    parser.add_argument("--ranks", type=int, nargs="+", default=None, help="GPUs to spread over (default: all)")
+    parser.add_argument("--strategies", nargs="+", default=["ring", "auto"], choices=["auto", *STRATEGIES])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="bidirectional instead of causal")
+    parser.add_argument("--gradients", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--implementation", help="block backend (default: what ring_jax picks)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no new measurement after this long")
     parser.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare with the reference first"
     )
-    parser.add_argument("--gradients", choices=["no", "yes", "both"], default="both")
+    parser.add_argument("--no-transfer", action="store_true", help="time the ring with its transfer left out, too")
     parser.add_argument(
         "--profile", action="store_true", help="trace one run of each: transfer hidden, longest kernels"
     )
-    parser.add_argument("--png", help="with --profile: draw the last timeline to this file")
-    parser.add_argument("--json", help="also write the rows to this file")
-    args = parser.parse_args(argv)
-    begin, rows = time.perf_counter(), []
-    shape = (args.heads, args.kv_heads, args.head_size)
+    parser.add_argument(
+        "--table", choices=["pr39875"], help="the shapes of vLLM pull request 39875, its figures beside ours"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no new measurement after this long")
+    parser.add_argument("--png", metavar="FILE", help="draw the last timeline of --profile here")
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+
+
+def unavailable() -> str | None:
+    """Why this host cannot run the benchmark, or None."""
+    devices = jax.devices()
+    if devices[0].platform != "gpu" or len(devices) < 2:
+        return f"needs at least two GPUs, found {len(devices)} x {devices[0].device_kind}"
+    return None
+
+
+def run(args: argparse.Namespace) -> int:
+    args.ranks = args.ranks or [len(jax.devices())]
+    if args.table:
+        vars(args).update(lengths=[4096, 8192, 16384, 32768], heads=32, kv_heads=8, head_size=128, gradients="no")
+        args.ranks = [ranks for ranks in (2, 4, 8) if ranks <= len(jax.devices())]
     for strategy in args.strategies if args.check else ():
+        shape = (args.heads, args.kv_heads, args.head_size)
         error = check(max(args.ranks), strategy, *shape, implementation=args.implementation)
         print(f"check {strategy}, {max(args.ranks)} ranks, 1000 tokens: worst relative error {error:.1e}", flush=True)
         if not error < 2e-2:
-            raise SystemExit(f"{strategy} disagrees with the reference: {error}")
-    for gradients in {"no": (False,), "yes": (True,), "both": (False, True)}[args.gradients]:
-        for length in args.lengths:
-            runs = [(1, "ring")] + [(ranks, strategy) for ranks in args.ranks for strategy in args.strategies]
-            base = None
-            for ranks, strategy in runs:
-                if time.perf_counter() - begin > args.seconds:
-                    break
-                context = make_context(ranks, strategy)
-                f = stack(context, not args.full, args.layers, gradients, args.implementation)
-                operands = draw(context, length, *shape, args.layers)
-                ms = milliseconds(f, operands, args.layers, args.repeats)
-                base = base or ms
-                flops = (
-                    4 * length**2 * args.heads * args.head_size * (1 if args.full else 0.5) * (3.5 if gradients else 1)
-                )
-                row = {
-                    "what": "forward+backward" if gradients else "forward", "length": length, "ranks": ranks,
-                    "strategy": strategy if ranks > 1 else "one GPU", "ms_per_layer": ms, "speed_up": base / ms,
-                    "tflops_per_gpu": flops / ms / 1e9 / ranks,
-                }  # fmt: skip
-                if args.profile:
-                    activities = trace.record(functools.partial(f, *operands))
-                    row["profile"] = [activity.summary() for activity in activities]
-                    if args.png and activities:
-                        middle = activities[0].length / 2
-                        title = f"{row['what']}, {length} tokens, {row['strategy']}, {ranks} GPUs"
-                        trace.draw(activities, args.png, title, (middle, middle + 2 * ms))
-                rows.append(row)
-                shown = [v for v in row.values() if not isinstance(v, list)]
-                print(" ".join(f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in shown), flush=True)
-                for facts in row.get("profile", [])[:1]:
-                    print(
-                        f"    {facts['device']}: transfer {facts['transfer_ms'] / args.layers:.3f} ms a layer, "
-                        f"{facts['hidden_share']:.1%} hidden; idle {facts['idle_share']:.1%}"
-                    )
-                    for kernel in facts["kernels"]:
-                        print(f"        {kernel['ms'] / args.layers:.4f} ms {kernel['calls']:5d} x {kernel['name']}")
-                if args.json:
-                    with open(args.json, "w") as file:
-                        json.dump(
-                            {
-                                "device": jax.devices()[0].device_kind,
-                                "jax": jax.__version__,
-                                "args": vars(args),
-                                "rows": rows,
-                            },
-                            file,
-                        )
+            print(f"{strategy} disagrees with the reference: nothing is timed")
+            return 1
+    report: dict[str, Any] = {"environment": environment(), "arguments": vars(args), "rows": []}
+    deadline = time.perf_counter() + args.seconds
+    masks = (True, False) if args.table else (args.full,)
+    for full in masks:
+        for gradients in {"no": (False,), "yes": (True,), "both": (False, True)}[args.gradients]:
+            for length in args.lengths:
+                base = None
+                for ranks, strategy, transfer in _runs(args):
+                    if time.perf_counter() > deadline:
+                        break
+                    row = measure(args, full, gradients, length, ranks, strategy, transfer)
+                    base = base or row["ms_per_layer"]
+                    row["speed_up"] = base / row["ms_per_layer"]
+                    report["rows"].append(row)
+                    show(row, args.layers)
+                    if args.json:
+                        with open(args.json, "w") as file:
+                            json.dump(report, file, indent=1, default=str)
+    if args.table:
+        print_table(report["rows"])
+    return 0
+
+
+def _runs(args) -> list[tuple[int, str, bool]]:
+    runs = [(1, "ring", True)]
+    for ranks in args.ranks:
+        runs += [(ranks, strategy, True) for strategy in args.strategies]
+        runs += [(ranks, "ring", False)] if args.no_transfer else []
+    return runs
+
+
+def measure(
+    args, full: bool, gradients: bool, length: int, ranks: int, strategy: str, transfer: bool
+) -> dict[str, Any]:
+    """One row: time per layer, and with --profile what the trace says."""
+    context = make_context(ranks, strategy)
+    operands = draw(context, length, args.heads, args.kv_heads, args.head_size, args.layers)
+    f = stack(context, not full, args.layers, gradients, args.implementation)
+    with contextlib.nullcontext() if transfer else no_transfer():
+        ms = milliseconds(f, operands, args.layers, args.repeats)
+        activities = trace.record(functools.partial(f, *operands)) if args.profile else []
+    flops = 4 * length**2 * args.heads * args.head_size * (1 if full else 0.5) * (3.5 if gradients else 1)
+    row = {
+        "what": "forward+backward" if gradients else "forward",
+        "mask": "full" if full else "causal",
+        "length": length,
+        "ranks": ranks,
+        "strategy": ("one GPU" if ranks == 1 else strategy) + ("" if transfer else ", no transfer"),
+        "ms_per_layer": ms,
+        "tflops_per_gpu": flops / ms / 1e9 / ranks,
+    }
+    if activities:
+        row["profile"] = [activity.summary() for activity in activities]
+        if args.png and ranks > 1:
+            middle = activities[0].length / 2
+            title = f"{row['what']}, {row['mask']}, {length} tokens, {row['strategy']} over {ranks} GPUs: two layers"
+            trace.draw(activities, args.png, title, (middle, middle + 2 * ms))
+    return row
+
+
+def show(row: dict[str, Any], layers: int) -> None:
+    print(
+        f"{row['what']:17s} {row['mask']:6s} {row['length']:7d} tokens, {row['ranks']} GPU(s), {row['strategy']:18s}"
+        f"{row['ms_per_layer']:9.3f} ms a layer, {row['speed_up']:5.2f}x, {row['tflops_per_gpu']:4.0f} TFLOP/s each",
+        flush=True,
+    )
+    for facts in row.get("profile", [])[:1]:
+        print(
+            f"    {facts['device']}: transfer {facts['transfer_ms'] / layers:.3f} ms a layer, {facts['hidden_share']:.1%} hidden; "
+            f"idle {facts['idle_share']:.1%}"
+        )
+        for kernel in facts["kernels"]:
+            print(f"        {kernel['ms'] / layers:.4f} ms {kernel['calls']:5d} x {kernel['name']}")
+
+
+# Speed-up over one GPU (MI300X) at 2, 4 and 8 ranks: vLLM pull request 39875.
+PR39875 = {
+    ("full", 8192): (1.44, 1.71, 1.32), ("full", 16384): (1.85, 2.82, 3.51), ("full", 32768): (1.94, 3.69, 5.22),
+    ("causal", 8192): (0.94, 1.02, 0.78), ("causal", 16384): (1.19, 1.54, 1.92), ("causal", 32768): (1.21, 2.03, 2.91),
+}  # fmt: skip
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Ours beside the pull request's: each the speed-up over one GPU of its own kind with its own block."""
+    best: dict[tuple[str, int, int], float] = {}
+    for row in rows:
+        if row["ranks"] > 1:
+            key = row["mask"], row["length"], row["ranks"]
+            best[key] = max(best.get(key, 0.0), row["speed_up"])
+    print("\n| mask | length | ranks | pull request 39875, MI300X | ring_jax |\n| --- | --- | --- | --- | --- |")
+    for (mask, length, ranks), ours in best.items():
+        theirs = dict(zip((2, 4, 8), PR39875.get((mask, length), ()), strict=False)).get(ranks)
+        print(f"| {mask} | {length} | {ranks} | {f'{theirs:.2f}x' if theirs else '-'} | {ours:.2f}x |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    raise SystemExit(run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     print_versions()
     print_devices(devices)
     print_links(devices)
+    print_choices()
     ok = check_implementations(args.seq_len)
     ok &= check_strategies(devices, args.seq_len)
     print("advice")
@@ -62,6 +63,28 @@ def print_links(devices: list[Any]) -> None:
     topology = _output("nvidia-smi", "topo", "-m")
     rows = [line.rstrip() for line in topology.splitlines() if line.lstrip().startswith("GPU")]
     print("links     " + ("\n          ".join(rows) if rows else "unknown: nvidia-smi topo -m gives nothing"))
+
+
+def print_choices() -> None:
+    """Which block implementation=None picks here, and why none before it."""
+    import jax
+
+    from ring_jax.flash.backends import PREFERENCE, select, why_not
+
+    print("implementation=None picks")
+    cases = [
+        ("bfloat16", 128, "causal"),
+        ("bfloat16", 256, "full"),
+        ("bfloat16", 128, None),
+        ("float32", 128, "causal"),
+    ]
+    for dtype, head_size, whole in cases:
+        query, kv = (jax.ShapeDtypeStruct((*n, 64, 2, head_size), dtype) for n in ((1,), (2, 1)))
+        chosen = select(None, query, kv, None, whole).name
+        passed = PREFERENCE[: PREFERENCE.index(chosen)]
+        reasons = "; ".join(f"{name} {why_not(name, query, kv, None, whole)}" for name in passed)
+        mask = whole or "any other mask"
+        print(f"  {dtype}, head size {head_size}, {mask}: {chosen}" + (f" ({reasons})" if reasons else ""))
 
 
 def check_implementations(seq_len: int) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+import ring_jax
 from ring_jax.flash import mosaic_compat, mosaic_hopper, packed, reference
 from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 
@@ -292,3 +293,20 @@ def test_gpu_repeats_bit_by_bit():
     first, *others = (jax.jit(functools.partial(mosaic_hopper.forward, scale=0.1))(query, kv, *rows) for _ in range(4))
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+@pytest.mark.gpu
+def test_gpu_scan_over_layers_runs_the_kernel_once_a_layer():
+    """XLA used to clone the forward kernel into the write of its residual: twice the work in training."""
+    x, kv = jnp.ones((1, 256, 2, 64), jnp.bfloat16), jnp.ones((3, 1, 256, 2, 64), jnp.bfloat16)
+    rows = np.zeros((1, 256), np.int32), np.full((1, 256), 256, np.int32)
+
+    def loss(query, keys):
+        def layer(query, key):
+            out, _ = ring_jax.flash_attention(query, key, key, *rows, implementation="mosaic")
+            return out.astype(query.dtype), None
+
+        return jnp.sum(jax.lax.scan(layer, query, keys)[0].astype(jnp.float32) ** 2)
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kv).compile().as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 3  # forward, dq, dkv

@@ -1,0 +1,194 @@
+"""`ring-jax bench attention`: the Hopper flash-attention kernels beside cuDNN on one GPU.
+
+Every case is first compared with the float32 reference on fresh random inputs. Times are of the device: many calls are
+queued behind each other, and ours and cuDNN's take turns, so that heat hits both. TFLOP/s count the work that the mask
+leaves: 4 H multiply-adds per query-key pair forward, 14 H forward and backward.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ring_jax.bench import flash_backward, flash_forward
+from ring_jax.flash.mosaic import device_reason
+from ring_jax.flash.mosaic_backward_common import BackwardConfig, default_config
+from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, forward_config
+
+# What --tune tries, as changes of the checked-in config; what does not fit shared memory is left out.
+FORWARD_CHANGES = [
+    f"block_kv={block}/overlap={overlap}/persistent={persistent}"
+    for block in (64, 80, 96, 128, 160, 176, 192)
+    for overlap in (True, False)
+    for persistent in (True, False)
+]
+BACKWARD_CHANGES = [
+    f"block_q_dkv={rows}/overlap={overlap}/stages={stages}"
+    for rows in (32, 64, 128)
+    for overlap in (0, 1)
+    for stages in (1, 2)
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], metavar="S")
+    parser.add_argument("--masks", nargs="+", default=["full", "causal"], help="full, causal, window:W, documents:N")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--only", choices=["forward", "backward"], help="default: forward, then forward + backward")
+    parser.add_argument(
+        "--fast", action="store_true", help="time the fused backward, which does not repeat bitwise, too"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="search block sizes and stages around the checked-in config"
+    )
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not compare with the reference first"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.05, help="device time of each of three rounds (default: 0.05)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--png", metavar="FILE", help="draw them here")
+
+
+def unavailable() -> str | None:
+    """Why this host cannot run the benchmark, or None."""
+    reason = device_reason()
+    return f"times the Hopper kernels, and {reason.replace('needs', 'that needs', 1)}" if reason else None
+
+
+def run(args: argparse.Namespace) -> int:
+    peak = matmul_tflops(args.dtype)
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; 8192^3 {args.dtype} matrix product: {peak:.0f} TFLOP/s"
+    )
+    report: dict[str, Any] = {"environment": environment(), "matmul_tflops": peak, "rows": []}
+    for length in args.lengths:
+        for mask in args.masks:
+            case = flash_forward.Case(args.batch, length, args.heads, args.kv_heads, args.head_size, mask)
+            for what, rows in measure(case, args):
+                best = max((row.get("tflops", 0) for row in rows if row["name"] != "cudnn"), default=0)
+                for row in rows:
+                    row |= {"what": what, "share_of_matmul": row.get("tflops", 0) / peak}
+                    mark = " <- best" if args.tune and row.get("tflops") == best else ""
+                    print(line(row) + mark, flush=True)
+                report["rows"] += rows
+                save(args, report)
+    return 1 if any("error" in row.get("failure", "") for row in report["rows"]) else 0
+
+
+def measure(case: flash_forward.Case, args: argparse.Namespace):
+    """("forward", rows) and ("forward+backward", rows) of one case."""
+    dtype, size = jnp.dtype(args.dtype), case.head_size
+    if args.only != "backward":
+        configs = {"ours": forward_config(size, size)} | (tuned_forward(size) if args.tune else {})
+        yield "forward", flash_forward.measure(case, dtype, configs, dtype, args.seconds, args.check)
+    if args.only != "forward":
+        names = ["base"] + (tuned_backward(size) if args.tune else [])
+        options = types.SimpleNamespace(configs=names, check=args.check, fast=False, parts=False, seconds=args.seconds)
+        rows = flash_backward.measure(case, dtype, options)
+        if args.fast:
+            fast = types.SimpleNamespace(**vars(options) | {"configs": ["fused=1"], "fast": True})
+            rows += [row for row in flash_backward.measure(case, dtype, fast) if row["name"] != "cudnn"]
+        yield "forward+backward", rows
+
+
+def tuned_forward(size: int) -> dict[str, Any]:
+    found = flash_forward.candidates(size, FORWARD_CHANGES)
+    return {name: c for name, c in found.items() if c.shared_memory_bytes(size, size) <= SHARED_MEMORY_BYTES}
+
+
+def tuned_backward(size: int) -> list[str]:
+    return [name for name in BACKWARD_CHANGES if fits(flash_backward.candidates(size, [name])[name], size)]
+
+
+def fits(config: BackwardConfig, size: int) -> bool:
+    try:
+        config.check(size, size)
+    except ValueError:
+        return False
+    return config != default_config(size, size)
+
+
+def line(row: dict[str, Any]) -> str:
+    case = row["case"]
+    shape = (
+        f"{case['heads']}/{case['kv_heads']} x {case['head_size']}, {case['batch']} x {case['length']} {case['mask']}"
+    )
+    head = f"{row['what']:17s} {shape:36s} {row['name']:44s}"
+    if "tflops" not in row:
+        return f"{head} {row.get('failure', 'not measured')}"
+    ratio = f", {row['ratio_to_cudnn']:.2f} of cuDNN" if "ratio_to_cudnn" in row else ""
+    return f"{head} {1e3 * row['seconds']:9.3f} ms {row['tflops']:6.0f} TFLOP/s, {row['share_of_matmul']:.0%} of matmul{ratio}"
+
+
+def matmul_tflops(dtype: str, size: int = 8192) -> float:
+    """What a plain matrix product of random values reaches: the ceiling to compare with."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, b))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready([product(a, b) for _ in range(20)])
+        times.append((time.perf_counter() - begin) / 20)
+    return 2 * size**3 / statistics.median(times) / 1e12
+
+
+def environment() -> dict[str, Any]:
+    """What a figure must be quoted with."""
+    devices = jax.devices()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "platform": getattr(devices[0].client, "platform_version", ""),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1, default=str)
+    if args.png:
+        draw(report, args.png)
+
+
+def draw(report: dict[str, Any], path: str) -> None:
+    """Bars of ours and cuDNN's TFLOP/s for every case, and the matrix product as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kinds = {"cuDNN": "cudnn", "ring_jax": ("ours", "base")}
+    labels = list(dict.fromkeys((row["what"], row["case"]["length"], row["case"]["mask"]) for row in report["rows"]))
+    figure, axes = plt.subplots(figsize=(2 + 1.3 * len(labels), 4), layout="constrained")
+    for i, (label, names) in enumerate(kinds.items()):
+        found = {
+            (row["what"], row["case"]["length"], row["case"]["mask"]): row.get("tflops", 0)
+            for row in report["rows"]
+            if row["name"] in names
+        }
+        axes.bar([x + 0.4 * i for x in range(len(labels))], [found.get(key, 0) for key in labels], 0.38, label=label)
+    axes.axhline(report["matmul_tflops"], color="gray", linestyle="--", label="matrix product")
+    texts = [f"{what.replace('forward', 'fwd').replace('backward', 'bwd')}\n{n} {mask}" for what, n, mask in labels]
+    axes.set_xticks([x + 0.2 for x in range(len(labels))], texts)
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(f"attention, {report['environment']['device']}")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

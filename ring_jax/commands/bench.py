@@ -1,0 +1,28 @@
+"""``ring-jax bench attention`` and ``ring-jax bench ring``: speed on this host's GPUs, after a check against the reference."""
+
+import argparse
+import importlib
+
+from ring_jax.cli import CommandError, need
+
+BENCHES = {
+    "attention": ("ring_jax.bench.attention", "the flash-attention kernels beside cuDNN, on one GPU"),
+    "ring": ("ring_jax.bench.ring", "context-parallel attention in a jitted stack of layers, over all GPUs"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subparsers = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
+    for name, (module, summary) in BENCHES.items():
+        subparser = subparsers.add_parser(name, help=summary, description=importlib.import_module(module).__doc__)
+        importlib.import_module(module).add_arguments(subparser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.png:
+        need("matplotlib")
+    bench = importlib.import_module(BENCHES[args.bench][0])
+    reason = bench.unavailable()
+    if reason:
+        raise CommandError(reason)
+    return bench.run(args)

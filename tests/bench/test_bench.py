@@ -1,0 +1,79 @@
+"""The benchmarks' own arithmetic, on a CPU: shares read from a trace, tables, what is searched; and one emulated run."""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ring_jax.bench import attention, flash_backward, ring, trace
+from ring_jax.cli import main
+from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES
+
+NCCL, PEER, KERNEL = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "MemcpyP2P", "flash_attention_forward"
+
+
+def test_transfer_counts_as_hidden_while_the_gpu_computes():
+    activity = trace.activity_of(
+        "GPU:0", [(0, 4, KERNEL), (3, 5, NCCL), (6, 8, KERNEL), (7, 7.5, PEER), (4.5, 5.5, NCCL)]
+    )
+    assert activity.compute == ((0, 4), (6, 8)) and activity.transfer == ((3, 5.5), (7, 7.5))
+    assert activity.hidden_share == pytest.approx(1.5 / 3)
+    assert activity.idle_share == pytest.approx(0.5 / 8)
+    facts = activity.summary()
+    assert (facts["compute_ms"], facts["transfer_ms"]) == (6, 3)
+    assert facts["kernels"][0] == {"name": KERNEL, "calls": 2, "ms": 6}
+
+
+def test_copies_inside_one_gpu_are_no_transfer():
+    activity = trace.activity_of("GPU:0", [(0, 1, "MemcpyD2D"), (1, 2, KERNEL)])
+    assert activity.transfer == () and activity.hidden_share == 1
+
+
+def test_a_trace_without_gpus_has_no_activity(tmp_path):
+    assert trace.record(lambda: jnp.ones(3) + 1) == []
+
+
+def test_timeline_is_drawn(tmp_path):
+    activities = [trace.activity_of(f"GPU:{i}", [(0, 2, KERNEL), (1, 3, NCCL)]) for i in range(2)]
+    trace.draw(activities, tmp_path / "timeline.png", "two GPUs", (0, 3))
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_the_search_keeps_to_what_fits(head_size):
+    forward = attention.tuned_forward(head_size)
+    assert len(forward) > 3
+    assert all(c.shared_memory_bytes(head_size, head_size) <= SHARED_MEMORY_BYTES for c in forward.values())
+    backward = attention.tuned_backward(head_size)
+    assert backward and all(flash_backward.candidates(head_size, [name]) for name in backward)
+
+
+def test_table_beside_the_pull_requests(capsys):
+    row = {"mask": "causal", "length": 16384, "ranks": 4, "speed_up": 3.25}
+    ring.print_table([row, row | {"speed_up": 3.0}, row | {"length": 4096, "ranks": 2}])
+    table = capsys.readouterr().out
+    assert "| causal | 16384 | 4 | 1.54x | 3.25x |" in table and "| causal | 4096 | 2 | - | 3.25x |" in table
+
+
+@pytest.mark.parametrize("bench", ["attention", "ring"])
+def test_says_which_gpu_it_needs(bench, capsys):
+    assert main(["bench", bench]) == 2
+    assert "GPU" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ring_bench_over_emulated_devices(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    ring.add_arguments(parser)
+    flags = "--lengths 64 --ranks 2 --heads 2 --kv-heads 1 --head-size 16 --layers 2 --repeats 1 --gradients no --no-transfer"
+    args = parser.parse_args([*flags.split(), "--strategies", "ring", "--json", str(tmp_path / "rows.json")])
+    assert ring.run(args) == 0
+    out = capsys.readouterr().out
+    assert "worst relative error" in out and "one GPU" in out and "no transfer" in out
+    assert (tmp_path / "rows.json").stat().st_size > 0
+    # Left as it was found: the next program rotates again.
+    text = jax.jit(ring.stack(ring.make_context(2, "ring"), True, 1, False)).lower(
+        *ring.draw(ring.make_context(2, "ring"), 64, 2, 1, 16, 1)
+    )
+    assert "collective_permute" in text.as_text()
