@@ -30,6 +30,7 @@ from ring_jax import gdn
 from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import Static, axis_size, place, run_sharded
 from ring_jax.gdn import segments
+from ring_jax.gdn.checks import widened
 from ring_jax.gdn.mixer import MixerWeights, mix, mix_projected
 from ring_jax.mask import Mask, causal, documents
 from ring_jax.mask import lengths as lengths_mask
@@ -464,7 +465,7 @@ def _swiglu(x, gate_up, down, here: Local):
 
 def norm(x, weight, config: Config):
     """x / rms(x) * (1 + weight), in float32."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widened(x)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)
     return (wide * (1 + weight[...].astype(wide.dtype))).astype(x.dtype)
 
