@@ -56,22 +56,22 @@ def test_padding_changes_nothing():
         assert np.all(np.asarray(found[0])[~valid] == 0) and np.all(np.asarray(found[1][0])[~valid] == 0)
 
 
-def test_bfloat16_is_rounded_once():
-    """Sums are float32: the result is as close to float64 as rounding the hidden values and y allows."""
-    x, weights, cotangent = jax.tree.map(lambda a: a.astype(jnp.bfloat16), operands(64, 8, features=64))
-    y, gradients = pulled(dense(top_k=2))(x, weights, cotangent)
+def test_bfloat16_sums_in_float32():
+    """The sum of twelve experts is as close to float64 as rounding the hidden values and y allows."""
+    x, weights, cotangent = jax.tree.map(lambda a: a.astype(jnp.bfloat16), operands(64, 16))
+    y, gradients = pulled(dense(top_k=12))(x, weights, cotangent)
     assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves((y, gradients)))
     # Logits are rounded to bfloat16 too, so tokens near a tie go elsewhere: route as the function does.
     with jax.enable_x64(True):
         logits = np.asarray(x, np.float32) @ np.asarray(weights.router, np.float32)
         probs = jax.nn.softmax(jnp.asarray(logits).astype(jnp.bfloat16).astype(jnp.float64))
-        factors, experts = (np.asarray(a) for a in jax.lax.top_k(probs, 2))
+        factors, experts = (np.asarray(a) for a in jax.lax.top_k(probs, 12))
     tokens, kernels, out = (np.asarray(a, np.float64) for a in (x, weights.gate_up, weights.down))
     wanted = np.zeros(tokens.shape)
     for t, i in np.ndindex(*experts.shape):
         gate, up = np.einsum("d,dcf->cf", tokens[t], kernels[experts[t, i]])
         wanted[t] += factors[t, i] / factors[t].sum() * (gate / (1 + np.exp(-gate)) * up) @ out[experts[t, i]]
-    assert relative(y, wanted) <= 4e-3  # bfloat16 rounds by up to 2^-9 = 2e-3
+    assert relative(y, wanted) <= 3e-3  # bfloat16 rounds by up to 2^-9 = 2e-3
 
 
 def test_float64_stays():
