@@ -65,6 +65,7 @@ _HEAD_256 = {
     "linear_num_key_heads": 1,
     "linear_num_value_heads": 2,
     "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-3,  # large enough that no norm can leave it out unnoticed
     "rope_parameters": _ROPE | {"mrope_section": [11, 11, 10], "mrope_interleaved": True},
 }
 
