@@ -89,6 +89,10 @@ def moe(
     stats = RouterStats.of(routing, valid)
     with jax.named_scope("moe"):
         if expert_axis is None or not tokens_spread:
+            if exchange is not None:
+                raise ValueError(
+                    f"exchange={exchange!r} moves tokens that differ between ranks: it needs an expert_axis and tokens_spread=True"
+                )
             here = Here(expert_axis, tensor_axis)
             y = _run(x, routing.experts, routing.weights, weights, expert_axis, lambda experts: here)
         else:

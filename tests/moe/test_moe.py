@@ -114,3 +114,11 @@ def test_valid_must_be_one_bool_per_token():
     x, weights, _ = operands(9, 4)
     with pytest.raises(ValueError, match=r"valid must be bool \[9\], one entry per token, got int32 \(9,\)"):
         moe(jnp.asarray(x), weights, top_k=2, valid=jnp.ones(9, jnp.int32))
+
+
+def test_exchange_is_not_ignored():
+    x, weights, _ = operands(9, 4)
+    with pytest.raises(
+        ValueError, match="exchange='gather' moves tokens that differ between ranks: it needs an expert_axis"
+    ):
+        moe(jnp.asarray(x), weights, top_k=2, exchange="gather")
