@@ -147,9 +147,9 @@ CONFIGS = [(64, 64), (128, 128), (256, 256), (192, 128), (64, 128)]
 
 
 @pytest.mark.parametrize("H,Hv", CONFIGS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_lowers_for_cuda(H, Hv, dtype):
-    case = Case(B=2, T=300, S=515, N=4, K=2, H=H, Hv=Hv, dtype=dtype, soft_cap=30.0 if dtype == "float16" else None)
+    case = Case(B=2, T=300, S=515, N=4, K=2, H=H, Hv=Hv, dtype=dtype, soft_cap=30.0 if H == 64 else None)
     assert "mosaic_gpu" in lower(case, lambda *x: hopper.backward(*x, scale=0.1, logits_soft_cap=case.soft_cap))
 
 
@@ -234,7 +234,7 @@ SMALL = Config(block_q_dkv=64, stages=2, block_kv_dq=64, slots=2)
     "case",
     [
         Case(T=136, S=256, N=2, mask="random", soft_cap=5.0, blocks=2, config=SMALL),
-        Case(T=200, S=136, mask="empty", dtype="float16", config=SMALL),
+        pytest.param(Case(T=200, S=136, mask="empty", dtype="float16", config=SMALL), marks=pytest.mark.slow),
         Case(T=70, S=128, H=256, Hv=256, mask="window", config=SMALL),
     ],
     ids=str,

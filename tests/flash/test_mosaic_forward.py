@@ -193,7 +193,7 @@ SMALL = ForwardConfig(block_kv=64, stages=2, persistent=True, multiprocessors=3)
         ("random", True, SMALL),
         ("causal", False, dataclasses.replace(SMALL, overlap=False, warpgroups=1, persistent=False)),
         ("window", False, dataclasses.replace(SMALL, stages=3, lazy_rescale=True, ping_pong=False)),
-        ("late", True, dataclasses.replace(SMALL, overlap=False, block_kv=80)),
+        pytest.param("late", True, dataclasses.replace(SMALL, overlap=False, block_kv=80), marks=pytest.mark.slow),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -214,7 +214,7 @@ def test_interpreted_padding_and_soft_cap():
 
 
 @interpreted
-@pytest.mark.parametrize("carried", [True, False])
+@pytest.mark.parametrize("carried", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_interpreted_empty(carried):
     query, kv, rng = inputs(3, 1, 128, 64, 1, 1, 64, jnp.bfloat16)
     carry = random_carry(rng, 1, 128, 1, 64) if carried else None
