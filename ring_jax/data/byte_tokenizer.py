@@ -1,0 +1,57 @@
+"""A tokenizer whose tokens are bytes: ids 0 to 255, and one that ends a text."""
+
+import json
+from pathlib import Path
+
+BYTES = 256
+END, END_TEXT = 256, "<|endoftext|>"
+
+
+def write_byte_tokenizer(directory: str | Path, *, max_length: int) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json, as transformers reads them.
+
+    Args:
+        directory: of a checkpoint.
+        max_length: the model's positions.
+
+    Raises:
+        ModuleNotFoundError: the package `tokenizers` is not installed.
+
+    Example:
+        >>> import tempfile, tokenizers
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_byte_tokenizer(folder, max_length=1024)
+        ...     tokenizer = tokenizers.Tokenizer.from_file(folder + "/tokenizer.json")
+        >>> tokenizer.encode("a\u00e9").ids
+        [97, 195, 169]
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # BPE without merges, over the characters by which tokenizers write bytes.
+    tokenizer = Tokenizer(models.BPE(vocab={char: byte for byte, char in enumerate(_byte_characters())}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_TEXT, special=True, normalized=False)])
+    assert tokenizer.token_to_id(END_TEXT) == END
+
+    directory = Path(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_TEXT,
+        "pad_token": END_TEXT,
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, value in (
+        ("tokenizer_config", config),
+        ("generation_config", {"eos_token_id": END, "pad_token_id": END}),
+    ):
+        (directory / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte: itself where it is printable, else one above U+00FF, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(rest)) for byte in range(BYTES)]
