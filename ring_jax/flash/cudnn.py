@@ -62,7 +62,8 @@ def forward(query, kv, key_start, key_end, carry, *, causal: bool, scale, logits
     del logits_soft_cap
     axes = varying_axes(query, kv, key_start, key_end, carry)
     key, value = unpack(kv, query.shape[-1])
-    out, lse = _attend(query, key, value, scale=scale, causal=causal)
+    # The barrier is for scans, as in `flash.mosaic`: XLA may clone a call into the write of its residual.
+    out, lse = lax.optimization_barrier(_attend(query, key, value, scale=scale, causal=causal))
     out, lse = pcast_to((out.astype(jnp.float32), jnp.moveaxis(lse, 1, 2)), axes)
     if carry is not None:
         out, lse = merge_partials(carry[0], carry[1], out, lse)

@@ -1,6 +1,8 @@
 """The benchmarks' own arithmetic, on a CPU: shares read from a trace, tables, what is searched; and one emulated run."""
 
 import argparse
+import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +62,29 @@ def test_table_beside_the_pull_requests(capsys):
 def test_says_which_gpu_it_needs(bench, capsys):
     assert main(["bench", bench]) == 2
     assert "GPU" in capsys.readouterr().err
+
+
+def test_attention_bench_reports_every_case(monkeypatch, tmp_path, capsys):
+    def rows(case, *_):
+        case = dataclasses.asdict(case)
+        ours = {"case": case, "name": "ours", "seconds": 1e-3, "tflops": 600.0, "ratio_to_cudnn": 1.2}
+        return [ours | {"name": "base"}, {"case": case, "name": "cudnn", "failure": "no cuDNN here"}, ours]
+
+    monkeypatch.setattr(attention, "matmul_tflops", lambda dtype: 800.0)
+    monkeypatch.setattr(attention.flash_forward, "measure", rows)
+    monkeypatch.setattr(attention.flash_backward, "measure", rows)
+    parser = argparse.ArgumentParser()
+    attention.add_arguments(parser)
+    files = ["--json", str(tmp_path / "rows.json"), "--png", str(tmp_path / "bars.png")]
+    assert attention.run(parser.parse_args(["--lengths", "64", "--fast", "--tune", *files])) == 0
+    out = capsys.readouterr().out
+    assert "600 TFLOP/s, 75% of matmul, 1.20 of cuDNN" in out and "no cuDNN here" in out
+    report = json.loads((tmp_path / "rows.json").read_text())
+    assert {(row["what"], row["case"]["mask"]) for row in report["rows"]} == {
+        (what, mask) for what in ("forward", "forward+backward") for mask in ("full", "causal")
+    }
+    assert report["matmul_tflops"] == 800 and report["environment"]["jax"] == jax.__version__
+    assert (tmp_path / "bars.png").stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -96,6 +96,15 @@ def test_hops_cut_into_whole_halves(monkeypatch, cpu_devices, whole, layout):
     compare_ring(3, whole, layout, "ring", cpu_devices, length=48)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("whole", "layout", "strategy"), [("causal", "zigzag", "ulysses"), ("full", "striped", "all_gather")]
+)
+def test_strategies_with_whole_blocks(monkeypatch, cpu_devices, whole, layout, strategy):
+    stand_in(monkeypatch)
+    compare_ring(2, whole, layout, strategy, cpu_devices, length=32)
+
+
 def test_says_when_a_mask_is_not_known_to_be_whole(monkeypatch):
     stand_in(monkeypatch)
     x = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
