@@ -79,7 +79,8 @@ def print_choices() -> None:
         ("float32", 128, "causal"),
     ]
     for dtype, head_size, whole in cases:
-        query, kv = (jax.ShapeDtypeStruct((*n, 64, 2, head_size), dtype) for n in ((1,), (2, 1)))
+        shapes: list[Any] = [jax.ShapeDtypeStruct((*n, 64, 2, head_size), dtype) for n in ((1,), (2, 1))]
+        query, kv = shapes
         chosen = select(None, query, kv, None, whole).name
         passed = PREFERENCE[: PREFERENCE.index(chosen)]
         reasons = "; ".join(f"{name} {why_not(name, query, kv, None, whole)}" for name in passed)
