@@ -44,7 +44,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     "ranks, experts, top_k, favoured, shunned",
     [
         (2, 8, 2, (), ()),
-        (4, 8, 2, (0, 1), ()),  # every token to one rank
+        slow(4, 8, 2, (0, 1), ()),  # every token to one rank
         (8, 16, 4, (2, 9, 14), (4, 5)),  # one rank with none
         slow(4, 16, 4, (), (4, 5, 6, 7)),
     ],
@@ -68,7 +68,7 @@ def test_same_tokens_everywhere(ranks, tokens, favoured):
     check(run(*arrays), expected(*arrays, top_k=4))
 
 
-@pytest.mark.parametrize("expert, tokens", [("expert", "expert"), ("expert", None), slow(None, None)])
+@pytest.mark.parametrize("expert, tokens", [("expert", "expert"), slow("expert", None), slow(None, None)])
 def test_features_over_a_tensor_axis(expert, tokens):
     arrays = operands(40, 8)
     mesh = make_mesh(expert=2, tensor=4)
