@@ -3,6 +3,7 @@
 Against golden files; `test_parity_hf.py` runs transformers itself.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -33,8 +34,8 @@ def test_bounds_would_notice():
 
 
 def quick(name: str, count: int, way: str = "auto") -> Spread:
-    """Default tests save the compilations of Qwen3-Next on several ranks; the slow ones make them."""
-    return Spread(context=count, way=way, shared=name == "next")
+    """Default tests save compilations of Qwen3-Next; the slow ones make them."""
+    return dataclasses.replace(ranks(count), way=way, shared=name == "next")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "next_raw" else n for n in ALL])
@@ -75,7 +76,7 @@ def test_strategies_of_attention(strategy):
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_greedy_text_on_one_rank(name):
-    check_greedy(name, ranks(1))
+    check_greedy(name, quick(name, 1))
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -84,6 +85,6 @@ def test_greedy_text_on_four_ranks(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, count", [("next", 4), *itertools.product(GREEDY, (2, 8))])
+@pytest.mark.parametrize("name, count", [("next", 1), ("next", 4), *itertools.product(GREEDY, (2, 8))])
 def test_greedy_text_on_some_ranks(name, count):
     check_greedy(name, ranks(count))
