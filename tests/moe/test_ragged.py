@@ -7,7 +7,7 @@ import pytest
 from jax import P, lax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from ring_jax.moe import layer, moe, ragged
+from ring_jax.moe import MoEWeights, layer, moe, ragged
 from ring_jax.moe.exchange import choose_way
 from tests.gdn.helpers import jit
 from tests.moe.helpers import check, expected, operands, pulled
