@@ -1,10 +1,36 @@
 """A tokenizer whose tokens are bytes: ids 0 to 255, and one that ends a text."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 BYTES = 256
 END, END_TEXT = 256, "<|endoftext|>"
+
+
+def tokens_of(rows: Sequence[str]) -> np.ndarray:
+    """Texts of one length as tokens, without the package `tokenizers`.
+
+    Args:
+        rows: [B], ASCII and chr(END), one character for each of S tokens.
+
+    Returns:
+        int32 [B, S].
+
+    Raises:
+        ValueError: other characters, or rows of different lengths.
+
+    Example:
+        >>> tokens_of(["ab" + chr(END)]).tolist()
+        [[97, 98, 256]]
+    """
+    if any(not row.replace(chr(END), "").isascii() for row in rows):
+        raise ValueError("rows must be ASCII, so that a character is one token: encode other texts with the tokenizer")
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError(f"rows must have one length, got {sorted({len(row) for row in rows})}")
+    return np.stack([np.frombuffer(row.encode("utf-16-le"), np.uint16) for row in rows]).astype(np.int32)
 
 
 def write_byte_tokenizer(directory: str | Path, *, max_length: int) -> None:

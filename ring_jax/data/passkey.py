@@ -78,6 +78,37 @@ def random_text(random: np.random.Generator, length: int, depth: float | None = 
     return pass_key_text(key, length, depth, text=text, start=int(random.integers(len(text))))
 
 
+def training_row(random: np.random.Generator, length: int, asked: int, *, text: str, end: str) -> tuple[str, list[int]]:
+    """A whole text to train on, and where its answers begin.
+
+    The question comes 1 to `asked` times, each time with the answer and `end`: once at the end of the text, the others
+    anywhere behind the key. While a model does not know yet what to look for, that gives it more to learn from.
+
+    Args:
+        length: characters in all, `end` counts as one.
+        end: one character that stands for the token that ends a text.
+
+    Example:
+        >>> row, answers = training_row(np.random.default_rng(0), 300, 3, text="so many words ", end="$")
+        >>> len(row), [row[place : place + 7] for place in answers]
+        (300, ['65230.$', '65230.$', '65230.$'])
+    """
+    more = int(random.integers(asked))
+    answer_size = len(ANSWER.format(key="0" * DIGITS) + end)
+    room = length - answer_size - more * (len(QUESTION) + answer_size)
+    found = random_text(random, room, text=text)
+    answer = found.answer + end
+    needle, last = NEEDLE.format(key=found.key), len(found.prompt) - len(QUESTION)
+    behind = found.prompt.index(needle) + len(needle)
+    places = [*sorted(random.integers(behind, last + 1, more)), last]
+    pieces, answers, size = [], [], 0
+    for start, stop in zip([0, *places[:-1]], places, strict=True):
+        pieces += [found.prompt[start:stop], QUESTION, answer]
+        size += stop - start + len(QUESTION) + len(answer)
+        answers.append(size - len(answer))
+    return "".join(pieces), answers
+
+
 @functools.cache
 def held_out_text() -> str:
     """The last quarter of Python's help topics, about 120,000 characters."""

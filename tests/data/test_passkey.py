@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from ring_jax.data.byte_tokenizer import END, END_TEXT, write_byte_tokenizer
-from ring_jax.data.passkey import NEEDLE, QUESTION, held_out_text, pass_key_text, random_text
+from ring_jax.data.byte_tokenizer import END, END_TEXT, tokens_of, write_byte_tokenizer
+from ring_jax.data.passkey import NEEDLE, QUESTION, held_out_text, pass_key_text, random_text, training_row
 
 
 @pytest.mark.parametrize("length", [79, 80, 500, 16384])
@@ -46,6 +46,32 @@ def test_errors(arguments, message):
 def test_text_must_be_ascii():
     with pytest.raises(ValueError, match="one byte"):
         pass_key_text("12345", 500, 0.5, text="\u00e9" * 10)
+
+
+def test_training_rows_ask_behind_the_key():
+    asked = set()
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        length = int(random.integers(230, 400))
+        row, answers = training_row(random, length, 4, text="so many words ", end="$")
+        key = row[answers[-1] : answers[-1] + 5]
+        assert len(row) == length and row.endswith(f"{key}.$")
+        assert row.count(key) == len(answers) + 1  # the needle and every answer
+        for place in answers:
+            assert row[:place].endswith(QUESTION) and row[place : place + 7] == f"{key}.$"
+            assert place > row.index(NEEDLE.format(key=key))
+        asked.add(len(answers))
+    assert asked == {1, 2, 3, 4}
+
+
+def test_rows_become_tokens():
+    tokens = tokens_of(["a\nb" + chr(END), "wxyz"])
+    assert tokens.dtype == np.int32
+    assert tokens.tolist() == [[97, 10, 98, END], [119, 120, 121, 122]]
+    with pytest.raises(ValueError, match="must be ASCII"):
+        tokens_of(["\u00e9"])
+    with pytest.raises(ValueError, match=r"one length, got \[1, 2\]"):
+        tokens_of(["a", "ab"])
 
 
 def test_tokens_are_bytes(tmp_path):

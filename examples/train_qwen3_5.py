@@ -1,0 +1,298 @@
+"""Trains a small Qwen3.5 to read, and to find a pass key hidden in a long text.
+
+Three gated delta rule layers to one of full attention, bytes as tokens, Python's own documentation as text. A five-digit
+key is hidden at a random place of every text and asked for at the end; texts grow from hundreds of tokens to 32K. The
+model that comes with ring_jax (`ring_jax/data/passkey`) was trained by this script. Nothing is downloaded.
+
+    pip install "ring-jax[cli]"
+
+    # A CPU, a minute or two: the loss falls, the key is not found yet.
+    python examples/train_qwen3_5.py --config tiny --out runs/tiny
+    # The same over eight emulated devices, two groups of texts, each text over four devices.
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \\
+        python examples/train_qwen3_5.py --config tiny --data 2 --context 4 --out runs/spread
+    # The bundled model, on one Hopper GPU, six minutes.
+    python examples/train_qwen3_5.py --config bundled --compute bfloat16 --implementation mosaic \\
+        --max-seconds 335 --seed 2 --out runs/bundled
+    # Eight GPUs, each text over four. Interrupted? The same command with --resume goes on, over any number of GPUs.
+    python examples/train_qwen3_5.py --config bundled --data 2 --context 4 --out runs/eight --resume
+
+A run leaves in --out: checkpoints/ (Orbax, to resume), model/ (safetensors and tokenizer, for transformers or
+`ring-jax generate --model`), loss.png and metrics.json (with the share of keys found in texts never seen).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+import ring_jax
+from ring_jax.data.byte_tokenizer import END, tokens_of, write_byte_tokenizer
+from ring_jax.data.passkey import held_out_text, random_text, training_row, training_text
+from ring_jax.gdn import Heads
+from ring_jax.models import checkpoint
+from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
+
+ANSWER = 7  # tokens: five digits, a full stop, the end
+ANSWER_SHARE = 0.5  # the answers in a text weigh half as much as the rest
+LOG_EVERY = 10  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Texts of one length. share: of the run's steps, or of its time if that ends it; batch: texts of a step; asked: how
+    often a text asks for the key, at most."""
+
+    share: float
+    length: int
+    batch: int
+    asked: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A model and how it is trained. checks: (length, number) of the texts that it is tried on at the end."""
+
+    model: Config
+    stages: tuple[Stage, ...]
+    steps: int
+    learning_rate: float
+    checks: tuple[tuple[int, int], ...]
+
+
+BYTES: dict[str, Any] = {"family": "qwen3_5", "vocab_size": 264, "tie_embeddings": True, "rope_theta": 1e6}
+BYTES["eos_token_ids"] = (END,)
+TINY = Recipe(
+    Config(
+        **BYTES, hidden_size=64, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=32, linear=Heads(2, 2, 32, 32),
+        mlp_size=128, max_positions=4096),
+    stages=(Stage(0.7, 192, 16, 3), Stage(0.3, 256, 12)),
+    steps=100, learning_rate=5e-3, checks=((256, 32), (512, 16)),
+)  # fmt: skip
+BUNDLED = Recipe(
+    Config(
+        **BYTES, hidden_size=128, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=64, linear=Heads(2, 4, 32, 32),
+        mlp_size=384, max_positions=32768),
+    stages=(Stage(0.35, 256, 128, 4), Stage(0.25, 1024, 32, 6), Stage(0.15, 4096, 8, 6), Stage(0.12, 16384, 4, 4),
+            Stage(0.13, 32768, 4, 4)),
+    steps=2200, learning_rate=5e-3, checks=((1024, 100), (4096, 100), (16384, 100), (24576, 60)),
+)  # fmt: skip
+
+
+def texts(random: np.random.Generator, stage: Stage, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a step, int32 [B, S], and what each counts in the loss, float32 [B, S]."""
+    rows, weights = [], np.ones((stage.batch, stage.length), np.float32)
+    for weight in weights:
+        row, answers = training_row(random, stage.length, stage.asked, text=text, end=chr(END))
+        rows.append(row)
+        for place in answers:
+            weight[place : place + ANSWER] = ANSWER_SHARE * stage.length / (ANSWER * len(answers))
+    return tokens_of(rows), weights
+
+
+def make_optimizer(learning_rate: float) -> optax.GradientTransformation:
+    """AdamW, clipped, with warm-up and cosine decay over the *progress*, 0 to 1, that each update is told: a run may
+    end by its steps or by its time."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 30, 1000, 0.03 * learning_rate)
+
+    def scale(updates: Any, state: Any, params: Any = None, *, progress: jax.Array, **_: Any) -> tuple[Any, Any]:
+        rate = schedule(1000 * progress)
+        return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), state
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b2=0.98),
+        # Matrices only; stacked over groups of layers they have three dimensions.
+        optax.add_decayed_weights(0.05, lambda params: jax.tree.map(lambda p: p.ndim > 2, params)),
+        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scale),
+    )
+
+
+class Trainer:
+    """Model and optimizer, and the compiled step of each stage."""
+
+    def __init__(self, model: Qwen3_5, optimizer: nnx.Optimizer, stages: tuple[Stage, ...]):
+        whole = spread = None
+        if model.sharding is not None:
+            mesh = model.sharding.resolve_mesh()
+            spread = jax.NamedSharding(mesh, jax.P(model.sharding.batch, model.sharding.sequence))
+            whole = jax.NamedSharding(mesh, jax.P())
+        self.both = model, optimizer
+        graph, self.state = nnx.split(self.both)
+        self.state = jax.device_put(self.state, whole)
+
+        def step(state: Any, tokens: jax.Array, weights: jax.Array, progress: jax.Array) -> tuple[Any, jax.Array]:
+            model, optimizer = nnx.merge(graph, state)
+            loss, grads = nnx.value_and_grad(lambda model: model.loss(tokens, weights=weights))(model)
+            optimizer.update(model, grads, progress=progress)
+            return nnx.state((model, optimizer)), loss
+
+        shapes = jax.eval_shape(lambda: self.state)
+        jitted = jax.jit(step, donate_argnums=0, in_shardings=(whole, spread, spread, whole), out_shardings=whole)
+
+        def compile(stage: Stage) -> Any:
+            tokens = jax.ShapeDtypeStruct((stage.batch, stage.length), jnp.int32)
+            return jitted.lower(shapes, tokens, tokens.update(dtype=jnp.float32), np.float32(0)).compile()
+
+        pool = ThreadPoolExecutor(1)  # the next stage compiles while one trains
+        self.compiled = {stage: pool.submit(compile, stage) for stage in stages}
+
+    def step(self, stage: Stage, tokens: np.ndarray, weights: np.ndarray, progress: float) -> jax.Array:
+        """One update. The loss, still being computed."""
+        self.state, loss = self.compiled[stage].result()(self.state, tokens, weights, np.float32(progress))
+        return loss
+
+    def modules(self) -> tuple[Qwen3_5, nnx.Optimizer]:
+        """Model and optimizer as they are now."""
+        nnx.update(self.both, self.state)
+        return self.both
+
+
+def stage_at(progress: float, stages: tuple[Stage, ...]) -> Stage:
+    """The stage of a run whose progress goes from 0 to 1."""
+    ends = np.cumsum([stage.share for stage in stages]) / sum(stage.share for stage in stages)
+    return stages[min(int(np.searchsorted(ends, progress, side="right")), len(stages) - 1)]
+
+
+def train(args: argparse.Namespace, recipe: Recipe, model: Qwen3_5, begin: float) -> list[tuple[int, float]]:
+    """Trains in place; (step, mean loss of the last steps) every few steps. begin: when the run's time began."""
+    optimizer = nnx.Optimizer(model, make_optimizer(args.learning_rate), wrt=nnx.Param)
+    folder, losses, step, before = args.out / "checkpoints", [], 0, 0.0
+    if args.resume:
+        restored = checkpoint.restore(folder, model, optimizer)
+        step, before, losses = restored.step, restored.extra["progress"], restored.extra["losses"]
+    trainer, text = Trainer(model, optimizer, recipe.stages), training_text()
+    bar, recent = tqdm(initial=step, total=args.steps, desc="compile", disable=None), list[float]()
+    progress, compiled, pending = before, None, None
+    while progress < 1:
+        stage = stage_at(progress, recipe.stages)
+        # The texts of a step depend on nothing before it: a resumed run sees those that it would have seen.
+        loss = trainer.step(stage, *texts(np.random.default_rng((args.seed, step)), stage, text), progress)
+        compiled = compiled or time.perf_counter()
+        recent += [] if pending is None else [float(pending)]  # one step late, so that the device has work meanwhile
+        pending, step = loss, step + 1
+        progress = step / args.steps
+        if args.max_seconds is not None:
+            here = (time.perf_counter() - compiled) / (begin + args.max_seconds - compiled)
+            progress = max(progress, before + (1 - before) * here)
+        if step % LOG_EVERY == 0 or progress >= 1:
+            losses.append((step, float(np.mean([*recent, float(pending)]))))
+            recent, pending = [], None
+            shown = f"{stage.length} tokens, loss {losses[-1][1]:.3f}"
+            bar.set_description(shown, refresh=False)
+            bar.update(step - bar.n)
+            if bar.disable and step % (10 * LOG_EVERY) == 0:  # not a terminal
+                print(f"{time.perf_counter() - begin:6.0f} s  step {step:5}  {shown}", flush=True)
+        if step % args.save_every == 0 or progress >= 1:
+            checkpoint.save(folder, step, *trainer.modules(), extra={"progress": progress, "losses": losses})
+    bar.close()
+    return losses
+
+
+def retrieval(model: Qwen3_5, length: int, count: int) -> dict[str, Any]:
+    """How often the whole answer is the most likely one, in `count` texts never seen, with keys at all depths."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def guesses(state: Any, tokens: jax.Array) -> jax.Array:
+        out = nnx.merge(graph, state)(tokens, logits="all")
+        return jnp.argmax(out.logits[:, -ANSWER - 1 : -1], axis=-1)  # type: ignore[index]
+
+    random, depths, text = np.random.default_rng(length), np.linspace(0, 1, count), held_out_text()
+    found = [random_text(random, length - ANSWER, depth, text=text) for depth in depths]
+    tokens = tokens_of([x.prompt + x.answer + chr(END) for x in found])
+    ranks = 1 if model.sharding is None else model.sharding.resolve_mesh().size
+    rows = -(-min(count, max(1, 2**16 // length)) // ranks) * ranks  # of a pass
+    tokens = np.resize(tokens, (-(-count // rows) * rows, length))  # the last pass takes some again
+    answers = np.concatenate([guesses(state, part) for part in np.split(tokens, len(tokens) // rows)])
+    right = np.all(answers == tokens[:, -ANSWER:], axis=1)[:count]
+    return {"tokens": length, "texts": count, "exact": right.mean().item(), "missed_depths": depths[~right].tolist()}
+
+
+def save_model(model: Qwen3_5, directory: Path) -> None:
+    """As a bfloat16 checkpoint with its tokenizer."""
+    small = Qwen3_5(model.config, rngs=None, dtype=jnp.bfloat16)
+    kinds, values = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (small, model))
+    small.set_parameters(jax.tree.map(lambda x, kind: x.astype(kind.dtype), values, kinds))
+    small.save_pretrained(directory, overwrite=True)
+    write_byte_tokenizer(directory, max_length=model.config.max_positions)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="tiny", help="tiny, bundled, or a config.json to train as the bundled one")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--steps", type=int, help="updates (default: the recipe's)")
+    parser.add_argument("--max-seconds", type=float, help="end after this time; stages and learning rate adapt")
+    parser.add_argument("--learning-rate", type=float, help="the highest (default: the recipe's)")
+    parser.add_argument("--data", type=int, default=1, help="ranks that share the texts of a step")
+    parser.add_argument("--context", type=int, default=1, help="ranks that share each text")
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="dtype of activations")
+    parser.add_argument("--implementation", help="of flash attention (default: the best that is proven here)")
+    parser.add_argument("--remat", choices=("full", "attention"), help="what the backward pass computes again")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --out")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains, saves and checks; what metrics.json holds."""
+    begin, args = time.perf_counter(), parse(argv)
+    recipe = {"tiny": TINY, "bundled": BUNDLED}.get(args.config)
+    recipe = recipe or dataclasses.replace(BUNDLED, model=Config.from_hf(args.config))
+    if recipe.model.vocab_size <= END:
+        raise SystemExit(
+            f"{args.config}: bytes and the end need a vocabulary of {END + 1}, got {recipe.model.vocab_size}"
+        )
+    args.steps, args.learning_rate = args.steps or recipe.steps, args.learning_rate or recipe.learning_rate
+    if not args.resume and checkpoint.latest_step(args.out / "checkpoints") is not None:
+        raise SystemExit(f"{args.out} holds checkpoints of an earlier run: give --resume or another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    sharding, ranks = None, args.data * args.context
+    if ranks > 1:
+        mesh = jax.make_mesh(
+            (args.data, args.context), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+        )
+        sharding = Sharding(ring_jax.ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh))
+    options: dict[str, Any] = {"sharding": sharding, "implementation": args.implementation}
+    model = Qwen3_5(recipe.model, rngs=nnx.Rngs(args.seed), dtype=jnp.float32, remat=args.remat, **options)
+    model.dtype = jnp.dtype(args.compute)  # of activations; parameters and the optimizer's moments stay float32
+    count, device = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))), jax.devices()[0].device_kind
+    print(f"{count:,} parameters, {ranks} x {device}")
+
+    losses = train(args, recipe, model, begin)
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*losses, strict=True))
+    axes.set(xlabel="step", ylabel="loss, nats per byte (answers weigh a third)", yscale="log")
+    figure.savefig(args.out / "loss.png", dpi=150)
+    save_model(model, args.out / "model")
+
+    # What was saved is what is checked.
+    model = Qwen3_5.from_pretrained(args.out / "model", dtype=args.compute, **options)
+    metrics = {"parameters": count, "device": device, "ranks": ranks, "learning_rate": args.learning_rate}
+    metrics |= {"seed": args.seed, "seconds": round(time.perf_counter() - begin, 1), "losses": losses, "retrieval": []}
+    for length, number in recipe.checks:
+        metrics["retrieval"].append(retrieval(model, length, number))
+        print("{tokens:>6} tokens: {exact:.0%} of {texts} keys found".format(**metrics["retrieval"][-1]))
+        (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
