@@ -7,10 +7,10 @@ import pytest
 from jax import P, lax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from ring_jax.moe import MoEWeights, layer, moe, ragged
+from ring_jax.moe import layer, moe, ragged
 from ring_jax.moe.exchange import choose_way
 from tests.gdn.helpers import jit
-from tests.moe.helpers import check, expected, operands, pulled
+from tests.moe.helpers import check, dense, expected, margin, operands, pulled
 from tests.moe.test_expert_parallel import make_mesh, slow, specs, spread
 
 
@@ -138,9 +138,8 @@ def test_on_gpus(exchange, favoured):
 @pytest.mark.parametrize("tokens", [1, 4, 700])
 def test_on_one_gpu(tokens):
     """Several blocks a step, with more steps than one."""
-    x, weights, cotangent = operands(tokens, 64, width=64, features=32)
+    choices = (operands(tokens, 64, width=64, features=32, seed=seed) for seed in range(100))
+    x, weights, cotangent = next(c for c in choices if margin(*c[:2], 4) > 2e-4)
     with jax.default_matmul_precision("highest"):
-        found = jax.jit(
-            lambda *a: (lambda y, pull: (y, pull(a[2])))(*jax.vjp(lambda x, w: moe(x, w, top_k=4)[0], *a[:2]))
-        )(x, MoEWeights(weights.router, weights.gate_up, weights.down), cotangent)
+        found = pulled(dense(top_k=4))(x, weights, cotangent)
     check(found, expected(x, weights, cotangent, top_k=4))
