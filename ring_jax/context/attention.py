@@ -43,6 +43,7 @@ def ring_attention(
     strategy: str | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    deterministic: bool | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Exact attention over a sequence sharded across a context-parallel mesh axis.
 
@@ -71,6 +72,8 @@ def ring_attention(
         strategy: overrides `context.strategy`.
         logits_soft_cap: c > 0 for c * tanh(logits / c).
         sinks: float [N], one extra logit per head that takes part in the softmax but has no value. The LSE includes it.
+        deterministic: True for gradients that repeat bit by bit, False for the fastest, None as the implementation likes;
+            see `flash_attention`.
 
     Returns:
         out [B, T, N, Hv] in the query's dtype; with return_residual also lse [B, T, N], float32, natural log. A query
@@ -98,6 +101,7 @@ def ring_attention(
     call = _plan(
         query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
     )
+    call = dataclasses.replace(call, deterministic=deterministic)
     if sinks is not None:
         sinks = jnp.asarray(sinks)
         if sinks.shape != (query.shape[2],) or not jnp.issubdtype(sinks.dtype, jnp.floating):
@@ -128,12 +132,14 @@ class _Call:
     logits_soft_cap: float | None
     implementation: str | None
     whole: str | None = None
+    deterministic: bool | None = None
 
     def __call__(self, query, key, value, mask, sinks):
         """On local shards, inside a shard_map that is manual over the context axis."""
         B, T, N, _ = query.shape
         kv = pack(key, value)
-        spec = make_spec(query, kv, self.scale, self.logits_soft_cap, self.implementation, self.whole)
+        choice = self.implementation, self.whole, self.deterministic
+        spec = make_spec(query, kv, self.scale, self.logits_soft_cap, *choice)
         if isinstance(mask, ResolvedMask):
             start, end = mask.start, mask.end
             if start.shape[1] != T or start.shape[0] not in (1, B):

@@ -45,11 +45,11 @@ class Spec:
         )
 
 
-def make_spec(query, kv, scale, logits_soft_cap, implementation, whole: str | None = None) -> Spec:
-    """Resolve defaults, on the shapes and the device that the block will see; `whole` as in `backends.select`."""
+def make_spec(query, kv, scale, logits_soft_cap, implementation, whole=None, deterministic=None) -> Spec:
+    """Resolve defaults, on the shapes and the device that the block will see; arguments as in `backends.select`."""
     scale, logits_soft_cap = static_scalars(scale, logits_soft_cap)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return Spec(select(implementation, query, kv, logits_soft_cap, whole), scale, logits_soft_cap)
+    return Spec(select(implementation, query, kv, logits_soft_cap, whole, deterministic), scale, logits_soft_cap)
 
 
 def static_scalars(scale, logits_soft_cap) -> tuple[float | None, float | None]:
@@ -111,6 +111,7 @@ def flash_attention(
     logits_soft_cap: float | None = None,
     carry: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]] | None = None,
     implementation: str | None = None,
+    deterministic: bool | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Attention of every query row over one interval of keys, resumed from a carry.
 
@@ -125,6 +126,8 @@ def flash_attention(
         logits_soft_cap: cap c > 0 applied as c * tanh(logits / c).
         carry: float32 (out, lse) of the same rows over other keys, to resume from. (0, sink) adds an attention sink.
         implementation: "reference", "xla", ... or None for the best that runs here.
+        deterministic: True for gradients that repeat bit by bit; False for the fastest; None leaves it to the
+            implementation (all but cuDNN repeat). Results of the forward pass always repeat.
 
     Returns:
         (out, lse): float32 [B, T, N, Hv] and natural-log [B, T, N] (float64 for float64 inputs), a mergeable
@@ -148,7 +151,7 @@ def flash_attention(
     S = key.shape[1]
     start, end = _check_bounds(key_start, key_end, B, T, S)
     kv = pack(key, value)
-    spec = make_spec(query, kv, scale, logits_soft_cap, implementation, _whole(key_start, key_end, T, S))
+    spec = make_spec(query, kv, scale, logits_soft_cap, implementation, _whole(key_start, key_end, T, S), deterministic)
     acc_dtype = partial_dtype(query.dtype)
     if carry is not None:
         out_in, lse_in = carry

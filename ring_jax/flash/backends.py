@@ -14,6 +14,7 @@ To add one: write the two functions, give `unsupported` a reason for what it can
 `BACKENDS`, and add its name to the harness in tests/flash.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,11 +37,13 @@ class Backend:
     unsupported: Callable[[jax.Array, jax.Array, float | None], str | None] = lambda query, kv, logits_soft_cap: None
     # The mask that it takes the bounds to be: "full", "causal" (from the first position), or None where it reads them.
     whole: str | None = None
+    # Whether gradients repeat bit by bit.
+    repeatable: bool = True
 
 
 def _cudnn(whole: str) -> Backend:
     forward, backward = (functools.partial(f, causal=whole == "causal") for f in (cudnn.forward, cudnn.backward))
-    return Backend("cudnn", forward, backward, unroll=8, unsupported=cudnn.unsupported, whole=whole)
+    return Backend("cudnn", forward, backward, unroll=8, unsupported=cudnn.unsupported, whole=whole, repeatable=False)
 
 
 # The same kernel for each mask that it knows.
@@ -53,15 +56,29 @@ BACKENDS: dict[str, Backend] = {
     "cudnn": CUDNN["full"],
 }
 
+# The same where gradients need not repeat bit by bit and that is faster.
+FASTER = {
+    "mosaic": dataclasses.replace(
+        BACKENDS["mosaic"], backward=functools.partial(mosaic.backward, deterministic=False), repeatable=False
+    )
+}
+
 # What implementation=None tries, best first; the last runs anything.
 PREFERENCE = ("mosaic", "cudnn", "xla")
 
 
 def why_not(
-    name: str, query: jax.Array, kv: jax.Array, logits_soft_cap: float | None = None, whole: str | None = None
+    name: str,
+    query: jax.Array,
+    kv: jax.Array,
+    logits_soft_cap: float | None = None,
+    whole: str | None = None,
+    deterministic: bool | None = None,
 ) -> str | None:
     """Why the backend `name` cannot run these inputs under such a mask here, or None; arguments as in `select`."""
     backend = BACKENDS[name]
+    if deterministic and not backend.repeatable:
+        return "its gradients need not repeat bit by bit, and deterministic=True asks for that"
     reason = backend.unsupported(query, kv, logits_soft_cap)
     if reason is None and backend.whole is not None and whole not in CUDNN:
         return (
@@ -77,24 +94,31 @@ def select(
     kv: jax.Array,
     logits_soft_cap: float | None = None,
     whole: str | None = None,
+    deterministic: bool | None = None,
 ) -> Backend:
     """The backend that `implementation` names, or the best that runs here for None.
 
     `whole` is "full" or "causal" where the mask is known to be that, for backends that cannot read bounds.
+    `deterministic`: True for gradients that repeat bit by bit, False for the fastest; None leaves it to the backend.
 
     Raises:
         ValueError: unknown name.
         NotImplementedError: a named backend cannot run these inputs on this device.
     """
+    if deterministic not in (None, True, False):
+        raise ValueError(f"deterministic must be True, False or None, got {deterministic!r}")
     if implementation is None:
-        implementation = next(name for name in PREFERENCE if why_not(name, query, kv, logits_soft_cap, whole) is None)
+        inputs = query, kv, logits_soft_cap, whole, deterministic
+        implementation = next(name for name in PREFERENCE if why_not(name, *inputs) is None)
     elif implementation not in BACKENDS:
         raise ValueError(f"unknown implementation {implementation!r}: expected None or one of {sorted(BACKENDS)}")
-    elif (reason := why_not(implementation, query, kv, logits_soft_cap, whole)) is not None:
+    elif (reason := why_not(implementation, query, kv, logits_soft_cap, whole, deterministic)) is not None:
         raise NotImplementedError(
             f"implementation={implementation!r} cannot run here: {reason}. None lets ring_jax choose"
         )
     backend = BACKENDS[implementation]
+    if deterministic is False:
+        backend = FASTER.get(implementation, backend)
     return backend if backend.whole is None or whole is None else CUDNN[whole]
 
 

@@ -46,7 +46,7 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
     return pcast_to(lax.optimization_barrier(partial), axes)
 
 
-def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_soft_cap=None):
+def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_soft_cap=None, deterministic=True):
     """See `flash.backends`."""
     axes = varying_axes(query, kv, key_start, key_end, lse, delta, dout)
     head_size = query.shape[-1]
@@ -58,7 +58,8 @@ def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_s
         kv = pack(key, value)
     operands = (query, kv, key_start, key_end, lse, delta, dout.astype(query.dtype))
     with jax.enable_x64(False):
-        dq, dkv = mosaic_hopper_backward.backward(*operands, scale=scale, logits_soft_cap=logits_soft_cap)
+        options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "deterministic": deterministic}
+        dq, dkv = mosaic_hopper_backward.backward(*operands, **options)
     if padded:
         dk, dv = unpack(dkv, query.shape[-1])
         dq, dkv = dq[..., :head_size], pack(dk[..., :head_size], dv[..., :value_size])

@@ -79,7 +79,8 @@ def backward(
         dout: [B, T, N, Hv], the query's dtype.
         scale: factor of the logits.
         logits_soft_cap: cap, for cap * tanh(logits / cap).
-        deterministic: gradients repeat bit by bit. False allows the fused form, where the config asks for it.
+        deterministic: gradients repeat bit by bit. False allows the fused form, where the config asks for it and Refs
+            lower: not inside a shard_map that checks varying axes, not before jax 0.11.
         config: tile sizes; None takes `default_config`.
 
     Returns:
@@ -98,7 +99,7 @@ def backward(
     B, T, N, H = query.shape
     S, K = kv.shape[-3:-1]
     Hv = packed.value_size(kv, H)
-    config = config or default_config(H, Hv)
+    config = config or default_config(H, Hv, deterministic=deterministic)
     config.check(H, Hv)
     dtype = jnp.dtype(query.dtype)
     # A padded row sees nothing.

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import ring_jax
+from ring_jax.flash import mosaic_compat
 from ring_jax.flash.backends import select
 
 
@@ -69,3 +70,24 @@ def test_the_kernel_is_the_default_wherever_it_runs(hopper):
         assert chosen(*case) == ("mosaic", "mosaic")
     with pytest.raises(NotImplementedError, match="needs bfloat16 or float16, got float32"):
         chosen(jnp.float32, 128)
+
+
+@pytest.mark.parametrize("deterministic", [None, True, False])
+def test_repeatable_gradients_or_the_fastest(hopper, deterministic):
+    query, kv = jnp.zeros((1, 64, 2, 128), jnp.bfloat16), jnp.zeros((2, 1, 64, 2, 128), jnp.bfloat16)
+    chosen = select(None, query, kv, deterministic=deterministic)
+    assert (chosen.name, chosen.repeatable) == ("mosaic", deterministic is not False)
+    bounds = jnp.zeros((1, 256), jnp.int32), jnp.full((1, 256), 256, jnp.int32)
+    x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+
+    def loss(*qkv):
+        return ring_jax.flash_attention(*qkv, *bounds, deterministic=deterministic)[0].sum()
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("flash_backward_fused" in text) == (deterministic is False and mosaic_compat.INTERPRET_AVAILABLE)
+
+
+def test_cudnn_does_not_promise_to_repeat(hopper):
+    query, kv = jnp.zeros((1, 64, 2, 128), jnp.bfloat16), jnp.zeros((2, 1, 64, 2, 128), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="need not repeat bit by bit"):
+        select("cudnn", query, kv, whole="full", deterministic=True)
