@@ -26,7 +26,7 @@ class Generation:
         tokens: for each prompt the new token ids, the one that ended it included.
         prompt_tokens: of all prompts together, without padding.
         seconds_to_first: from the call to the first new tokens, compilation included.
-        seconds_decoding: from there to the last.
+        seconds_decoding: from the second new tokens (the first step compiles) to the last.
     """
 
     tokens: list[list[int]]
@@ -36,9 +36,9 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second of all rows together, after the first ones."""
-        after_first = sum(len(row) - 1 for row in self.tokens if row)
-        return after_first / self.seconds_decoding if self.seconds_decoding > 0 else 0.0
+        """New tokens per second of all rows together, after the second ones; 0 where there are none."""
+        counted = sum(max(len(row) - 2, 0) for row in self.tokens)
+        return counted / self.seconds_decoding if self.seconds_decoding > 0 else 0.0
 
 
 def generate(
@@ -70,14 +70,16 @@ def generate(
     """
     begin = time.perf_counter()
     result = Generation([[] for _ in prompts], sum(len(p) for p in prompts))
-    first = begin
-    for tokens in stream(
-        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids
-    ):
+    steps = stream(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids)
+    second = begin
+    for step, tokens in enumerate(steps):
         now = time.perf_counter()
-        if not result.seconds_to_first:
-            first, result.seconds_to_first = now, now - begin
-        result.seconds_decoding = now - first
+        if step == 0:
+            result.seconds_to_first = now - begin
+        elif step == 1:
+            second = now
+        else:
+            result.seconds_decoding = now - second
         for row, token in zip(result.tokens, tokens, strict=True):
             if token is not None:
                 row.append(token)
