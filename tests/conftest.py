@@ -39,6 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Workers of `-n auto`, the default. Each wants some GiB, so not one on every core of a large machine; tests on GPUs
+    run in this process, because jax takes most of a GPU's memory for each (`-n` with a number overrules)."""
+    if _selects_gpu(config.option.markexpr):
+        return 0
+    return min(os.cpu_count() or 1, 8)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
     if needed:
