@@ -117,6 +117,8 @@ class Qwen3_5(nnx.Module):
         self.lm_head = (
             None if config.tie_embeddings else param((width, vocabulary), (REDUCED, VOCABULARY), "rows", dtype)
         )
+        if sharding is not None:
+            sharding.check(config, sharding.resolve_mesh())
         if rngs is not None:
             initialise(self, rngs.params())
 
@@ -254,6 +256,7 @@ class Qwen3_5(nnx.Module):
 
     def param_specs(self, sharding: Sharding, mesh: Any) -> dict[str, Any]:
         """PartitionSpec of every parameter, in the tree of `nnx.to_pure_dict(nnx.state(model))`."""
+        sharding.check(self.config, mesh)
         found = nnx.state(self, nnx.Param)
         is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
         specs = jax.tree.map(lambda v: sharding.spec(v.get_value().shape, v.axes, mesh), found, is_leaf=is_param)

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from ring_jax.context import ContextParallel
 from ring_jax.context.parallel import axis_size
 from ring_jax.context.shard import Axis
+from ring_jax.models.qwen3_5.config import Config
 
 # Dimensions of parameters. The reduced dimension of every product can lie over the `weights` axis too, so that a rank
 # that has the whole of x multiplies its part and sums, and one that has its own tokens gathers the weight first.
@@ -116,7 +117,27 @@ class Sharding:
                     entries[i] = axis
         return P(*(axis[0] if axis and len(axis) == 1 else axis or None for axis in entries))
 
-    def param_specs(self, config, mesh: Any = None) -> dict[str, Any]:
+    def check(self, config: Config, mesh: Any) -> None:
+        """Raises ValueError, all in one, where heads or experts of a model do not divide over their mesh axes."""
+        counts = {
+            "query heads": (config.num_heads, self.tensor),
+            "key-value heads": (config.num_kv_heads, self.tensor),
+            "linear key heads": (config.linear.key_heads, self.tensor),
+            "linear value heads": (config.linear.value_heads, self.tensor),
+            "experts": (config.experts.count if config.experts is not None else 0, self.expert),
+        }
+        found = [
+            f"{count} {what} over {axis!r} of size {axis_size(mesh, axis)}"
+            for what, (count, axis) in counts.items()
+            if count % axis_size(mesh, axis)
+        ]
+        if found:
+            raise ValueError(
+                f"this model does not divide over the mesh: {'; '.join(found)}. Use a smaller tensor or expert axis and "
+                "give the devices to the context axis"
+            )
+
+    def param_specs(self, config: Config, mesh: Any = None) -> dict[str, Any]:
         """PartitionSpecs of all parameters of a `Config`, in the model's tree."""
         from ring_jax.models.qwen3_5.modeling import Qwen3_5
 
