@@ -103,10 +103,12 @@ def test_stages_follow_progress(script):
 
 
 @pytest.mark.slow
-def test_a_small_model_learns_to_find_the_key(script, standard_promotion, monkeypatch, tmp_path):
-    recipe = dataclasses.replace(
-        script.TINY, stages=(script.Stage(1.0, 128, 32),), steps=800, learning_rate=4e-3, checks=((128, 64),)
-    )
-    monkeypatch.setattr(script, "TINY", recipe)
-    metrics = script.main(["--config", "tiny", "--out", str(tmp_path / "run")])
-    assert metrics["retrieval"][0]["exact"] >= 0.9
+def test_any_mesh_trains_alike(script, standard_promotion, monkeypatch, tmp_path):
+    """The tiny recipe as it is, on one device and with texts over two times four of them."""
+    monkeypatch.setattr(script, "TINY", dataclasses.replace(script.TINY, checks=()))
+    short = ["--config", "tiny", "--steps", "20", "--out"]
+    here = script.main([*short, str(tmp_path / "here")])["losses"]
+    spread = script.main([*short, str(tmp_path / "spread"), "--data", "2", "--context", "4"])["losses"]
+    np.testing.assert_allclose(spread[0], here[0], rtol=1e-5)
+    np.testing.assert_allclose(spread[1], here[1], rtol=1e-3)  # Adam's first steps amplify roundings
+    assert here[-1][1] < here[0][1] - 1
