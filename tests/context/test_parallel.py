@@ -17,7 +17,7 @@ from tests.masks import B, S, cases
 LAYOUTS = [ring_jax.Contiguous(), ring_jax.Zigzag(), ring_jax.Zigzag(1), ring_jax.Zigzag(3), ring_jax.Striped()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, *(pytest.param(r, marks=pytest.mark.slow) for r in (5, 6, 7))])
 def test_round_trips_are_bit_exact(ranks):
     mesh = make_mesh(context=ranks)
     rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def test_sequence_on_another_axis():
     np.testing.assert_array_equal(np.where(context.positions(10) < 10, context.positions(10), 0), positions)
 
 
-@pytest.mark.parametrize("layout", ["zigzag", ring_jax.Zigzag(4)])
+@pytest.mark.parametrize("layout", ["zigzag", pytest.param(ring_jax.Zigzag(4), marks=pytest.mark.slow)])
 def test_resolved_masks_equal_masks(layout):
     """`resolve` in layout order, for every mask, and ring_attention with either."""
     context = ContextParallel(

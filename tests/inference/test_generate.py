@@ -40,7 +40,7 @@ def test_greedy_equals_whole_passes(model, plain):
     assert result.prompt_tokens == 58 and result.seconds_to_first > 0 and result.tokens_per_second > 0
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Explicit", pytest.param("Auto", marks=pytest.mark.slow)])
 def test_the_same_over_a_mesh(plain, kind):
     axis_types = (getattr(jax.sharding.AxisType, kind),) * 2
     mesh = jax.make_mesh((4, 1), ("context", "tensor"), axis_types=axis_types, devices=jax.devices()[:4])

@@ -43,7 +43,14 @@ def test_one_rank(name):
     check_prefill(name, ranks(1))
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n != "next_raw"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in ("dense", "dense_no_decay") else n
+        for n in ALL
+        if n != "next_raw"
+    ],
+)
 def test_eight_ranks(name):
     """States go from rank to rank; three rows alone would let `auto` split the batch."""
     check_prefill(name, quick(name, 8, "state"))
@@ -79,7 +86,7 @@ def test_greedy_text_on_one_rank(name):
     check_greedy(name, quick(name, 1))
 
 
-@pytest.mark.parametrize("name", GREEDY)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "dense" else n for n in GREEDY])
 def test_greedy_text_on_four_ranks(name):
     check_greedy(name, quick(name, 4))
 
