@@ -270,8 +270,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
         sharding = Sharding(ring_jax.ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh))
     options: dict[str, Any] = {"sharding": sharding, "implementation": args.implementation}
-    model = Qwen3_5(recipe.model, rngs=nnx.Rngs(args.seed), dtype=jnp.float32, remat=args.remat, **options)
-    model.dtype = jnp.dtype(args.compute)  # of activations; parameters and the optimizer's moments stay float32
+    # Parameters and the optimizer's moments are float32 whatever the activations are.
+    dtypes = {"dtype": args.compute, "param_dtype": jnp.float32}
+    model = Qwen3_5(recipe.model, rngs=nnx.Rngs(args.seed), remat=args.remat, **dtypes, **options)
     count, device = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))), jax.devices()[0].device_kind
     print(f"{count:,} parameters, {ranks} x {device}")
 

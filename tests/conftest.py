@@ -39,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Workers of `-n auto`, the default. Each wants some GiB, so not one on every core of a large machine; tests on GPUs
     run in this process, because jax takes most of a GPU's memory for each (`-n` with a number overrules)."""

@@ -84,7 +84,8 @@ class Qwen3_5(nnx.Module):
     Args:
         config: sizes; `Config.preset(...)`, `Config.from_hf(...)`.
         rngs: for the initial parameters; None leaves them abstract (shapes only).
-        dtype: of parameters and activations; float32 where the reference keeps it (decays, norms, logits, router).
+        dtype: of activations; float32 where the reference keeps it (decays, norms, logits, router).
+        param_dtype: of parameters (default: dtype). Train bfloat16 activations with float32 parameters.
         sharding: the mesh axes; None for one device. Parameters are created where they belong. Results are the same
             for any mesh.
         remat: what the backward pass computes again: None nothing, "full" every group of layers, "attention" all but
@@ -102,6 +103,7 @@ class Qwen3_5(nnx.Module):
         *,
         rngs: nnx.Rngs | None,
         dtype: Any = jnp.bfloat16,
+        param_dtype: Any = None,
         sharding: Sharding | None = None,
         remat: str | None = None,
         implementation: str | None = None,
@@ -110,6 +112,7 @@ class Qwen3_5(nnx.Module):
             raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
         self.config, self.dtype, self.sharding = config, jnp.dtype(dtype), sharding
         self.remat, self.implementation = remat, implementation
+        dtype = self.dtype if param_dtype is None else jnp.dtype(param_dtype)
         width, vocabulary = config.hidden_size, config.vocab_size
         self.embed = param((vocabulary, width), (VOCABULARY, REDUCED), "columns", dtype)
         self.groups = Group(config, dtype)
@@ -439,13 +442,10 @@ class SparseMLP(nnx.Module):
         self.shared_gate = make((width,), (WHOLE,), "vector", dtype)
 
     def __call__(self, x_btd: Array, here: Local, valid: Array | None) -> tuple[Array, RouterStats]:
-        width, experts = x_btd.shape[-1], self.experts
-        gate_up = here.weight(self.gate_up[...], 1, width, x_btd, expert=True)
-        weights = MoEWeights(
-            here.weight(self.router[...], 0, width, x_btd),
-            gate_up,
-            here.weight(self.down[...], 1, gate_up.shape[-1], x_btd, expert=True),
-        )
+        width, experts, dtype = x_btd.shape[-1], self.experts, x_btd.dtype
+        gate_up = here.weight(self.gate_up[...].astype(dtype), 1, width, x_btd, expert=True)
+        down = here.weight(self.down[...].astype(dtype), 1, gate_up.shape[-1], x_btd, expert=True)
+        weights = MoEWeights(here.weight(self.router[...].astype(dtype), 0, width, x_btd), gate_up, down)
         routed, stats = moe(
             x_btd.reshape(-1, width),
             weights,
@@ -457,7 +457,7 @@ class SparseMLP(nnx.Module):
             valid=None if valid is None else valid.reshape(-1),
         )
         shared = here.sum_tensor(_swiglu(x_btd, self.shared_gate_up[...], self.shared_down[...], here))
-        gate = jax.nn.sigmoid(jnp.einsum("btd,d->bt", x_btd, self.shared_gate[...]))[..., None]
+        gate = jax.nn.sigmoid(jnp.einsum("btd,d->bt", x_btd, self.shared_gate[...].astype(dtype)))[..., None]
         return routed.reshape(x_btd.shape) + gate * shared, stats
 
 
