@@ -6,6 +6,7 @@ was trained for: a pass key hidden in 16,384 tokens of Python's own documentatio
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
             f"--context-ranks {ranks}: this machine has {len(devices)} devices ({devices[0].device_kind})"
         )
     prompt = _prompt(args)
+    if "" in args.stop:
+        raise CommandError("--stop needs a text, got an empty one")
+    if args.model is None and prompt is None and args.max_new_tokens is not None:
+        raise CommandError("--max-new-tokens goes with --prompt: the bundled task has an answer of its own length")
     settings = Settings(
         args.model or BUNDLED, args.dtype, args.shard_weights, sampling, args.seed, tuple(args.stop), args.raw
     )
@@ -117,7 +122,7 @@ class Session:
             experts = config.experts is not None and config.experts.count % ranks == 0
             sharding = Sharding(cp, expert="context" if experts else None)
             dtype = settings.dtype or ("float32" if devices[0].platform == "cpu" else None)
-            if settings.shard_weights or not _fits(settings.directory, devices[0]):
+            if settings.shard_weights or not _fits(settings.directory, devices, dtype):
                 sharding = dataclasses.replace(sharding, weights="context")
             model = Qwen3_5.from_pretrained(settings.directory, dtype=dtype, sharding=sharding)
         except (OSError, ValueError, NotImplementedError) as error:
@@ -165,7 +170,8 @@ class Session:
         out.write(text.finish() + "\n")
         print("-" * 80)
         print(f"first     token after {result.seconds_to_first:.2f} s (compilation and prefill)")
-        print(f"decode    {len(result.tokens[0])} tokens, {result.tokens_per_second:.1f} tokens/s")
+        speed = f", {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
+        print(f"decode    {len(result.tokens[0])} tokens{speed}")
         return text.text
 
     def print_memory(self) -> None:
@@ -261,15 +267,23 @@ def _prompt(args: argparse.Namespace) -> str | None:
     if args.prompt_file is None:
         return args.prompt
     try:
-        return sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text()
+        return sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"cannot read {args.prompt_file}: {error}") from error
 
 
-def _fits(directory: Path, device: Any) -> bool:
-    """Whether one device holds all weights and as much again for the rest."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+def _fits(directory: Path, devices: Any, dtype: str | None) -> bool:
+    """Whether every device can hold all weights, and as much again for the rest."""
+    import jax.numpy as jnp
+
+    from ring_jax.models.qwen3_5.pretrained import checkpoint_dtype
+
+    stored = checkpoint_dtype(directory)
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    size = size * jnp.dtype(dtype or stored).itemsize // stored.itemsize
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None and devices[0].platform == "cpu":  # emulated devices share the memory
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
     return limit is None or 2 * size < limit
 
 

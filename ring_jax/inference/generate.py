@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ring_jax.context.parallel import axis_size
 from ring_jax.inference.sampling import Sampling, sample
 
 GREEDY = Sampling()
@@ -98,8 +99,9 @@ def stream(
     stop_ids: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """As `generate`, one step at a time: yields each row's new token, None for rows that have ended."""
-    if not prompts or not all(len(p) for p in prompts):
+    if len(prompts) == 0 or not all(len(p) for p in prompts):
         raise ValueError("every prompt needs at least one token, got an empty one (or none at all)")
+    rows = len(prompts)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
     if max(map(len, prompts)) + max_new_tokens > model.config.max_positions:
@@ -107,17 +109,20 @@ def stream(
             f"a prompt of {max(map(len, prompts)):,} tokens and {max_new_tokens:,} new ones exceed the model's "
             f"{model.config.max_positions:,} positions"
         )
+    if model.sharding is not None:  # rows of a data axis: the last are made up and never shown
+        ranks = axis_size(model.sharding.resolve_mesh(), model.sharding.batch)
+        prompts = [*prompts, *([[0]] * (-len(prompts) % ranks))]
     tokens, lengths = _batch(prompts, model.config, model.config.max_positions - max_new_tokens)
     stop = set(model.config.eos_token_ids if stop_ids is None else stop_ids)
     graph, state = nnx.split(model)
     params, key = nnx.to_pure_dict(state), jax.random.key(seed)
     last, cache = _prefill(graph, sampling, max_new_tokens, params, tokens, lengths, key)
-    running = [True] * len(prompts)
+    running = [True] * rows
     for step in range(max_new_tokens):
         if step:
             last, cache = _step(graph, sampling, params, last, cache, jax.random.fold_in(key, step))
         found: list[int | None] = [
-            int(t) if alive else None for t, alive in zip(np.asarray(last), running, strict=True)
+            int(t) if alive else None for t, alive in zip(np.asarray(last)[:rows], running, strict=True)
         ]
         yield found
         running = [alive and t not in stop for t, alive in zip(found, running, strict=True)]

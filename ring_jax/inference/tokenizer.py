@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._settings = _read_json(directory / "tokenizer_config.json")
         self.chat_template = _chat_template(directory, self._settings)
         self.eos_token_ids = _eos(directory, self._settings, self._tokenizer)
@@ -59,7 +62,9 @@ class Tokenizer:
         def refuse(message):
             raise jinja2.TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        loops = ["jinja2.ext.loopcontrols"]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         environment.globals["raise_exception"] = refuse
         names = ("bos_token", "eos_token", "pad_token")
         special = {name: _content(self._settings[name]) for name in names if self._settings.get(name)}
@@ -67,7 +72,7 @@ class Tokenizer:
         try:
             template = environment.from_string(self.chat_template)
             rendered = template.render(messages=messages, add_generation_prompt=True, **special)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template failed: {error}") from error
         return self._tokenizer.encode(rendered, add_special_tokens=False).ids
 
@@ -110,7 +115,7 @@ class TextStream:
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
@@ -121,7 +126,8 @@ def _eos(directory: Path, settings: dict[str, Any], tokenizer: Any) -> tuple[int
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         config = _read_json(directory / name)
-        ids = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+        ids = config.get("eos_token_id")
+        ids = config.get("text_config", {}).get("eos_token_id") if ids is None else ids
         found.update([] if ids is None else ids if isinstance(ids, list) else [ids])
     if settings.get("eos_token"):
         found.add(tokenizer.token_to_id(_content(settings["eos_token"])))
@@ -136,6 +142,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error

@@ -231,12 +231,13 @@ def _from_hf(config: Mapping[str, Any]) -> Config:
     experts = family != "qwen3_5"
     needed += _EXPERTS.values() if experts else ["intermediate_size"]
     entries = {name: config.get(name, _DEFAULTS.get(name)) for name in needed}
-    # Only a wrapper says at its own level whether embeddings are tied.
+    # Some wrappers say only at their own level whether embeddings are tied.
     entries["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", outer.get("tie_word_embeddings", False)))
     missing = [name for name, value in entries.items() if value is None]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}, which a {family} model needs")
-    eos = config.get("eos_token_id", outer.get("eos_token_id"))
+    eos = config.get("eos_token_id")
+    eos = outer.get("eos_token_id") if eos is None else eos
     theta, fraction = _rope(config)
     layers = entries["num_hidden_layers"]
     interval = config.get("full_attention_interval", 4)

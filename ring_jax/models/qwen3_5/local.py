@@ -60,13 +60,18 @@ class Local:
     def rows(self, table: jax.Array, index: jax.Array, width: int) -> jax.Array:
         """table[index] [..., width], where rows may lie over the tensor axis and columns over the weights axis."""
         axes = self._weights_axes() if table.shape[1] != width else ()
-        spread = bool(varying_axes(index) & set(axes))
-        if spread:  # all ranks' indices come here, their parts of the rows go back
-            index = lax.all_gather(pcast_to(index, axes), axes, axis=0)
+        # Where ranks have indices of their own, those come here and parts of the rows go back.
+        exchanged = [axis for axis in axes if axis in varying_axes(index)]
+        for axis in reversed(exchanged):
+            index = lax.all_gather(index, axis, axis=0)
         found = self._own_rows(table, index)
-        if spread:
-            return lax.all_to_all(found, axes, 0, found.ndim - 1, tiled=True)[0]
-        return lax.all_gather(found, axes, axis=found.ndim - 1, tiled=True, to="invarying") if axes else found
+        for axis in reversed(axes):  # the last name is the minor one
+            last = found.ndim - 1
+            if axis in exchanged:
+                found = lax.all_to_all(found, axis, exchanged.index(axis), last, tiled=True)
+            else:
+                found = lax.all_gather(found, axis, axis=last, tiled=True, to="invarying")
+        return found.reshape(*found.shape[len(exchanged) :])
 
     def _own_rows(self, table, index):
         if self.tensor is None or self._vocabulary_is_whole(table):
@@ -137,7 +142,7 @@ class Local:
         if self.sharding is None:
             return ()
         used = names(self.sharding.expert) if expert else ()
-        return tuple(name for name in names(self.sharding.weights) if name not in used)
+        return tuple(name for name in names(self.sharding.weights) if name not in used and lax.axis_size(name) > 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

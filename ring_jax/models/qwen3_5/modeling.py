@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ring_jax import gdn
+from ring_jax._checks import concrete
 from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import Static, axis_size, place, run_sharded
 from ring_jax.gdn import segments
@@ -152,6 +153,9 @@ class Qwen3_5(nnx.Module):
         Raises:
             ValueError: arguments that do not fit together, or more tokens than the model has positions.
         """
+        tokens = jnp.asarray(tokens)
+        lengths, segment_ids = (None if x is None else jnp.asarray(x) for x in (lengths, segment_ids))
+        self._check_inputs(tokens, lengths, segment_ids)
         if logits not in LOGITS:
             raise ValueError(f"logits must be one of {LOGITS}, got {logits!r}")
         if lengths is not None and segment_ids is not None:
@@ -189,6 +193,17 @@ class Qwen3_5(nnx.Module):
             raise ValueError("give lengths or segment_ids, not both: padding has negative segment ids")
         from ring_jax.models.qwen3_5.training import local_loss, next_tokens
 
+        if chunk < 1:
+            raise ValueError(f"chunk must be positive, got {chunk}")
+        arrays: list[Any] = [None if x is None else jnp.asarray(x) for x in (tokens, lengths, segment_ids, weights)]
+        self._check_inputs(*arrays[:3])
+        if self.sharding is not None:  # the next token may lie on another rank: tokens are small, so all have them
+            arrays = [
+                None if x is None else place(x, self.sharding.resolve_mesh(), P(self.sharding.batch)) for x in arrays
+            ]
+        tokens, lengths, segment_ids, weights = arrays
+        if weights is not None and weights.shape != tokens.shape:
+            raise ValueError(f"weights must be [B, S] = {tokens.shape} as the tokens, got {weights.shape}")
         ask = Ask("none", None, False, self.config.experts is not None, tokens.shape[1], chunk)
         labels = next_tokens(tokens, lengths, segment_ids, weights)
         return self._run_prompt(local_loss, P(), ask, tokens, lengths, segment_ids, labels)
@@ -201,9 +216,22 @@ class Qwen3_5(nnx.Module):
             cache: of `model(..., cache_room=...)` or of the last step. Donate it under jit.
 
         Returns:
-            float32 logits [B, V] of the token after, and the cache. More than `cache_room` steps overwrite nothing
-            and are the caller's error: the host has to count them.
+            float32 logits [B, V] of the token after, and the cache.
+
+        Raises:
+            ValueError: no room left, where the count is known; under jit the host has to count (a step beyond the room
+            overwrites nothing, but its own token is forgotten).
         """
+        tokens = jnp.asarray(tokens)
+        known = concrete(cache.count)
+        if known is not None and known >= cache.room:
+            raise ValueError(
+                f"the cache had room for {cache.room} new tokens and holds {known}: ask for more cache_room"
+            )
+        if tokens.ndim != 1 or tokens.shape != cache.lengths.shape:
+            raise ValueError(
+                f"tokens must be [B] = {cache.lengths.shape}, one for each row of the cache, got {tokens.shape}"
+            )
         graph, params = self._split()
         if self.sharding is None:
             return _run_here(Static(_decode, (graph,)), params, tokens, cache)
@@ -235,6 +263,33 @@ class Qwen3_5(nnx.Module):
         )
         operands = (params, tokens, lengths, segment_ids, labels)
         return run_sharded(Static(local, (graph, ask)), mesh, in_specs, out_specs, operands)
+
+    def _check_inputs(self, tokens, lengths, segment_ids) -> None:
+        """Raises ValueError for shapes and values that do not fit; values only where they are known now."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
+            raise ValueError(f"tokens must be integers [B, S], got {tokens.dtype} {tokens.shape}")
+        batch, length = tokens.shape
+        if segment_ids is not None and segment_ids.shape != tokens.shape:
+            raise ValueError(f"segment_ids must be [B, S] = {tokens.shape} as the tokens, got {segment_ids.shape}")
+        if lengths is not None:
+            if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+                raise ValueError(f"lengths must be integers [B] = {(batch,)}, got {lengths.dtype} {lengths.shape}")
+            known = concrete(lengths)
+            if known is not None and not ((known >= 1) & (known <= length)).all():
+                raise ValueError(f"lengths must be from 1 to {length} (the tokens' S), got {known.tolist()}")
+        if self.sharding is not None:
+            if self.sharding.context.is_manual:
+                raise ValueError("the model is a shard_map of its own: call it outside of yours, on global arrays")
+            ranks = axis_size(self.sharding.resolve_mesh(), self.sharding.batch)
+            if batch % ranks:
+                raise ValueError(
+                    f"a batch of {batch} does not divide over batch_axis={self.sharding.batch!r} of size {ranks}: pad the "
+                    "batch, or leave batch_axis out"
+                )
+        if isinstance(self.embed.get_value(), jax.ShapeDtypeStruct):
+            raise ValueError(
+                "this model has no parameters yet (rngs=None): load some with set_parameters or from_pretrained"
+            )
 
     def _output_specs(self, ask: Ask, sharding: Sharding) -> Any:
         vocabulary = self._vocabulary_axis(sharding.resolve_mesh())
@@ -271,6 +326,7 @@ class Qwen3_5(nnx.Module):
         directory: Any,
         *,
         dtype: Any = None,
+        param_dtype: Any = None,
         sharding: Sharding | None = None,
         remat: str | None = None,
         implementation: str | None = None,
@@ -279,7 +335,7 @@ class Qwen3_5(nnx.Module):
 
         Args:
             directory: of the checkpoint.
-            dtype: of parameters and activations; default: that of the checkpoint.
+            dtype: of activations; default: that of the checkpoint. param_dtype: of parameters; default: dtype.
             sharding, remat, implementation: as for the class.
 
         Raises:
@@ -289,10 +345,12 @@ class Qwen3_5(nnx.Module):
 
         config = Config.from_hf(directory)
         dtype = pretrained.checkpoint_dtype(directory) if dtype is None else dtype
-        model = cls(config, rngs=None, dtype=dtype, sharding=sharding, remat=remat, implementation=implementation)
+        param_dtype = dtype if param_dtype is None else param_dtype
+        options: dict[str, Any] = {"sharding": sharding, "remat": remat, "implementation": implementation}
+        model = cls(config, rngs=None, dtype=dtype, param_dtype=param_dtype, **options)
         mesh = None if sharding is None else sharding.resolve_mesh()
         specs = None if sharding is None else model.param_specs(sharding, mesh)
-        model.set_parameters(pretrained.load(directory, config, specs=specs, mesh=mesh, dtype=dtype))
+        model.set_parameters(pretrained.load(directory, config, specs=specs, mesh=mesh, dtype=param_dtype))
         return model
 
     def save_pretrained(self, directory: Any, **options: Any) -> None:
@@ -302,7 +360,17 @@ class Qwen3_5(nnx.Module):
         pretrained.save(nnx.to_pure_dict(nnx.state(self, nnx.Param)), self.config, directory, **options)
 
     def set_parameters(self, values: dict[str, Any]) -> None:
-        """Takes a tree of arrays as parameters."""
+        """Takes a tree of arrays as parameters: that of `nnx.to_pure_dict(nnx.state(model, nnx.Param))`, whole.
+
+        Raises:
+            ValueError: another tree, or other shapes.
+        """
+        own = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(self, nnx.Param)))[0]
+        new = dict(jax.tree_util.tree_flatten_with_path(values)[0])
+        wrong = [jax.tree_util.keystr(path) for path, x in own if path not in new or new[path].shape != x.shape]
+        surplus = [jax.tree_util.keystr(path) for path in new.keys() - {path for path, _ in own}]
+        if wrong or surplus:
+            raise ValueError(f"parameters missing or of another shape: {wrong}; unexpected: {surplus}")
         nnx.update(self, nnx.State(values))
 
 

@@ -41,7 +41,7 @@ class Sharding:
         >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> cp = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh)
         >>> Sharding(cp, weights="context").spec((64, 128), ("reduced", "heads"), mesh)
-        PartitionSpec('context', None)
+        PartitionSpec(None, None)
     """
 
     context: ContextParallel
@@ -55,6 +55,10 @@ class Sharding:
             raise ValueError(f"context must be a ring_jax.ContextParallel, got {type(self.context).__name__}")
         if self.way not in ("auto", "batch", "head", "state"):
             raise ValueError(f"way must be 'auto', 'batch', 'head' or 'state', got {self.way!r}")
+        if isinstance(self.weights, list):
+            object.__setattr__(self, "weights", tuple(self.weights))
+        if len(set(names(self.weights))) != len(names(self.weights)):
+            raise ValueError(f"weights names an axis twice: {self.weights!r}")
         if self.expert is not None and not isinstance(self.expert, str):
             raise ValueError(f"experts lie over one mesh axis, got expert={self.expert!r}")
         for field in ("expert", "weights"):
@@ -95,7 +99,7 @@ class Sharding:
         used: set[str] = set()
 
         def free(axis: Axis | None) -> tuple[str, ...]:
-            return tuple(name for name in names(axis) if name not in used)
+            return tuple(name for name in names(axis) if name not in used and mesh.shape[name] > 1)
 
         entries: list[Any] = [None] * len(shape)
         for i, (size, name) in enumerate(zip(shape, axes, strict=True)):

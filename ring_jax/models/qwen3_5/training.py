@@ -53,7 +53,7 @@ def local_loss(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) ->
     count = pcast_to(jnp.sum(weights), axes)
     if axes:
         total, count = jax.lax.psum((total, count), axes)
-    loss = total / jnp.maximum(count, 1)
+    loss = total / jnp.where(count == 0, 1, count)
     if left.stats is not None:
         experts = model.config.experts
         loss = loss + experts.aux_loss * load_balance_loss(left.stats)

@@ -36,6 +36,8 @@ SPREADS = {
     "tensor": Spread(context=2, tensor=2),
     "tensor, weights": Spread(context=2, tensor=2, weights="context"),
     "tensor, weights, explicit": Spread(context=2, tensor=2, weights="context", kind=AxisType.Explicit),
+    "weights on one rank": Spread(context=1, weights="context"),
+    "weights over both": Spread(context=2, data=2, weights=("data", "context")),
     "data": Spread(context=2, data=2),
     "data, weights": Spread(context=2, data=2, weights="data"),
     "data, tensor, weights, explicit": Spread(context=2, data=2, tensor=2, weights="data", kind=AxisType.Explicit),
