@@ -62,7 +62,7 @@ def run(
 
     Returns:
         y in the order of the layout, and caches after the last valid token, again the same on all context ranks; with
-        `sums` also those, summed over all tokens.
+        `sums` also those, summed over all tokens (inside a shard_map: over those of its context ranks).
 
     Raises:
         ValueError: the way cannot serve the layout or the number of heads, or the length does not divide.

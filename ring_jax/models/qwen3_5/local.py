@@ -1,8 +1,8 @@
 """What the model's layers ask of the mesh, from inside the one shard_map around the model. Without a mesh: nothing.
 
 A parameter whose reduced dimension lies over the `weights` axis is used in one of two ways. Ranks with tokens of their
-own gather it (its gradient is then scattered back); ranks that share their tokens (decode) multiply the part of x that
-fits their part of the weight and sum the results, which moves activations instead of weights.
+own gather it (its gradient is then scattered back); ranks that share their tokens (those of the context, in decode)
+multiply the part of x that fits their part of the weight and sum, which moves activations instead of weights.
 """
 
 from __future__ import annotations
