@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -145,14 +146,15 @@ class Session:
             raise CommandError(str(error)) from error
         ranks = len(self.devices)
         shared = f"over {ranks} ranks" if ranks > 1 else "on one rank"
-        print(f"prefill   {len(ids):,} tokens {shared} ...", end="", flush=True)
+        clock = Clock(f"prefill   {len(ids):,} tokens {shared} ...")
         text, first = StopAt(TextStream(tokenizer), settings.stop), True
         eos = tokenizer.eos_token_ids or self.model.config.eos_token_ids
 
         def show(tokens):
             nonlocal first
             if first:
-                print(f" done\n{'-' * 80}", flush=True)
+                clock.stop(" done")
+                print("-" * 80, flush=True)
                 first = False
             if tokens[0] not in eos:
                 out.write(text.add(tokens[0]))
@@ -165,7 +167,7 @@ class Session:
                 stop_ids=eos, on_tokens=show,
             )  # fmt: skip
         except ValueError as error:
-            print()
+            clock.stop("")
             raise CommandError(str(error)) from error
         out.write(text.finish() + "\n")
         print("-" * 80)
@@ -189,6 +191,29 @@ class Session:
                     if shard.device in index:
                         sizes[index[shard.device]] += shard.data.nbytes
         print(f"memory    {what} {', '.join(f'{size / 2**20:,.0f}' for size in sizes)} MiB on the devices")
+
+
+class Clock:
+    """A line that shows the seconds since it began, on a terminal; elsewhere it is printed once."""
+
+    def __init__(self, line: str):
+        self._line, self._over = line, threading.Event()
+        print(line, end="", flush=True)
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        if sys.stdout.isatty():
+            self._thread.start()
+
+    def _tick(self) -> None:
+        begin = time.perf_counter()
+        while not self._over.wait(1):
+            print(f"\r{self._line} {time.perf_counter() - begin:.0f} s", end="", flush=True)
+
+    def stop(self, word: str) -> None:
+        """Ends the line with a word."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        print(word, flush=True)
 
 
 class StopAt:
