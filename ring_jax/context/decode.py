@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from ring_jax._vma import pcast_to
-from ring_jax.context.shard import Axis
+from ring_jax.context.shard import Axis, axis_names
 
 
 def attend_few(
@@ -59,7 +59,7 @@ def merge_ranks(
     out: Float32[Array, "B T N H"], lse: Float32[Array, "B T N"], axis: Axis
 ) -> tuple[Float32[Array, "B T N H"], Float32[Array, "B T N"]]:
     """The partial results of all ranks of `axis` as one, the same on all of them; inside a shard_map."""
-    axes = (axis,) if isinstance(axis, str) else axis
+    axes = axis_names(axis)
     out, lse = pcast_to((out, lse), axes)
     top = lax.pmax(lse, axes)
     finite = jnp.where(jnp.isneginf(top), 0, top)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from ring_jax._checks import static_length
 from ring_jax.context.reshard import relayout as relayout_shard
-from ring_jax.context.shard import Axis, Shard
+from ring_jax.context.shard import Axis, Shard, axis_names
 from ring_jax.context.strategies import check_strategy
 from ring_jax.layout import Contiguous, Layout, as_layout
 from ring_jax.mask import Mask, ResolvedMask, per_row
@@ -59,17 +59,21 @@ class ContextParallel:
                 object.__setattr__(self, name, value := tuple(value))
             if value is None and name != "axis":
                 continue
-            if not value or not isinstance(value, (str, tuple)) or not all(isinstance(a, str) for a in _names(value)):
+            if (
+                not value
+                or not isinstance(value, (str, tuple))
+                or not all(isinstance(a, str) for a in axis_names(value))
+            ):
                 raise ValueError(
                     f"ContextParallel({name}=...) takes a mesh axis name or a tuple of them, got {value!r}"
                 )
-        if len(_names(self.axis)) > 2:
+        if len(axis_names(self.axis)) > 2:
             raise ValueError(
                 f"the sequence can be spread over one mesh axis, or two (ring, ulysses), got {self.axis!r}"
             )
         if isinstance(self.axis, tuple) and len(self.axis) == 1:
             object.__setattr__(self, "axis", self.axis[0])
-        named = [a for value in (self.axis, self.batch_axis, self.head_axis) for a in _names(value)]
+        named = [a for value in (self.axis, self.batch_axis, self.head_axis) for a in axis_names(value)]
         if len(set(named)) != len(named):
             raise ValueError(f"a mesh axis can carry one of sequence, batch and heads, got {named}")
         check_strategy(self.strategy)
@@ -185,13 +189,13 @@ class ContextParallel:
     def is_manual(self) -> bool:
         """Whether we are inside a shard_map that is manual over the context axis."""
         manual = jax.sharding.get_abstract_mesh().manual_axes
-        inside = [a in manual for a in _names(self.axis)]
+        inside = [a in manual for a in axis_names(self.axis)]
         if any(inside) and not all(inside):
             raise ValueError(
                 f"inside a shard_map that is manual over only some of the context axes {self.axis!r}: make it manual over all"
             )
         mesh = jax.sharding.get_abstract_mesh()
-        split = [a for a in (*_names(self.batch_axis), *_names(self.head_axis)) if mesh.shape.get(a, 1) > 1]
+        split = [a for a in (*axis_names(self.batch_axis), *axis_names(self.head_axis)) if mesh.shape.get(a, 1) > 1]
         if all(inside) and not set(split) <= set(manual):
             raise ValueError(
                 f"inside a shard_map that is manual over {self.axis!r} but not over {sorted(set(split) - set(manual))}: "
@@ -228,7 +232,7 @@ class ContextParallel:
 
     def free(self, axis: Axis | None) -> Axis | None:
         """`axis` without the mesh axes over which a surrounding shard_map is manual already."""
-        names = tuple(a for a in _names(axis) if a not in jax.sharding.get_abstract_mesh().manual_axes)
+        names = tuple(a for a in axis_names(axis) if a not in jax.sharding.get_abstract_mesh().manual_axes)
         return names if len(names) > 1 else names[0] if names else None
 
     def ranks(self, like: jax.Array | None = None) -> int:
@@ -243,7 +247,7 @@ class ContextParallel:
 
     def _check_mesh(self, mesh) -> None:
         for field in ("axis", "batch_axis", "head_axis"):
-            for name in _names(getattr(self, field)):
+            for name in axis_names(getattr(self, field)):
                 if name not in mesh.axis_names:
                     raise ValueError(
                         f"ContextParallel({field}={name!r}): the mesh has axes {dict(mesh.shape)}, no {name!r}"
@@ -311,13 +315,9 @@ def _resolve(mask_and_offset, shard: Shard, q_len: int, kv_len: int) -> Resolved
     return ResolvedMask(*shard.bounds(mask, q_len, kv_len, offset), shard.layout, q_len, kv_len)
 
 
-def _names(axis: Axis | None) -> tuple[str, ...]:
-    return () if axis is None else (axis,) if isinstance(axis, str) else axis
-
-
 def axis_size(mesh, axis: Axis | None) -> int:
     """Number of devices along `axis` (a name, a tuple or None)."""
-    return math.prod(mesh.shape[a] for a in _names(axis))
+    return math.prod(mesh.shape[a] for a in axis_names(axis))
 
 
 def place(tree, mesh, specs):
@@ -328,7 +328,7 @@ def place(tree, mesh, specs):
         return tree
 
     def only_explicit(axis):
-        names = tuple(a for a in _names(axis) if a in explicit)
+        names = tuple(a for a in axis_names(axis) if a in explicit)
         return names if len(names) > 1 else names[0] if names else None
 
     def move(x, spec):

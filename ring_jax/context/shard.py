@@ -18,6 +18,11 @@ T = TypeVar("T")
 Axis = str | tuple[str, ...]
 
 
+def axis_names(axis: Axis | None) -> tuple[str, ...]:
+    """The mesh axes that `axis` means, as a tuple; () for None."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """Where a sequence lies: `length` positions (padded) in `layout` over the `ranks` of mesh axis `axis`."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._device import target
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.merge import merge_partials
 from ring_jax.flash.packed import pack, unpack
@@ -40,15 +41,10 @@ def unsupported(query: jax.Array, kv: jax.Array, logits_soft_cap: float | None =
 
 
 def _device_reason(head_size: int) -> str | None:
-    mesh = jax.sharding.get_abstract_mesh()
-    target = None if mesh.empty else mesh.abstract_device
-    if target is not None and target.platform is not None:
-        platform, capability = target.platform, 9.0
-    else:
-        device = jax.devices()[0]
-        platform, capability = device.platform, float(getattr(device, "compute_capability", 0.0))
-    if platform not in ("gpu", "cuda"):
-        return f"needs an NVIDIA GPU, this is {platform}"
+    device = target()
+    if device.platform != "gpu":
+        return f"needs an NVIDIA GPU, this is {device.platform}"
+    capability = 9.0 if device.compute_capability is None else device.compute_capability
     if capability < 8.0:
         return f"needs compute capability 8.0 or later, this is {capability}"
     largest = 256 if capability >= 9.0 else 128

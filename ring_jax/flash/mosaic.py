@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._device import target
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash import mosaic_hopper, mosaic_hopper_backward
 from ring_jax.flash.packed import pack, unpack
@@ -16,18 +17,11 @@ _HEAD_MULTIPLE = 64
 
 def device_reason() -> str | None:
     """Why the device that is being compiled for cannot run Hopper kernels, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    target = None if mesh.empty else mesh.abstract_device
-    if target is not None and target.platform is not None:
-        platform, kind = target.platform, target.device_kind
-    else:
-        device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
-        device = jax.devices(device)[0] if isinstance(device, str) else device
-        platform, kind = device.platform, device.device_kind
-    if platform not in ("gpu", "cuda"):
-        return f"needs an NVIDIA Hopper GPU, this is {kind or platform}"
-    if not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
-        return f"needs an NVIDIA Hopper GPU (compute capability 9.0), this is {kind}"
+    device = target()
+    if device.platform != "gpu":
+        return f"needs an NVIDIA Hopper GPU, this is {device.kind}"
+    if not any(name in device.kind for name in ("H100", "H200", "H800", "H20", "GH200")):
+        return f"needs an NVIDIA Hopper GPU (compute capability 9.0), this is {device.kind}"
     return None
 
 

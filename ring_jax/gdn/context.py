@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import ContextParallel, axis_size, place
-from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
+from ring_jax.context.shard import Shard, axis_names, axis_to_seq, seq_to_axis
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import check_operands, check_segments
 from ring_jax.gdn.mixer import Heads
@@ -85,8 +85,7 @@ def run(
         y, caches, *totals = _run_local(layers, params, x, caches, ids, shard=shard, way=way, seq_len=seq_len)
         if not sums:
             return y, caches
-        over = (shard.axis, *([] if manual or context.batch_axis is None else [context.batch_axis]))
-        axes = tuple(name for axis in over for name in ([axis] if isinstance(axis, str) else axis))
+        axes = axis_names(shard.axis) + (() if manual else axis_names(context.batch_axis))
         (totals,) = pcast_to(totals, axes)
         return y, caches, lax.psum(totals, axes)
 

@@ -21,7 +21,7 @@ import jax
 from jax import lax
 
 from ring_jax._vma import pcast_to
-from ring_jax.context.shard import Axis
+from ring_jax.context.shard import Axis, axis_names
 
 WAYS = ("gather", "ragged")
 
@@ -79,7 +79,7 @@ class Here:
 
     @property
     def _axes(self) -> tuple[str, ...]:
-        return (*names(self.axis), *names(self.tensor))
+        return (*axis_names(self.axis), *axis_names(self.tensor))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +91,9 @@ class Gathered:
 
     def send(self, x):
         # Cast first: the gradient's sum over the tensor axis then comes after its scatter, on fewer rows.
-        x = pcast_to(x, (*names(self.axis), *names(self.tensor)))
+        x = pcast_to(x, (*axis_names(self.axis), *axis_names(self.tensor)))
         return lax.all_gather(x, self.axis, axis=0, tiled=True)
 
     def combine(self, y):
-        y = lax.psum_scatter(pcast_to(y, names(self.axis)), self.axis, scatter_dimension=0, tiled=True)
+        y = lax.psum_scatter(pcast_to(y, axis_names(self.axis)), self.axis, scatter_dimension=0, tiled=True)
         return Here(tensor=self.tensor).combine(y)
-
-
-def names(axis: Axis | None) -> tuple[str, ...]:
-    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)

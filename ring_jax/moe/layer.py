@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from ring_jax._device import target
 from ring_jax.context.shard import Axis
 from ring_jax.moe.blocks import Blocks, block_size
 from ring_jax.moe.exchange import Exchange, Gathered, Here, choose_way, slices
 from ring_jax.moe.experts import blocks_per_step, run_experts
-from ring_jax.moe.platform import target_platform
 from ring_jax.moe.ragged import Ragged
 from ring_jax.moe.router import RouterStats, Routing, route
 
@@ -96,7 +96,7 @@ def moe(
             here = Here(expert_axis, tensor_axis)
             y = _run(x, routing.experts, routing.weights, weights, expert_axis, lambda experts: here)
         else:
-            way = choose_way(exchange, ranks, top_k, target_platform())
+            way = choose_way(exchange, ranks, top_k, target().platform)
             y = _run_spread(x, routing, weights, expert_axis, tensor_axis, way)
     return y.astype(x.dtype), stats
 
@@ -133,7 +133,7 @@ def _run(x, experts, factors, weights: MoEWeights, axis: Axis | None, make_excha
     factors, number = jnp.split(packed, 2, axis=1)
     first = 0 if axis is None else lax.axis_index(axis).astype(jnp.int32) * count
     experts = lax.stop_gradient(number).astype(jnp.int32) - 1 - first
-    step = blocks_per_step(weights.gate_up, target_platform())
+    step = blocks_per_step(weights.gate_up, target().platform)
     blocks = Blocks.of(experts, count, block_size(x.shape[0], per_token, total), step)
     return exchange.combine(run_experts(x, weights.gate_up, weights.down, factors, blocks, step))
 

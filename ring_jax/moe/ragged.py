@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_jax._vma import align, pcast_to
-from ring_jax.context.shard import Axis
-from ring_jax.moe.exchange import Here, names
+from ring_jax.context.shard import Axis, axis_names
+from ring_jax.moe.exchange import Here
 
 
 @jax.tree_util.register_dataclass
@@ -82,12 +82,12 @@ class Ragged:
     @classmethod
     def of(cls, experts: jax.Array, count: int, axis: Axis, tensor: Axis | None = None) -> "Ragged":
         """From int32 [T, k] experts of the tokens here, `count` of them on each rank; beyond the last: none."""
-        experts = pcast_to(experts, names(axis))
+        experts = pcast_to(experts, axis_names(axis))
         ranks = lax.axis_size(axis)
         return cls(axis, Route.of(jnp.minimum(experts // count, ranks), ranks, axis), tensor)
 
     def send(self, x):
-        x, route = align(pcast_to(x, (*names(self.axis), *names(self.tensor))), self.route)
+        x, route = align(pcast_to(x, (*axis_names(self.axis), *axis_names(self.tensor))), self.route)
         return _send(self.axis, x, route)
 
     def combine(self, y):

@@ -53,11 +53,10 @@ def cache_specs(sharding: Sharding) -> Any:
     return Cache(keys, keys, gdn, P(batch), P())  # type: ignore[arg-type]
 
 
-def append(cache: Cache, new: Float[Array, "G L 2 B 1 K H"], gdn: GDNCache, rank, ranks: int) -> Cache:
-    """The cache one token later; on this rank's shards."""
+def append(cache: Cache, new: Float[Array, "G L 2 B 1 K H"], rank, ranks: int) -> Array:
+    """`cache.new` one token later; on this rank's shards."""
     slot = cache.count // ranks
     at = (0, 0, 0, 0, slot, 0, 0)
     here = (cache.count % ranks == rank) & (slot < cache.new.shape[4])  # beyond the room nothing is overwritten
     old = jax.lax.dynamic_slice(cache.new, at, new.shape)
-    written = jax.lax.dynamic_update_slice(cache.new, jnp.where(here, new, old), at)
-    return Cache(cache.prompt, written, gdn, cache.lengths, cache.count + 1)
+    return jax.lax.dynamic_update_slice(cache.new, jnp.where(here, new, old), at)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from ring_jax.models.qwen3_5.modeling import Qwen3_5
@@ -35,9 +35,9 @@ def initialise(model: Qwen3_5, key) -> None:
     shardings = None
     if model.sharding is not None:
         mesh = model.sharding.resolve_mesh()
-        shardings = [
-            NamedSharding(mesh, model.sharding.spec(leaf.get_value().shape, leaf.axes, mesh)) for leaf in leaves
-        ]
+        is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+        specs = jax.tree.leaves(model.param_specs(model.sharding, mesh), is_leaf=is_spec)
+        shardings = [NamedSharding(mesh, spec) for spec in specs]
     values = jax.jit(make, out_shardings=shardings)(key)
     model.set_parameters(nnx.to_pure_dict(jax.tree.unflatten(tree, values)))
 

@@ -19,11 +19,11 @@ from ring_jax import gdn
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.context import ring_attention
 from ring_jax.context.decode import attend_few, merge_ranks
-from ring_jax.context.shard import Shard
+from ring_jax.context.shard import Shard, axis_names
 from ring_jax.flash import flash_attention, merge_partials
 from ring_jax.gdn import OneDevice
 from ring_jax.mask import ResolvedMask
-from ring_jax.models.qwen3_5.sharding import Sharding, names
+from ring_jax.models.qwen3_5.sharding import Sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Local:
 
     def sum_tensor(self, y: jax.Array) -> jax.Array:
         """The sum over the tensor axis of what its ranks have computed from their heads or features."""
-        return lax.psum(y, names(self.tensor)) if self.tensor is not None else y
+        return lax.psum(y, axis_names(self.tensor)) if self.tensor is not None else y
 
     def rows(self, table: jax.Array, index: jax.Array, width: int) -> jax.Array:
         """table[index] [..., width], where rows may lie over the tensor axis and columns over the weights axis."""
@@ -74,32 +74,38 @@ class Local:
         return found.reshape(*found.shape[len(exchanged) :])
 
     def _own_rows(self, table, index):
-        if self.tensor is None or self._vocabulary_is_whole(table):
+        axes = self._vocabulary_axes(table)
+        if not axes:
             return table[index]
-        local = index - lax.axis_index(names(self.tensor)) * table.shape[0]
-        inside = (local >= 0) & (local < table.shape[0])
-        found = table[jnp.clip(local, 0, table.shape[0] - 1)]
-        return lax.psum(jnp.where(inside[..., None], found, jnp.zeros_like(found)), names(self.tensor))
+        local, inside = self._own_part(index, table.shape[0], axes)
+        found = table[local]
+        return lax.psum(jnp.where(inside[..., None], found, jnp.zeros_like(found)), axes)
 
-    def _vocabulary_is_whole(self, table) -> bool:
-        return not varying_axes(table) & set(names(self.tensor))
+    def _vocabulary_axes(self, x) -> tuple[str, ...]:
+        """The mesh axes over which the vocabulary of a table or of logits lies; () where it is whole."""
+        axes = axis_names(self.tensor)
+        return axes if varying_axes(x) & set(axes) else ()
+
+    @staticmethod
+    def _own_part(token, size: int, axes: tuple[str, ...]):
+        """Tokens as indices into this rank's `size` entries of the vocabulary, and whether they lie in them."""
+        local = token - (lax.axis_index(axes) * size if axes else 0)
+        return jnp.clip(local, 0, size - 1), (local >= 0) & (local < size)
 
     def whole_vocabulary(self, logits: jax.Array) -> jax.Array:
         """Logits [B, V] on every tensor rank."""
-        axes = names(self.tensor)
-        if not varying_axes(logits) & set(axes):
+        axes = self._vocabulary_axes(logits)
+        if not axes:
             return logits
         return lax.all_gather(logits, axes, axis=logits.ndim - 1, tiled=True, to="invarying")
 
     def cross_entropy(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """-log softmax(logits)[target] of each token, [T]; the vocabulary may lie over the tensor axis."""
-        axes = names(self.tensor) if varying_axes(logits) & set(names(self.tensor)) else ()
+        axes = self._vocabulary_axes(logits)
         top = lax.stop_gradient(logits).max(axis=-1)
         top = lax.pmax(top, axes) if axes else top
-        local = targets - (lax.axis_index(axes) * logits.shape[-1] if axes else 0)
-        inside = (local >= 0) & (local < logits.shape[-1])
-        index = jnp.clip(local, 0, logits.shape[-1] - 1)[:, None]
-        target = jnp.where(inside, jnp.take_along_axis(logits, index, axis=-1)[:, 0], 0)
+        local, inside = self._own_part(targets, logits.shape[-1], axes)
+        target = jnp.where(inside, jnp.take_along_axis(logits, local[:, None], axis=-1)[:, 0], 0)
         total = jnp.exp(logits - top[:, None]).sum(axis=-1)
         if axes:
             total, target = lax.psum((total, target), axes)
@@ -111,7 +117,7 @@ class Local:
 
     @property
     def tensor_ranks(self) -> int:
-        return lax.axis_size(names(self.tensor)) if self.tensor is not None else 1
+        return lax.axis_size(axis_names(self.tensor)) if self.tensor is not None else 1
 
     @property
     def expert(self):
@@ -121,19 +127,19 @@ class Local:
         """Mesh axes over which tokens differ."""
         if self.sharding is None:
             return ()
-        return (*names(self.sharding.batch), *(() if rows_only else names(self.sharding.sequence)))
+        return (*axis_names(self.sharding.batch), *(() if rows_only else axis_names(self.sharding.sequence)))
 
     def spread_over(self, axis) -> bool:
         """Whether ranks along `axis` have tokens of their own."""
-        return axis is not None and set(names(axis)) <= set(self.token_axes())
+        return axis is not None and set(axis_names(axis)) <= set(self.token_axes())
 
     def sum_context(self, tree):
         """The sum over the context ranks of what each has counted in its tokens."""
-        return self._sum(tree, () if self.sharding is None else names(self.sharding.sequence))
+        return self._sum(tree, () if self.sharding is None else axis_names(self.sharding.sequence))
 
     def sum_rows(self, tree):
         """The sum over the data ranks."""
-        return self._sum(tree, () if self.sharding is None else names(self.sharding.batch))
+        return self._sum(tree, () if self.sharding is None else axis_names(self.sharding.batch))
 
     def _sum(self, tree, axes):
         return jax.tree.map(lambda x: lax.psum(pcast_to(x, axes), axes), tree) if axes else tree
@@ -141,8 +147,8 @@ class Local:
     def _weights_axes(self, expert: bool = False) -> tuple[str, ...]:
         if self.sharding is None:
             return ()
-        used = names(self.sharding.expert) if expert else ()
-        return tuple(name for name in names(self.sharding.weights) if name not in used and lax.axis_size(name) > 1)
+        used = axis_names(self.sharding.expert) if expert else ()
+        return tuple(name for name in axis_names(self.sharding.weights) if name not in used and lax.axis_size(name) > 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

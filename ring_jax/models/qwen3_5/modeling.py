@@ -30,6 +30,7 @@ from ring_jax import gdn
 from ring_jax._checks import concrete
 from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import Static, axis_size, place, run_sharded
+from ring_jax.context.shard import axis_names
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import widened
 from ring_jax.gdn.mixer import MixerWeights, mix, mix_projected
@@ -51,7 +52,6 @@ from ring_jax.models.qwen3_5.sharding import (
     VOCABULARY,
     WHOLE,
     Sharding,
-    names,
 )
 from ring_jax.moe import MoEWeights, RouterStats, moe
 from ring_jax.nn.gdn import gated_rms_norm
@@ -121,8 +121,6 @@ class Qwen3_5(nnx.Module):
         self.lm_head = (
             None if config.tie_embeddings else param((width, vocabulary), (REDUCED, VOCABULARY), "rows", dtype)
         )
-        if sharding is not None:
-            sharding.check(config, sharding.resolve_mesh())
         if rngs is not None:
             initialise(self, rngs.params())
 
@@ -158,8 +156,6 @@ class Qwen3_5(nnx.Module):
         self._check_inputs(tokens, lengths, segment_ids)
         if logits not in LOGITS:
             raise ValueError(f"logits must be one of {LOGITS}, got {logits!r}")
-        if lengths is not None and segment_ids is not None:
-            raise ValueError("give lengths or segment_ids, not both: padding has negative segment ids")
         if segment_ids is not None and (logits == "last" or cache_room is not None):
             raise ValueError("packed documents (segment_ids) have no one last token: no logits='last', no cache_room")
         if cache_room is not None and cache_room < 1:
@@ -189,8 +185,6 @@ class Qwen3_5(nnx.Module):
             weights: float [B, S], weight of predicting the token at that place (place 0 predicts nothing).
             chunk: tokens of a rank whose logits exist at a time.
         """
-        if lengths is not None and segment_ids is not None:
-            raise ValueError("give lengths or segment_ids, not both: padding has negative segment ids")
         from ring_jax.models.qwen3_5.training import local_loss, next_tokens
 
         if chunk < 1:
@@ -234,11 +228,13 @@ class Qwen3_5(nnx.Module):
             )
         graph, params = self._split()
         if self.sharding is None:
-            return _run_here(Static(_decode, (graph,)), params, tokens, cache)
-        mesh, batch = self.sharding.resolve_mesh(), self.sharding.batch
-        caches = cache_specs(self.sharding)
-        in_specs = (self.param_specs(self.sharding, mesh), P(batch), caches)
-        return run_sharded(Static(_decode, (graph,)), mesh, in_specs, (P(batch), caches), (params, tokens, cache))
+            logits, new, states = _run_here(Static(_decode, (graph,)), params, tokens, cache)
+        else:
+            mesh, rows, caches = self.sharding.resolve_mesh(), P(self.sharding.batch), cache_specs(self.sharding)
+            in_specs, out_specs = (self.param_specs(self.sharding, mesh), rows, caches), (rows, caches.new, caches.gdn)
+            operands = (params, tokens, cache)
+            logits, new, states = run_sharded(Static(_decode, (graph,)), mesh, in_specs, out_specs, operands)
+        return logits, dataclasses.replace(cache, new=new, gdn=states, count=cache.count + 1)
 
     def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
         """`local` on every rank's share of the prompts, laid out by itself."""
@@ -269,6 +265,8 @@ class Qwen3_5(nnx.Module):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
             raise ValueError(f"tokens must be integers [B, S], got {tokens.dtype} {tokens.shape}")
         batch, length = tokens.shape
+        if lengths is not None and segment_ids is not None:
+            raise ValueError("give lengths or segment_ids, not both: padding has negative segment ids")
         if segment_ids is not None and segment_ids.shape != tokens.shape:
             raise ValueError(f"segment_ids must be [B, S] = {tokens.shape} as the tokens, got {segment_ids.shape}")
         if lengths is not None:
@@ -465,8 +463,7 @@ class GatedDeltaNet(nnx.Module):
         self.o = make((values, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
 
     def __call__(self, x_btd: Array, cache: Any, here: Local, spread: gdn.Spread) -> tuple[Array, gdn.GDNCache]:
-        width, heads = x_btd.shape[-1], self.config.linear
-        heads = heads.share(heads.value_heads // self.A_log.shape[0])  # those of this tensor rank
+        width, heads = x_btd.shape[-1], self.config.linear.share(here.tensor_ranks)
         kernels = (self.q, self.k, self.v), (self.b, self.a)
         conv = jnp.concatenate([self.conv_q[...], self.conv_k[...], self.conv_v[...]], axis=-1)
         rest: dict[str, Any] = {"conv": conv, "a_log": self.A_log[...], "dt_bias": self.dt_bias[...], "heads": heads}
@@ -563,7 +560,7 @@ def _forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> O
         new = jnp.zeros((G, L, two, B, -(-ask.cache_room // ranks), K, H), left.keys.dtype)
         lengths = jnp.full(B, ask.seq_len, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         (lengths,) = pcast_to((lengths,), here.token_axes(rows_only=True))
-        new = pcast_to(new, here.token_axes() + names(here.tensor))
+        new = pcast_to(new, here.token_axes() + axis_names(here.tensor))
         cache = Cache(left.keys, new, left.states, lengths, jnp.zeros((), jnp.int32))
     if ask.hidden:
         hidden = _natural(left.hidden, here, seq_axis=2)
@@ -571,7 +568,8 @@ def _forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> O
 
 
 def _decode(params, tokens, cache: Cache, graph):
-    """One token for each row; on this rank's shards of the cache."""
+    """One token for each row, on this rank's shards of the cache: logits, and what of the cache is new. The prompt's keys
+    are not handed through: that would copy them at every step."""
     model = nnx.merge(graph, nnx.State(params))
     sharding, shard, rank, ranks = model.sharding, None, 0, 1
     if sharding is not None:
@@ -582,7 +580,7 @@ def _decode(params, tokens, cache: Cache, graph):
     x = _embed(model, here, tokens[:, None])
     x, left = _walk(model, x, here, (cache.prompt, cache.new, cache.gdn), hidden=False, stats=False)
     logits = here.whole_vocabulary(_logits(model, here, x[:, 0]))
-    return logits, append(cache, left.keys, left.states, rank, ranks)
+    return logits, append(cache, left.keys, rank, ranks), left.states
 
 
 def encode(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):

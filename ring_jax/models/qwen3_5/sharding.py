@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from ring_jax.context import ContextParallel
 from ring_jax.context.parallel import axis_size
-from ring_jax.context.shard import Axis
+from ring_jax.context.shard import Axis, axis_names
 from ring_jax.models.qwen3_5.config import Config
 
 # Dimensions of parameters. The reduced dimension of every product can lie over the `weights` axis too, so that a rank
@@ -57,12 +57,12 @@ class Sharding:
             raise ValueError(f"way must be 'auto', 'batch', 'head' or 'state', got {self.way!r}")
         if isinstance(self.weights, list):
             object.__setattr__(self, "weights", tuple(self.weights))
-        if len(set(names(self.weights))) != len(names(self.weights)):
+        if len(set(axis_names(self.weights))) != len(axis_names(self.weights)):
             raise ValueError(f"weights names an axis twice: {self.weights!r}")
         if self.expert is not None and not isinstance(self.expert, str):
             raise ValueError(f"experts lie over one mesh axis, got expert={self.expert!r}")
         for field in ("expert", "weights"):
-            if set(names(getattr(self, field))) & set(names(self.tensor)):
+            if set(axis_names(getattr(self, field))) & set(axis_names(self.tensor)):
                 raise ValueError(f"{field}={getattr(self, field)!r} is the tensor axis too: give it another mesh axis")
 
     @property
@@ -85,7 +85,7 @@ class Sharding:
         """
         mesh = self.context.resolve_mesh()
         for field in ("expert", "weights"):
-            for name in names(getattr(self, field)):
+            for name in axis_names(getattr(self, field)):
                 if name not in mesh.axis_names:
                     raise ValueError(f"Sharding({field}={name!r}): the mesh has axes {dict(mesh.shape)}, no {name!r}")
         return mesh
@@ -99,13 +99,13 @@ class Sharding:
         used: set[str] = set()
 
         def free(axis: Axis | None) -> tuple[str, ...]:
-            return tuple(name for name in names(axis) if name not in used and mesh.shape[name] > 1)
+            return tuple(name for name in axis_names(axis) if name not in used and mesh.shape[name] > 1)
 
         entries: list[Any] = [None] * len(shape)
         for i, (size, name) in enumerate(zip(shape, axes, strict=True)):
             if name not in _TENSOR and name != EXPERTS:
                 continue
-            axis = names(self.expert if name == EXPERTS else self.tensor)
+            axis = axis_names(self.expert if name == EXPERTS else self.tensor)
             if size % axis_size(mesh, axis):
                 if name != VOCABULARY:  # an odd vocabulary stays whole
                     raise ValueError(
@@ -147,7 +147,3 @@ class Sharding:
 
         mesh = self.resolve_mesh() if mesh is None else mesh
         return Qwen3_5(config, rngs=None).param_specs(self, mesh)
-
-
-def names(axis: Axis | None) -> tuple[str, ...]:
-    return () if axis is None else (axis,) if isinstance(axis, str) else axis
