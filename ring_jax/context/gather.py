@@ -1,8 +1,10 @@
-"""All-gather attention: every rank gathers all of KV once and makes one call over its own queries.
+"""All-gather attention: every rank gathers all of KV at once and attends in two calls.
 
-On a balanced layout that is one balanced call without hops: the best for short shards on NVLink. Costs
-O(S) memory for KV on every rank. One all-gather forward; backward one again (KV is not kept) and one
-reduce-scatter of float32 dKV.
+    start gathering KV;  the rank's own keys, which need no transfer;  resume on those of all other ranks, in rank order
+
+On a balanced layout that is balanced work without hops. Costs O(S) memory for KV on every rank. One all-gather forward;
+backward one again (KV is not kept) and one reduce-scatter of float32 dKV, which hides behind the gradients of the
+rank's own keys.
 
 Source: Llama 3, arXiv 2407.21783, section 3.3.2.
 """
@@ -10,6 +12,7 @@ Source: Llama 3, arXiv 2407.21783, section 3.3.2.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from ring_jax.context.shard import Shard
@@ -17,11 +20,20 @@ from ring_jax.flash.api import Partial, Spec, delta_of, named
 from ring_jax.flash.merge import carry_gradient
 from ring_jax.flash.packed import seq_axis
 
+Bounds = tuple[jax.Array, jax.Array]
 
-def _gathered(shard: Shard, kv):
-    kv = lax.all_gather(kv, shard.axis, axis=seq_axis(kv), tiled=True)
-    # Keys of several ranks do not ascend in rank order; bounds speak of natural order.
-    return shard.layout.restore(kv, seq_axis(kv), shard.ranks)
+
+def _bounds(shard: Shard, start, end) -> tuple[Bounds, Bounds]:
+    """Bounds on the rank's own keys [B, T], and on those of every rank [C, B, T], where its own are empty."""
+    own = shard.local_bounds(start, end, shard.rank())
+    sources = jnp.arange(shard.ranks, dtype=start.dtype)[:, None, None]
+    first, last = (jnp.where(sources == shard.rank(), 0, x) for x in shard.local_bounds(start, end, sources))
+    return own, (first, last)
+
+
+def _in_one_call(spec: Spec, shard: Shard) -> bool:
+    """A backend that knows the mask to be full reads no bounds, and minds neither order nor parts."""
+    return shard.ranks == 1 or spec.backend.whole == "full"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -31,7 +43,13 @@ def all_gather(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial |
 
 
 def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
-    return spec.forward(query, _gathered(shard, kv), start, end, carry, query.dtype)
+    own, others = _bounds(shard, start, end)
+    if _in_one_call(spec, shard):
+        kv = lax.all_gather(kv, shard.axis, axis=seq_axis(kv), tiled=True)
+        return spec.forward(query, kv, *own, carry, query.dtype)
+    gathered = lax.all_gather(kv, shard.axis)
+    carry = spec.forward(query, kv, *own, carry)
+    return spec.forward(query, gathered, *others, carry, query.dtype)
 
 
 def _all_gather_fwd(spec, shard, query, kv, start, end, carry):
@@ -41,11 +59,21 @@ def _all_gather_fwd(spec, shard, query, kv, start, end, carry):
 
 def _all_gather_bwd(spec, shard, saved, cotangents):
     query, kv, start, end, carry, out, lse = saved
+    # Tied to the cotangent, or XLA would merge this gather with the forward's and keep all of KV alive.
     kv, (dout, dlse) = lax.optimization_barrier((kv, cotangents))
     delta = delta_of(out, dout, dlse)
-    dq, dkv = spec.backward(query, _gathered(shard, kv), start, end, lse, delta, dout)
+    own, others = _bounds(shard, start, end)
     axis = seq_axis(kv)
-    dkv = lax.psum_scatter(shard.layout.scatter(dkv, axis, shard.ranks), shard.axis, scatter_dimension=axis, tiled=True)
+    if _in_one_call(spec, shard):
+        gathered = lax.all_gather(kv, shard.axis, axis=axis, tiled=True)
+        dq, dkv = spec.backward(query, gathered, *own, lse, delta, dout)
+        dkv = lax.psum_scatter(dkv, shard.axis, scatter_dimension=axis, tiled=True)
+    else:
+        dq, dkv = spec.backward(query, lax.all_gather(kv, shard.axis), *others, lse, delta, dout)
+        dkv = lax.psum_scatter(dkv, shard.axis)
+        # The rank's own keys last: to sum what belongs to the others is twice the gather, and hides behind them.
+        dq, dkv_own = spec.backward(query, kv, *own, lse, delta, dout, dq)
+        dkv += dkv_own
     dcarry = None if carry is None else carry_gradient(carry, lse, delta, dout)
     return dq.astype(query.dtype), dkv.astype(kv.dtype), None, None, dcarry
 

@@ -4,8 +4,9 @@
                  follows its queries one hop behind, merging on the way, and comes home after C hops
 
 Cheaper than pass-KV where the keys are many and the queries few: a short chunk after a long cached
-prefix. Forward C - 1 permutes each of queries and bounds, C of the partials (out and lse in one
-array); backward C - 1 of (query, dO), of (lse, delta) and of the bounds, C of dQ; dKV stays.
+prefix. Forward C - 1 permutes each of queries and bounds and of the partials (out and lse in one
+array); backward C - 1 of (query, dO), of (lse, delta), of the bounds and of dQ; dKV stays. A rank's own queries come
+last, and hide their partials' way home.
 
 Source: Yang et al., Context Parallelism for Scalable Million-Token Inference, arXiv 2411.01783 (pass-Q;
 there partials return in one all-to-all, here they ride the ring, which needs O(1) buffers).
@@ -37,20 +38,16 @@ def pass_q(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | Non
 
 
 def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
-    def hop(travel, stay, source, own, last):
-        query, (start, end) = travel[0], travel[1]
+    def hop(travel, stay, source, own, final):
+        query, (start, end) = travel
         here = shard.local_bounds(start, end, shard.rank())
         return stay, _join(*spec.forward(query, kv, *here, None))
 
-    bounds = jnp.stack([start, end])
-    _, partial = rotate(
-        shard,
-        spec.backend.unroll,
-        hop,
-        (query, bounds),
-        (),
-        lambda a, b: _join(*merge_partials(*_split(a), *_split(b))),
-    )
+    def merge(a, b):
+        return _join(*merge_partials(*_split(a), *_split(b)))
+
+    travel = (query, jnp.stack([start, end]))
+    _, partial = rotate(shard, spec.backend.unroll, hop, travel, (), merge)
     out, lse = _split(partial) if carry is None else merge_partials(*_split(partial), *carry)
     return out.astype(query.dtype), lse
 
@@ -66,12 +63,12 @@ def _pass_q_bwd(spec, shard, saved, cotangents):
     delta = delta_of(out, dout, dlse)
     head_size = query.shape[-1]
 
-    def hop(travel, dkv, source, own, last):
+    def hop(travel, dkv, source, own, final):
         query_dout, (lse, delta), (start, end) = travel
         query, dout = query_dout[..., :head_size], query_dout[..., head_size:]
         here = shard.local_bounds(start, end, shard.rank())
-        dq, dkv_part = spec.backward(query, kv, *here, lse, delta, dout)
-        return dkv_part if dkv is None else dkv + dkv_part, dq
+        dq, part = spec.backward(query, kv, *here, lse, delta, dout)
+        return part if dkv is None else dkv + part, dq
 
     travel = (
         jnp.concatenate([query, dout.astype(query.dtype)], axis=-1),

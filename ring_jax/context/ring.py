@@ -3,7 +3,8 @@
     hop i of C:  start the permute of KV to the next rank; resume (out, lse) on the KV that is here
 
 Forward C - 1 permutes of KV. The backward is one rule around the whole ring, from the final out and
-LSE: KV travels again (C - 1), its float32 gradients follow and come home (C), dQ stays.
+LSE: KV travels again and its float32 gradients follow and come home, C - 1 permutes each, dQ stays. A rank's own
+keys come last there, and hide their gradients' way home, which is twice the first permute of KV.
 
 Source: Liu, Zaharia and Abbeel, Ring Attention with Blockwise Transformers, arXiv 2310.01889.
 """
@@ -29,11 +30,11 @@ def ring(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None)
 def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
     whole = spec.backend.whole == "causal"
 
-    def hop(kv, partial, source, own, last):
+    def hop(kv, partial, source, own, final):
         if whole:
             return halves.forward(spec, shard, query, kv, start, end, partial, source, own), None
         here = shard.local_bounds(start, end, source)
-        return spec.forward(query, kv, *here, partial, query.dtype if last else None), None
+        return spec.forward(query, kv, *here, partial, query.dtype if final else None), None
 
     (out, lse), _ = rotate(shard, spec.backend.unroll, hop, kv, carry)
     return out.astype(query.dtype), lse
@@ -49,16 +50,14 @@ def _ring_bwd(spec, shard, saved, cotangents):
     # Tied to the cotangent, or XLA would merge this rotation with the forward's and keep all of KV alive.
     kv, (dout, dlse) = lax.optimization_barrier((kv, cotangents))
     delta = delta_of(out, dout, dlse)
-
     whole = spec.backend.whole == "causal"
 
-    def hop(kv, dq, source, own, last):
+    def hop(kv, dq, source, own, final):
         if whole:
-            dq_part, dkv_part = halves.backward(spec, shard, query, kv, start, end, lse, delta, dout, source, own)
-        else:
-            here = shard.local_bounds(start, end, source)
-            dq_part, dkv_part = spec.backward(query, kv, *here, lse, delta, dout)
-        return dq_part if dq is None else dq + dq_part, dkv_part
+            part, dkv = halves.backward(spec, shard, query, kv, start, end, lse, delta, dout, source, own)
+            return part if dq is None else dq + part, dkv
+        here = shard.local_bounds(start, end, source)
+        return spec.backward(query, kv, *here, lse, delta, dout, dq)
 
     dq, dkv = rotate(shard, spec.backend.unroll, hop, kv, None, jnp.add)
     dcarry = None if carry is None else carry_gradient(carry, lse, delta, dout)

@@ -54,44 +54,52 @@ class Shard:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, ring), tree)
 
 
-def rotate(
-    shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Callable[[Any, Any], Any] = lambda a, b: None
-):
+def rotate(shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Callable[[Any, Any], Any] | None = None):
     """Walk `travel` once around the ring; the engine of `ring` and `pass_q`, forward and backward.
 
-    At every hop, `hop(travel, stay, source, own, last) -> (stay, part)` works on what has arrived from rank `source`;
-    `own` (the first hop) and `last` are static. `stay` is kept here. `part` (or None) belongs to rank `source`: parts
+    At every hop, `hop(travel, stay, source, own, final) -> (stay, part)` works on what has come from rank `source`; `own`
+    (this rank's own) and `final` are static. `stay` is kept here. With `combine`, `part` belongs to rank `source`: parts
     follow their `travel` one hop behind, joined by `combine(arrived, part)`, and come home at the end.
 
-    The permute of `travel` is issued before the hop, that of the parts beside it, so both hide behind
-    the hop's compute. C - 1 permutes of `travel`, C of the parts. Up to `unroll` ranks the hops are unrolled, beyond
-    they are a scan, whose compile time does not grow with C.
+    The permute of `travel` is issued before the hop, that of the parts beside it, so both hide behind the hop's
+    compute; C - 1 permutes of each. A rank's own comes first, where it hides the first permute of `travel`; where there
+    are parts it comes last, and hides their way home, which is longer. Up to `unroll` ranks the hops are unrolled,
+    beyond they are a scan, whose compile time does not grow with C.
 
     Returns (stay, the parts that belong to this rank).
     """
-    C, rank = shard.ranks, shard.rank()
+    C, rank, own = shard.ranks, shard.rank(), travel
 
-    def one(i, state, own: bool, last: bool):
+    def one(i, state, final: bool):
         travel, stay, parts = state
         arriving = shard.shift(parts)
-        departing = None if last else shard.shift(travel)
-        stay, part = hop(travel, stay, (rank - i) % C, own, last)
-        parts = part if arriving is None else combine(arriving, part)
+        departing = None if final else shard.shift(travel)
+        stay, part = hop(travel, stay, (rank - i) % C, False, final)
+        parts = combine(arriving, part) if combine and arriving is not None else part
         # Without the barrier all permutes are ready at once: memory would not fall as 1/C.
-        return lax.optimization_barrier((departing, stay, parts)) if not last else (None, stay, parts)
+        return lax.optimization_barrier((departing, stay, parts)) if not final else (None, stay, parts)
 
-    state = (travel, stay, None)
-    if C <= unroll:
-        for i in range(C):
-            state = one(i, state, own=i == 0, last=i == C - 1)
-    else:
-        state = one(0, state, own=True, last=False)
-        state, _ = lax.scan(
-            lambda s, i: (one(i, s, own=False, last=False), None), state, jnp.arange(1, C - 1, dtype=jnp.int32)
-        )
-        state = one(C - 1, state, own=False, last=True)
-    _, stay, parts = state
-    return stay, (parts if C == 1 else shard.shift(parts))
+    parts = None
+    if C > 1:
+        departing = shard.shift(travel)
+        if combine is None:
+            stay, _ = hop(own, stay, rank, True, False)
+        state, begun = lax.optimization_barrier((departing, stay, None)), 1
+        if C > unroll:
+            if combine and C > 2:  # no parts arrive yet
+                state, begun = one(1, state, final=False), 2
+            if begun < C - 1:
+                hops = jnp.arange(begun, C - 1, dtype=jnp.int32)
+                state, _ = lax.scan(lambda s, i: (one(i, s, final=False), None), state, hops)
+                begun = C - 1
+        for i in range(begun, C):
+            state = one(i, state, final=i == C - 1)
+        _, stay, parts = state
+        parts = shard.shift(parts)
+    if combine or C == 1:
+        stay, part = hop(own, stay, rank, True, True)
+        parts = combine(parts, part) if combine and parts is not None else part
+    return stay, parts
 
 
 def seq_to_axis(x: jax.Array, shard: Shard, split_axis: int, seq_axis: int = 1) -> jax.Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import concrete
 from ring_jax._vma import align
+from ring_jax.flash import parts
 from ring_jax.flash.backends import Backend, check_inputs, select
 from ring_jax.flash.merge import carry_gradient, partial_dtype
 from ring_jax.flash.packed import pack
@@ -35,14 +36,24 @@ class Spec:
     logits_soft_cap: float | None
 
     def forward(self, query, kv, start, end, carry, out_dtype=None) -> Partial:
-        return self.backend.forward(
-            query, kv, start, end, carry, scale=self.scale, logits_soft_cap=self.logits_soft_cap, out_dtype=out_dtype
-        )
+        """(out, lse) of one block, of keys in parts where bounds are [P, B, T] (`flash.parts`)."""
+        if start.ndim == 3 and not self.backend.parts:
+            return parts.forward(self.forward, query, kv, start, end, carry, out_dtype)
+        return self.backend.forward(query, kv, start, end, carry, out_dtype=out_dtype, **self._options)
 
-    def backward(self, query, kv, start, end, lse, delta, dout) -> Partial:
-        return self.backend.backward(
-            query, kv, start, end, lse, delta, dout, scale=self.scale, logits_soft_cap=self.logits_soft_cap
-        )
+    def backward(self, query, kv, start, end, lse, delta, dout, dq=None) -> Partial:
+        """(dq, dkv) of one block, float32; adds to `dq` where that is given. Keys in parts as in `forward`."""
+        if start.ndim == 3 and not self.backend.parts:
+            return parts.backward(self.backward, query, kv, start, end, lse, delta, dout, dq)
+        operands, options = (query, kv, start, end, lse, delta, dout), self._options
+        if self.backend.adds:
+            return self.backend.backward(*operands, dq, **options)
+        own, dkv = self.backend.backward(*operands, **options)
+        return own if dq is None else dq + own, dkv
+
+    @property
+    def _options(self) -> dict[str, float | None]:
+        return {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap}
 
 
 def make_spec(query, kv, scale, logits_soft_cap, implementation, whole=None, deterministic=None) -> Spec:
@@ -126,8 +137,9 @@ def flash_attention(
         logits_soft_cap: cap c > 0 applied as c * tanh(logits / c).
         carry: float32 (out, lse) of the same rows over other keys, to resume from. (0, sink) adds an attention sink.
         implementation: "reference", "xla", ... or None for the best that runs here.
-        deterministic: True for gradients that repeat bit by bit; False for the fastest; None leaves it to the
-            implementation (all but cuDNN repeat). Results of the forward pass always repeat.
+        deterministic: True for gradients that repeat bit by bit; False for the fastest; None for gradients that repeat
+            unless that costs more than 10%: all but cuDNN's and, on Hopper, those of head sizes from 65 to 128, whose
+            last bits differ from run to run. Results of the forward pass always repeat.
 
     Returns:
         (out, lse): float32 [B, T, N, Hv] and natural-log [B, T, N] (float64 for float64 inputs), a mergeable

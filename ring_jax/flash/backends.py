@@ -3,18 +3,20 @@
 A backend is two functions on one block, without derivative rules of their own:
 
     forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap, out_dtype) -> (out, lse)
-    backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_soft_cap) -> (dq, dkv)
+    backward(query, kv, key_start, key_end, lse, delta, dout[, dq], *, scale, logits_soft_cap) -> (dq, dkv)
 
 query [B, T, N, H]; kv packed (`flash.packed`); key_start, key_end int32 [B, T], 0 <= start <= end <= S,
 monotone along T; carry None or float32 (out, lse) to resume from; lse the *final* LSE of all keys
 (-inf rows have zero gradient); delta = rowsum(dO . O) - dLSE; dq, dkv float32. `flash.api` and the
 strategies in `ring_jax.context` put the derivative rules around them.
 
+Backends with `parts` also take keys in P parts: kv with an axis before all others, and bounds [P, B, T], an interval of
+each part. For the others `flash.parts` goes from part to part.
+
 To add one: write the two functions, give `unsupported` a reason for what it cannot do, add it to
 `BACKENDS`, and add its name to the harness in tests/flash.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +39,12 @@ class Backend:
     unsupported: Callable[[jax.Array, jax.Array, float | None], str | None] = lambda query, kv, logits_soft_cap: None
     # The mask that it takes the bounds to be: "full", "causal" (from the first position), or None where it reads them.
     whole: str | None = None
-    # Whether gradients repeat bit by bit.
+    # Whether gradients repeat bit by bit, if that is asked for.
     repeatable: bool = True
+    # Whether `backward` takes dq, float32 [B, T, N, H], to add to.
+    adds: bool = False
+    # Whether both functions take keys in parts.
+    parts: bool = False
 
 
 def _cudnn(whole: str) -> Backend:
@@ -49,18 +55,20 @@ def _cudnn(whole: str) -> Backend:
 # The same kernel for each mask that it knows.
 CUDNN = {whole: _cudnn(whole) for whole in ("full", "causal")}
 
+
+def _mosaic(deterministic: bool | None) -> Backend:
+    backward = functools.partial(mosaic.backward, deterministic=deterministic)
+    return Backend("mosaic", mosaic.forward, backward, unroll=8, unsupported=mosaic.unsupported, adds=True, parts=True)
+
+
+# The same kernels by what is asked of their gradients.
+MOSAIC = {deterministic: _mosaic(deterministic) for deterministic in (None, True, False)}
+
 BACKENDS: dict[str, Backend] = {
     "reference": Backend("reference", reference.forward, reference.backward),
     "xla": Backend("xla", xla.forward, xla.backward),
-    "mosaic": Backend("mosaic", mosaic.forward, mosaic.backward, unroll=8, unsupported=mosaic.unsupported),
+    "mosaic": MOSAIC[None],
     "cudnn": CUDNN["full"],
-}
-
-# The same where gradients need not repeat bit by bit and that is faster.
-FASTER = {
-    "mosaic": dataclasses.replace(
-        BACKENDS["mosaic"], backward=functools.partial(mosaic.backward, deterministic=False), repeatable=False
-    )
 }
 
 # What implementation=None tries, best first; the last runs anything.
@@ -99,7 +107,8 @@ def select(
     """The backend that `implementation` names, or the best that runs here for None.
 
     `whole` is "full" or "causal" where the mask is known to be that, for backends that cannot read bounds.
-    `deterministic`: True for gradients that repeat bit by bit, False for the fastest; None leaves it to the backend.
+    `deterministic`: True for gradients that repeat bit by bit, False for the fastest; None for those that repeat
+    unless that costs more than 10%.
 
     Raises:
         ValueError: unknown name.
@@ -116,9 +125,7 @@ def select(
         raise NotImplementedError(
             f"implementation={implementation!r} cannot run here: {reason}. None lets ring_jax choose"
         )
-    backend = BACKENDS[implementation]
-    if deterministic is False:
-        backend = FASTER.get(implementation, backend)
+    backend = MOSAIC[deterministic] if implementation == "mosaic" else BACKENDS[implementation]
     return backend if backend.whole is None or whole is None else CUDNN[whole]
 
 

@@ -40,23 +40,30 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
     return pcast_to(lax.optimization_barrier(partial), axes)
 
 
-def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_soft_cap=None, deterministic=True):
+def backward(
+    query, kv, key_start, key_end, lse, delta, dout, dq=None, *, scale, logits_soft_cap=None, deterministic=None
+):
     """See `flash.backends`."""
-    axes = varying_axes(query, kv, key_start, key_end, lse, delta, dout)
-    head_size = query.shape[-1]
-    key, value = unpack(kv, head_size)
-    value_size = value.shape[-1]
+    axes = varying_axes(query, kv, key_start, key_end, lse, delta, dout, dq)
+    head_size, value_size = query.shape[-1], dout.shape[-1]
     padded = bool(head_size % _HEAD_MULTIPLE or value_size % _HEAD_MULTIPLE)
+    # Keys in parts: an axis before all others.
+    each_part = jax.vmap if key_start.ndim == 3 else lambda f: f
     if padded:
-        query, key, value, dout = (_pad_heads(x) for x in (query, key, value, dout))
-        kv = pack(key, value)
-    operands = (query, kv, key_start, key_end, lse, delta, dout.astype(query.dtype))
+        kv = each_part(lambda kv: pack(*(_pad_heads(x) for x in unpack(kv, head_size))))(kv)
+        query, dout = _pad_heads(query), _pad_heads(dout)
+        dq = None if dq is None else _pad_heads(dq)
+    operands = (query, kv, key_start, key_end, lse, delta, dout.astype(query.dtype), dq)
     with jax.enable_x64(False):
         options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "deterministic": deterministic}
         dq, dkv = mosaic_hopper_backward.backward(*operands, **options)
     if padded:
-        dk, dv = unpack(dkv, query.shape[-1])
-        dq, dkv = dq[..., :head_size], pack(dk[..., :head_size], dv[..., :value_size])
+
+        def cut(dkv):
+            dk, dv = unpack(dkv, query.shape[-1])
+            return pack(dk[..., :head_size], dv[..., :value_size])
+
+        dq, dkv = dq[..., :head_size], each_part(cut)(dkv)
     return pcast_to((dq, dkv), axes)
 
 

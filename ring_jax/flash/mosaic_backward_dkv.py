@@ -8,13 +8,15 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.flash import mosaic_compat as compat
-from ring_jax.flash import mosaic_wgmma
+from ring_jax.flash import mosaic_update, mosaic_wgmma
 from ring_jax.flash.mosaic_backward_common import (
     COL,
+    REGISTERS,
     ROWS,
     STAGE_COLUMNS,
     TILE,
     WGS,
+    Value,
     accumulate,
     drain,
     loop,
@@ -24,6 +26,7 @@ from ring_jax.flash.mosaic_backward_common import (
     read,
     ring_slot,
     softmax,
+    span_of,
     splits_by_role,
     store,
 )
@@ -54,51 +57,57 @@ def dkv(problem, query, kv, dout, stats, bounds, table):
             p_full=plgpu.Barrier(num_barriers=2),
             p_consumed=plgpu.Barrier(num_barriers=2),
         )
+    operands = query, kv, dout, stats, bounds, table
+    output = compat.output_like(kv.shape, jnp.float32, *operands[:5])
     call = compat.kernel(
         partial(_body, problem, tiles),
         name="flash_backward_dkv",
-        out_type=compat.output_like(kv.shape, jnp.float32, query, kv, dout, stats, bounds),
+        out_type=(output,) if problem.split == 1 else (),
         scratch=scratch,
-        grid=(problem.K * problem.B * tiles,),
+        grid=(problem.K * problem.split * problem.parts * problem.B * tiles,),
         grid_names=("program",),
         num_threads=WGS + 1,
         thread_name="wg",
     )
-    return call(query, kv, dout, stats, bounds, table)
+    if problem.split == 1:
+        return call(*operands)[0]
+    return mosaic_update.update(call, (), operands, (jnp.zeros(kv.shape, jnp.float32),))[0]
 
 
 def _body(problem, tiles, query, kv, dout, stats, bounds, table, dkv_ref, *, kv_full, **scratch):
     by_role = splits_by_role(problem.H, problem.Hv)
     wg = lax.axis_index("wg")
-    b, head, tile = program(problem, problem.K, tiles, descending=False)
-    span = tuple(table[b, tile, i] for i in range(4))
+    b, head, tile = program(problem.parts * problem.B, problem.K * problem.split, tiles, descending=False)
+    kv_head = problem.kv_head(head)
+    span = span_of(table, b, tile)
     pieces = 1 if by_role else WGS
     first_row = tile * (pieces * ROWS)
+    compute, feed = problem.roles(wg, span)
 
     if by_role:
         for role, body in enumerate((_dv_role, _dk_role)):
             at = (problem.value_at, problem.key_at)[role]
 
-            @pl.when(wg == role)
+            @pl.when(compute & (wg == role))
             def _(body=body, role=role, at=at):
                 plgpu.set_max_registers(232, action="increase")
                 plgpu.barrier_wait(kv_full)
-                body(problem, span, first_row, target(dkv_ref, at, b, first_row, head), **scratch)
+                body(problem, span, first_row, target(dkv_ref, at, b, first_row, kv_head), **scratch)
     else:
 
-        @pl.when(wg < WGS)
+        @pl.when(compute)
         def _compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS[WGS][0], action="increase")
             plgpu.barrier_wait(kv_full)
             row = first_row + wg * ROWS
-            dk, dv = (target(dkv_ref, at, b, row, head) for at in (problem.key_at, problem.value_at))
+            dk, dv = (target(dkv_ref, at, b, row, kv_head) for at in (problem.key_at, problem.value_at))
             rows_of_keys(problem, span, wg, row, dk, dv, **scratch)
 
-    @pl.when(wg == WGS)
+    @pl.when(feed)
     def _memory():
-        plgpu.set_max_registers(40, action="decrease")
-        load_keys(problem, kv, b, head, first_row, pieces, kv_full, **scratch)
-        total = problem.G * (span[1] - span[0])
+        plgpu.set_max_registers(REGISTERS[WGS][1], action="decrease")
+        load_keys(problem, kv, b, kv_head, first_row, pieces, kv_full, **scratch)
+        total = problem.share * (span[1] - span[0])
         stages = problem.config.stages
         load = partial(load_query, problem, span, b, head, query, dout, stats, bounds, **scratch)
         pl.loop(0, lax.min(total, stages))(lambda t: load(t, wait=False))
@@ -121,11 +130,11 @@ def load_keys(problem, kv, b, head, first_row, pieces, kv_full, *, k_smem, v_sme
 
 
 def query_of(problem, span, head, t):
-    """Rows and head of step t, which counts the query tiles [first, last) of each query head of the group."""
+    """Rows and head of step t, which counts the query tiles [first, last) of each query head of the program."""
     first, last = span[:2]
     g = lax.div(t, last - first)
     block = problem.config.block_q_dkv
-    return pl.ds((first + t - g * (last - first)) * block, block), head * problem.G + g
+    return pl.ds((first + t - g * (last - first)) * block, block), head * problem.share + g
 
 
 def load_query(problem, span, b, head, query, dout, stats, bounds, t, *, wait, q_smem, do_smem, stats_smem, bounds_smem,
@@ -133,113 +142,167 @@ def load_query(problem, span, b, head, query, dout, stats, bounds, t, *, wait, q
     """Starts the loads of step t, if `wait` once its buffers are free."""
     slot = ring_slot(t, problem.config.stages)
     rows, q_head = query_of(problem, span, head, t)
+    q_b = problem.query_batch(b)
     if wait:
         plgpu.barrier_wait(q_consumed.at[slot])
-    plgpu.copy_gmem_to_smem(query.at[b, rows, q_head], q_smem.at[slot], q_full.at[slot])
-    plgpu.copy_gmem_to_smem(stats.at[b, q_head, :, rows], stats_smem.at[slot], q_full.at[slot])
+    plgpu.copy_gmem_to_smem(query.at[q_b, rows, q_head], q_smem.at[slot], q_full.at[slot])
+    plgpu.copy_gmem_to_smem(stats.at[q_b, q_head, :, rows], stats_smem.at[slot], q_full.at[slot])
     plgpu.copy_gmem_to_smem(bounds.at[b, :, rows], bounds_smem.at[slot], q_full.at[slot])
     if wait:
         plgpu.barrier_wait(do_consumed.at[slot])
-    plgpu.copy_gmem_to_smem(dout.at[b, rows, q_head], do_smem.at[slot], do_full.at[slot])
+    plgpu.copy_gmem_to_smem(dout.at[q_b, rows, q_head], do_smem.at[slot], do_full.at[slot])
 
 
 def _walk_queries(problem, span, body, *accumulators):
-    """body(t, query tile) for each query tile of each query head of the group; t counts on."""
+    """body(t, query tile) for each query tile of each query head of the program; t counts on."""
     first, last = span[:2]
     count = last - first
 
     def per_head(g):
         loop(first, last, lambda i: body(g * count + i - first, i), *accumulators)
 
-    loop(0, problem.G, per_head, *accumulators)
+    loop(0, problem.share, per_head, *accumulators)
+
+
+def _fold_queries(problem, span, body, begin, state):
+    """state = body(t, query tile, state) for each query tile of each query head of the program, from step `begin` on."""
+    first, last = span[:2]
+    total = problem.share * (last - first)
+
+    def following(i):  # after the last one, the first of the next head
+        return jnp.where(i + 1 == last, first, i + 1)
+
+    def step(n, carry):
+        i, state = carry
+        state = body(begin + n, i, state)
+        return following(i), state
+
+    # From 0, since the bounds may vary over a manual mesh axis and the loop's own counter does not.
+    return lax.fori_loop(0, total - begin, step, (following(first - 1 + begin), state))[1]
 
 
 def _visible_keys(span, i, first_key, shape, bounds):
     """Masks P^T [keys, queries] where query tile i needs it."""
 
-    def apply(p):
+    def apply(x, hidden):
         keys = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
         start, end = (lax.broadcast_in_dim(compat.load(bounds.at[x], COL), shape, [1]) for x in range(2))
-        return masked(p, keys, start, end)
+        return masked(x, keys, start, end, hidden)
 
-    return lambda p: lax.cond((i < span[2]) | (i >= span[3]), lambda: apply(p), lambda: p)
+    return lambda x, hidden: lax.cond((i < span[2]) | (i >= span[3]), lambda: apply(x, hidden), lambda: x)
 
 
 def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem, q_smem, do_smem, stats_smem, bounds_smem,
               staging, q_full, do_full, q_consumed, do_consumed, hand_over=None):  # fmt: skip
     """dK and dV of 64 keys in one warpgroup; `hand_over(t, ds)` gets each dS^T [keys, queries], rounded."""
-    stages = problem.config.stages
-    shape = (ROWS, problem.config.block_q_dkv)
+    config = problem.config
+    stages = config.stages
+    shape = (ROWS, config.block_q_dkv)
+    first, last = span[:2]
+    total = problem.share * (last - first)
     key, value = k_smem.at[wg], v_smem.at[wg]
+    overlap = config.overlap and hand_over is None  # the fused form lacks the registers
 
-    def load(ref):
-        return compat.load(ref, COL)
+    def buffers(t):
+        slot = ring_slot(t, stages)
+        return slot, q_smem.at[slot], do_smem.at[slot]
 
-    def spread(row):
-        return lax.broadcast_in_dim(row, shape, [1])
+    def spread(ref):
+        return lax.broadcast_in_dim(ref, shape, [1])
 
-    def walk(dk_acc, dv_acc):
-        def step(t, i):
-            slot = ring_slot(t, stages)
-            q, do = q_smem.at[slot], do_smem.at[slot]
-            lse, delta = (stats_smem.at[slot, i] for i in range(2))
+    def probabilities(i, slot, s, lse):
+        """P and the derivative of the soft cap (or None)."""
+        visible = _visible_keys(span, i, row, shape, bounds_smem.at[slot])
+        if not config.mask_first:
+            return softmax(problem, s, lambda: spread(lse), visible)
+        # Loaded after the mask, which takes registers, too.
+        return softmax(problem, s, lambda: spread(lse_of(slot)), visible, mask_first=True)
 
-            def probabilities_of(s, lse):
-                """P for the product, the same in float32 (to hold the unrounded form too would spill), the cap's derivative."""
-                visible = _visible_keys(span, i, row, shape, bounds_smem.at[slot])
-                p, derivative = softmax(problem, s, spread(lse), visible)
-                return *mosaic_wgmma.rounded(p, problem.dtype), derivative
+    def gradient(p, dp, delta, derivative):
+        ds = p * (dp - spread(delta))
+        return ds if derivative is None else ds * derivative
 
-            def start_s(s_acc):
-                plgpu.barrier_wait(q_full.at[slot])
-                product(s_acc, key, q, rhs_transposed=True)
-                # Loaded while the product runs, not after it.
-                return load(lse)
+    def lse_of(slot):  # loaded while a product runs, like delta
+        return compat.load(stats_smem.at[slot, 0], COL)
 
-            def start_dp(dp_acc):
-                plgpu.barrier_wait(do_full.at[slot])
-                product(dp_acc, value, do, rhs_transposed=True)
+    def delta_of(slot):
+        return compat.load(stats_smem.at[slot, 1], COL)
 
-            def finish(p, wide_p, derivative, dp_acc):
-                product(dv_acc, p, do)
-                row = load(delta)
-                ds = wide_p * (read(dp_acc, in_flight=1) - spread(row))
-                return (ds if derivative is None else ds * derivative).astype(problem.dtype)
+    def release(t):
+        plgpu.barrier_arrive(do_consumed.at[ring_slot(t, stages)])
+        plgpu.barrier_arrive(q_consumed.at[ring_slot(t, stages)])
 
-            if problem.config.overlap and hand_over is None:  # the fused form lacks the registers
+    def tiles(t, i, previous=()):
+        """P and dS of step t, then dV and dK with those of the step before: their products run during the softmax."""
+        slot, q, do = buffers(t)
+        plgpu.barrier_wait(q_full.at[slot])
+        plgpu.barrier_wait(do_full.at[slot])
+        s, dp, *sums = mosaic_wgmma.start_products((None, key, q), (None, value, do), *previous)
+        lse = None if config.mask_first else lse_of(slot)
+        (s,) = mosaic_wgmma.wait(1 + len(sums), s)
+        p, derivative = probabilities(i, slot, s, lse)
+        delta = delta_of(slot)
+        (dp,) = mosaic_wgmma.wait(len(sums), dp)
+        ds = gradient(p, dp, delta, derivative)
+        # Rounded, they take the registers that the products of the last ones read.
+        *sums, p, ds = mosaic_wgmma.wait(0, *sums, p, ds)
+        p, ds = p.astype(problem.dtype), ds.astype(problem.dtype)
+        if hand_over is not None:
+            hand_over(t, ds)
+        return *sums, p, ds
 
-                def gradients(s_acc, dp_acc):
-                    row = start_s(s_acc)
-                    start_dp(dp_acc)
-                    return finish(*probabilities_of(read(s_acc, in_flight=1), row), dp_acc)
+    def sums_of(t, dv, dk, p, ds):
+        _, q, do = buffers(t)
+        return (dv, p, do), (dk, ds, q)
 
-                ds = accumulate(gradients, shape, shape)
-            else:
+    def pipelined(t, i, state):
+        state = tiles(t, i, sums_of(t - 1, *state))
+        release(t - 1)
+        return state
 
-                def probabilities(s_acc):
-                    row = start_s(s_acc)
-                    return probabilities_of(read(s_acc), row)
+    def in_turn(t, i, state):
+        dv, dk = state
+        slot, q, do = buffers(t)
+        plgpu.barrier_wait(q_full.at[slot])
+        lse = None if config.mask_first else lse_of(slot)
+        if overlap:
+            plgpu.barrier_wait(do_full.at[slot])
+            s, dp = mosaic_wgmma.start_products((None, key, q), (None, value, do))
+            (s,) = mosaic_wgmma.wait(1, s)
+        else:
+            (s,) = mosaic_wgmma.wait(0, *mosaic_wgmma.start_products((None, key, q)))
+        p, derivative = probabilities(i, slot, s, lse)
+        # To hold the unrounded form, too, would spill.
+        p, wide_p = mosaic_wgmma.rounded(p, problem.dtype)
+        if not overlap:
+            plgpu.barrier_wait(do_full.at[slot])
+            (dp,) = mosaic_wgmma.start_products((None, value, do))
+        (dv,) = mosaic_wgmma.start_products((dv, p, do))
+        delta = delta_of(slot)
+        (dp,) = mosaic_wgmma.wait(1, dp)
+        ds = gradient(wide_p, dp, delta, derivative).astype(problem.dtype)
+        if hand_over is not None:
+            hand_over(t, ds)
+        (dk,) = mosaic_wgmma.start_products((dk, ds, q))
+        (dv,) = mosaic_wgmma.wait(1, dv)
+        plgpu.barrier_arrive(do_consumed.at[slot])
+        (dk,) = mosaic_wgmma.wait(0, dk)
+        plgpu.barrier_arrive(q_consumed.at[slot])
+        return dv, dk
 
-                p, wide_p, derivative = accumulate(probabilities, shape)
+    def pipeline(dv, dk):
+        state = _fold_queries(problem, span, pipelined, 1, (dv, dk, *tiles(0, first)))
+        sums = mosaic_wgmma.wait(0, *mosaic_wgmma.start_products(*sums_of(total - 1, *state)))
+        release(total - 1)
+        return sums
 
-                def gradients(dp_acc):
-                    start_dp(dp_acc)
-                    return finish(p, wide_p, derivative, dp_acc)
-
-                ds = accumulate(gradients, shape)
-            if hand_over is not None:
-                hand_over(t, ds)
-            product(dk_acc, ds, q)
-            read(dv_acc, in_flight=1)
-            plgpu.barrier_arrive(do_consumed.at[slot])
-            read(dk_acc)
-            plgpu.barrier_arrive(q_consumed.at[slot])
-
-        _walk_queries(problem, span, step, dk_acc, dv_acc)
-        store(dk_acc, problem.scale, staging.at[wg], dk_target)
-        store(dv_acc, 1.0, staging.at[wg], dv_target)
-
-    accumulate(walk, (ROWS, problem.H), (ROWS, problem.Hv))
+    zeros = (plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), TILE) for width in (problem.Hv, problem.H))
+    if config.pipeline_dkv:
+        dv, dk = lax.cond(total > 0, pipeline, lambda *x: x, *zeros)
+    else:
+        dv, dk = _fold_queries(problem, span, in_turn, 0, tuple(zeros))
+    store(Value(dk), problem.scale, staging.at[wg], dk_target, add=problem.split > 1)
+    store(Value(dv), 1.0, staging.at[wg], dv_target, add=problem.split > 1)
 
 
 def _dv_role(problem, span, row, target, *, k_smem, q_smem, do_smem, stats_smem, bounds_smem, p_smem, staging,
@@ -257,7 +320,7 @@ def _dv_role(problem, span, row, target, *, k_smem, q_smem, do_smem, stats_smem,
                 product(s_acc, k_smem.at[0], q_smem.at[slot], rhs_transposed=True)
                 lse = lax.broadcast_in_dim(compat.load(stats_smem.at[slot, 0], COL), shape, [1])
                 visible = _visible_keys(span, i, row, shape, bounds_smem.at[slot])
-                p, derivative = softmax(problem, read(s_acc), lse, visible)
+                p, derivative = softmax(problem, read(s_acc), lambda: lse, visible)
                 return p, p if derivative is None else p * derivative
 
             p, p_for_ds = accumulate(probabilities, shape)
@@ -276,8 +339,8 @@ def _dv_role(problem, span, row, target, *, k_smem, q_smem, do_smem, stats_smem,
             plgpu.barrier_arrive(do_consumed.at[slot])
 
         _walk_queries(problem, span, step, dv_acc)
-        drain(problem.G * (span[1] - span[0]), 2, p_consumed)
-        store(dv_acc, 1.0, staging.at[0], target)
+        drain(problem.share * (span[1] - span[0]), 2, p_consumed)
+        store(dv_acc, 1.0, staging.at[0], target, add=problem.split > 1)
 
     accumulate(walk, (ROWS, problem.Hv))
 
@@ -310,6 +373,6 @@ def _dk_role(problem, span, row, target, *, v_smem, q_smem, do_smem, stats_smem,
             plgpu.barrier_arrive(q_consumed.at[slot])
 
         _walk_queries(problem, span, step, dk_acc)
-        store(dk_acc, problem.scale, staging.at[1], target)
+        store(dk_acc, problem.scale, staging.at[1], target, add=problem.split > 1)
 
     accumulate(walk, (ROWS, problem.H))

@@ -3,22 +3,21 @@
 Algorithm: FlashAttention-3 (arXiv 2407.08608), appendix B.1. It is the dkv kernel of `mosaic_hopper_backward`, except that
 the two compute warpgroups also leave dS^T in shared memory, and the third warpgroup, which feeds shared memory, turns it
 into dQ += dS K of the query tile and adds that to dq in global memory by TMA reduction. Float32 additions from different
-programs arrive in any order, so dq does not repeat bit by bit (dK and dV do).
+programs arrive in any order, so dq does not repeat bit by bit; nor do dK and dV of more than two programs (`_split`).
 
-dq must start at zero, so it enters as a Ref: jax has no other way to give a Mosaic GPU kernel a buffer to add to. Inside
-a shard_map that checks varying axes a Ref does not lower; `unsupported_reason` says so.
+dq enters as what there is to add to (`mosaic_update`): zeros, or the sum over a ring's hops so far.
 """
 
 from functools import partial
 
-import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.flash import mosaic_compat as compat
-from ring_jax.flash.mosaic_backward_common import ROWS, STAGE_COLUMNS, WGS, program
+from ring_jax.flash import mosaic_update
+from ring_jax.flash.mosaic_backward_common import ROWS, STAGE_COLUMNS, WGS, program, span_of
 from ring_jax.flash.mosaic_backward_dkv import load_keys, load_query, query_of, rows_of_keys, target
 
 _COLUMNS = 64  # of dQ at a time: all of them would take registers that dK and dV need
@@ -29,7 +28,7 @@ def _compute_registers(config) -> int:
     return (3 * 168 - config.feed_registers) // 16 * 8
 
 
-def unsupported_reason(query, H: int, Hv: int, block_q: int) -> str | None:
+def unsupported_reason(H: int, Hv: int, block_q: int) -> str | None:
     """Why the fused form cannot run, or None."""
     if H + Hv > 256:
         return f"dK and dV of head sizes {H} and {Hv} do not fit the registers beside dQ"
@@ -37,25 +36,24 @@ def unsupported_reason(query, H: int, Hv: int, block_q: int) -> str | None:
         return f"needs block_q_dkv = {ROWS}, got {block_q}"
     if compat.interpreting():
         return "TMA reductions have no interpreter"
-    if not hasattr(jax, "new_ref") or not compat.INTERPRET_AVAILABLE:
+    if not mosaic_update.AVAILABLE:
         return "needs Refs as kernel arguments, jax 0.11 or later"
-    if getattr(jax.typeof(query), "vma", None) or getattr(
-        getattr(jax.typeof(query), "manual_axis_type", None), "varying", None
-    ):
-        return "Refs do not lower inside a shard_map with check_vma=True"
     return None
 
 
-def fused(problem, query, kv, dout, stats, bounds, table):
-    """(dq, dkv) as `mosaic_hopper_backward` has them before it cuts off padding."""
+def fused(problem, query, kv, dout, stats, bounds, table, dq):
+    """(dq, dkv) as `mosaic_hopper_backward` has them before it cuts off padding; adds to `dq` unless it is None."""
     H, Hv, stages = problem.H, problem.Hv, problem.config.stages
     block = ROWS
     tiles = table.shape[1]
-    dq = jax.new_ref(jnp.zeros((problem.B, problem.T, problem.N, H), jnp.float32))
+    if dq is None:
+        dq = jnp.zeros((problem.B, problem.T, problem.N, H), jnp.float32)
+    operands = query, kv, dout, stats, bounds, table
+    outputs = (compat.output_like(kv.shape, jnp.float32, *operands[:5]),) if problem.split == 1 else ()
     call = compat.kernel(
         partial(_body, problem, tiles),
         name="flash_backward_fused",
-        out_type=compat.output_like(kv.shape, jnp.float32, query, kv, dout, stats, bounds),
+        out_type=outputs,
         scratch=dict(
             k_smem=compat.tiled_smem((WGS, ROWS, H), problem.dtype),
             v_smem=compat.tiled_smem((WGS, ROWS, Hv), problem.dtype),
@@ -74,13 +72,15 @@ def fused(problem, query, kv, dout, stats, bounds, table):
             ds_full=plgpu.Barrier(num_arrivals=WGS, num_barriers=2),
             ds_consumed=plgpu.Barrier(num_barriers=2),
         ),
-        grid=(problem.K * problem.B * tiles,),
+        grid=(problem.K * problem.split * problem.parts * problem.B * tiles,),
         grid_names=("program",),
         num_threads=WGS + 1,
         thread_name="wg",
     )
-    dkv = call(query, kv, dout, stats, bounds, table, dq)
-    return dq[...], dkv
+    if problem.split == 1:
+        dkv, dq = mosaic_update.update(call, outputs, operands, (dq,))
+        return dq, dkv
+    return tuple(mosaic_update.update(call, outputs, operands, (dq, jnp.zeros(kv.shape, jnp.float32))))
 
 
 def _body(
@@ -103,16 +103,18 @@ def _body(
     **scratch,
 ):
     wg = lax.axis_index("wg")
-    b, head, tile = program(problem, problem.K, tiles, descending=False)
-    span = tuple(table[b, tile, i] for i in range(4))
+    b, head, tile = program(problem.parts * problem.B, problem.K * problem.split, tiles, descending=False)
+    kv_head = problem.kv_head(head)
+    span = span_of(table, b, tile)
     first_row = tile * (WGS * ROWS)
+    compute, feed = problem.roles(wg, span)
 
-    @pl.when(wg < WGS)
+    @pl.when(compute)
     def _compute():
         plgpu.set_max_registers(_compute_registers(problem.config), action="increase")
         plgpu.barrier_wait(kv_full)
         row = first_row + wg * ROWS
-        dk, dv = (target(dkv, at, b, row, head) for at in (problem.key_at, problem.value_at))
+        dk, dv = (target(dkv, at, b, row, kv_head) for at in (problem.key_at, problem.value_at))
 
         def hand_over(t, ds):
             buffer = lax.rem(t, 2)
@@ -127,18 +129,18 @@ def _body(
 
         rows_of_keys(problem, span, wg, row, dk, dv, hand_over=hand_over, **scratch)
 
-    @pl.when(wg == WGS)
+    @pl.when(feed)
     def _feed():
         plgpu.set_max_registers(problem.config.feed_registers, action="decrease")
-        load_keys(problem, kv, b, head, first_row, WGS, kv_full, **scratch)
+        load_keys(problem, kv, b, kv_head, first_row, WGS, kv_full, **scratch)
         operands = (problem, span, b, head, query, dout, stats, bounds)
-        total = problem.G * (span[1] - span[0])
+        total = problem.share * (span[1] - span[0])
 
         @pl.loop(0, lax.min(total, problem.config.stages))
         def _(t):
             load_query(*operands, t, wait=False, **scratch)
 
-        def feed(t):
+        def load_next(t):
             @pl.when(t < total)
             def _():
                 load_query(*operands, t, wait=True, **scratch)
@@ -163,11 +165,12 @@ def _body(
                 tile_dq = pl.run_scoped(product, plgpu.ACC((ROWS, _COLUMNS), jnp.float32)) * problem.scale
                 if piece == pieces[-1]:
                     plgpu.barrier_arrive(ds_consumed.at[buffer])
-                    feed(t + problem.config.stages)
+                    load_next(t + problem.config.stages)
                 # This piece's buffer is free once its addition of the last step has been read.
                 plgpu.wait_smem_to_gmem(len(pieces) - 1, wait_read_only=True)
                 dq_smem.at[piece][...] = tile_dq
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dq_smem.at[piece], dq.at[b, rows, q_head, columns], reduction_op="add")
+                target_dq = dq.at[problem.query_batch(b), rows, q_head, columns]
+                plgpu.copy_smem_to_gmem(dq_smem.at[piece], target_dq, reduction_op="add")
 
         plgpu.wait_smem_to_gmem(0)

@@ -13,7 +13,9 @@ the tensor cores work while the softmax runs; the compute warpgroups take turns 
 
 Which keys: row t sees [key_start[t], key_end[t]), both monotone, so the first and the last row of a query tile bound
 it. Key tiles outside [start[first], end[last]) are never loaded. Key tiles that are not inside
-[start[last], end[first]) are masked and come first; the others follow and pay nothing for the mask.
+[start[last], end[first]) are masked and come first; the others follow and pay nothing for the mask. Keys may come in parts,
+as an all-gather leaves them: then all this holds in each part, masked tiles of all parts come first, and a part of which
+no row sees a key costs a load of its bounds. They are in `mosaic_schedule`.
 
 Names: a *step* is one key tile of one query tile. Step i uses slot i mod stages, whatever the query tile, so that slots follow
 from a loop counter; every load waits for its slot to be free, and all slots are declared free at first. m starts at a
@@ -21,7 +23,7 @@ large finite number, not at -inf, so that a row whose keys are all masked has ex
 row ends with l = 0.
 """
 
-import functools
+import dataclasses
 import math
 from typing import Any
 
@@ -31,10 +33,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ring_jax.flash import mosaic_compat, mosaic_wgmma
+from ring_jax.flash import mosaic_compat, mosaic_update, mosaic_wgmma
 from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
-from ring_jax.flash.mosaic_schedule import Problem, Steps, steps_of, work_item
-from ring_jax.flash.packed import value_size
+from ring_jax.flash.mosaic_schedule import MAX_PARTS, Problem, part_steps_of, steps_of, work_item
+from ring_jax.flash.packed import fold_parts, value_size
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -44,15 +46,31 @@ _NO_KEY_YET = -1e30
 _LAZY_BITS = 8.0  # P then reaches 2^8, far below what float16 holds
 
 
-def _kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn):
+def _kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn,
+            carry_smem=None, carry_full=None, carry_free=None):  # fmt: skip
     q_ref, kv_ref, start_ref, end_ref, *carry_refs, out_ref, lse_ref = refs
+    if problem.in_place:
+        carry_refs = [out_ref, lse_ref]
     config = problem.config
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
     blocks = problem.blocks
 
-    def walk(tile_body):
+    def walk(tile_body, give_registers=lambda: None):
         """Runs tile_body(steps, batch, head, row) over this thread block's work items."""
+
+        def item(index):
+            batch, head, row = work_item(problem, index)
+            order = steps_of if problem.parts == 1 else part_steps_of
+            return order(problem, start_ref, end_ref, batch, row), batch, head, row
+
+        if problem.parts > 1 and problem.items == blocks:
+            only = item(block)  # many loads at a time, while there are registers for them
+            give_registers()
+            tile_body(*only)
+            return
+
+        give_registers()
 
         @pl.loop(0, pl.cdiv(problem.items, blocks))
         def _(round_):
@@ -62,8 +80,7 @@ def _kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_f
 
             @pl.when(index < problem.items)
             def _():
-                batch, head, row = work_item(problem, index)
-                tile_body(steps_of(problem, start_ref, end_ref, batch, row), batch, head, row)
+                tile_body(*item(index))
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute():
@@ -72,6 +89,8 @@ def _kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_f
         take_turn, pass_turn = _turns(config, warpgroup, turn)
         pl.when(warpgroup == config.warpgroups - 1)(pass_turn)
         plgpu.barrier_arrive(q_free)
+        if problem.stages_carry:
+            plgpu.barrier_arrive(carry_free)
         for slot in range(config.stages):
             plgpu.barrier_arrive(k_free.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
@@ -80,11 +99,15 @@ def _kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_f
             rows = pl.ds(row + warpgroup * 64, 64)
             outputs = (out_ref.at[batch, rows, head], lse_ref.at[batch, rows, head])
             carry = tuple(ref.at[batch, rows, head] for ref in carry_refs)
-            bounds = (start_ref.at[batch, rows], end_ref.at[batch, rows])
+            staged = (carry_smem.at[warpgroup], carry_full.at[warpgroup], carry_free) if problem.stages_carry else None
+
+            def bounds(part):
+                at = (batch, rows) if part is None else (part + problem.first_part, batch, rows)
+                return tuple(mosaic_compat.load(ref.at[at], _ROWS) for ref in (start_ref, end_ref))
 
             @pl.when(steps.total > 0)
             def _():
-                _attend(problem, warpgroup, steps, bounds, carry, outputs, buffers, take_turn, pass_turn)
+                _attend(problem, warpgroup, steps, bounds, carry, staged, outputs, buffers, take_turn, pass_turn)
 
             @pl.when(steps.total <= 0)
             def _():
@@ -95,8 +118,6 @@ def _kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_f
 
     @pl.when(warpgroup == config.warpgroups)
     def _memory():
-        plgpu.set_max_registers(config.registers[1], action="decrease")
-
         def tile_body(steps, batch, head, row):
             kv_head = lax.div(head, problem.heads // problem.kv_heads)
             key_at, value_at = batch, batch
@@ -107,33 +128,45 @@ def _kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_f
                 key_columns = (pl.ds(0, problem.head_size),)
                 value_columns = (pl.ds(problem.head_size, problem.value_size),)
 
-            def load(step, at, columns, smem, full, free):
+            def load(step, part, tile, at, columns, smem, full, free):
                 slot = _slot(config, step)
-                keys = pl.ds(steps.tile(step) * config.block_kv, config.block_kv)
+                if part is not None:
+                    at += (part + problem.first_part) * (problem.batch * (2 if problem.packed else 1))
+                keys = pl.ds(tile * config.block_kv, config.block_kv)
                 plgpu.barrier_wait(free.at[slot])
                 plgpu.copy_gmem_to_smem(kv_ref.at[(at, keys, kv_head, *columns)], smem.at[slot], full.at[slot])
 
-            def load_key(step):
-                load(step, key_at, key_columns, k_smem, k_full, k_free)
+            def load_key(step, part, tile):
+                load(step, part, tile, key_at, key_columns, k_smem, k_full, k_free)
 
-            @pl.when(steps.total > 0)
-            def _():
+            def load_value(step, part, tile):
+                load(step, part, tile, value_at, value_columns, v_smem, v_full, v_free)
+
+            def load_query():
                 plgpu.barrier_wait(q_free)
                 for w in range(config.warpgroups):
                     rows = pl.ds(row + w * 64, 64)
                     plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem.at[w], q_full.at[w])
-                load_key(jnp.int32(0))
 
-            @pl.loop(0, steps.total)
-            def _(step):
-                # K of the next step is needed together with V of this one.
-                pl.when(step + 1 < steps.total)(lambda: load_key(step + 1))
-                load(step, value_at, value_columns, v_smem, v_full, v_free)
+            steps.load(load_query, load_key, load_value)
+            if problem.stages_carry:  # needed after the last step, so behind all other loads
 
-        walk(tile_body)
+                @pl.when(steps.total > 0)
+                def _():
+                    plgpu.barrier_wait(carry_free)
+                    for w in range(config.warpgroups):
+                        rows = pl.ds(row + w * 64, 64)
+                        plgpu.copy_gmem_to_smem(carry_refs[0].at[batch, rows, head], carry_smem.at[w], carry_full.at[w])
+
+        walk(tile_body, lambda: plgpu.set_max_registers(config.registers[1], action="decrease"))
         if mosaic_compat.interpreting():
             # The interpreter wants every phase of a barrier to be seen.
-            for barrier in (q_free, *(free.at[slot] for slot in range(config.stages) for free in (k_free, v_free))):
+            staged = (carry_free,) if problem.stages_carry else ()
+            for barrier in (
+                q_free,
+                *staged,
+                *(free.at[slot] for slot in range(config.stages) for free in (k_free, v_free)),
+            ):
                 plgpu.barrier_wait(barrier)
 
 
@@ -166,8 +199,11 @@ def _fold(x: jax.Array, combine) -> jax.Array:
     return parts[0]
 
 
-def _softmax(problem: Problem, scores, key0, start, end, m, l, *, masked: bool):
-    """One online-softmax step: (P in float32, m', l'); l is kept as [64, 8] partial sums."""
+def _softmax(problem: Problem, scores, window, m, l):
+    """One online-softmax step: (P in float32, m', l'); l is kept as [64, 8] partial sums.
+
+    `window()` gives [first, last) of the visible columns of each row; None where all are visible.
+    """
     if problem.logits_soft_cap is None:
         factor = problem.scale * _LOG2E
     else:
@@ -175,8 +211,8 @@ def _softmax(problem: Problem, scores, key0, start, end, m, l, *, masked: bool):
         factor = problem.logits_soft_cap * _LOG2E
         e2x = jnp.exp2(scores * (2 * _LOG2E * problem.scale / problem.logits_soft_cap))
         scores = 1.0 - 2.0 / (1.0 + e2x)
-    if masked:
-        scores = mosaic_wgmma.mask(scores, start - key0, end - key0)
+    if window is not None:
+        scores = mosaic_wgmma.mask(scores, *window())
     m_new = jnp.maximum(m, _fold(scores, jnp.maximum).max(axis=1) * factor)
     if problem.config.lazy_rescale:
         # A stale maximum is as good a reference while exp2 of what exceeds it stays small (FlashAttention-4).
@@ -186,19 +222,16 @@ def _softmax(problem: Problem, scores, key0, start, end, m, l, *, masked: bool):
     return p, m_new, l_new
 
 
-def _attend(problem: Problem, warpgroup, steps: Steps, bounds, carry, outputs, buffers, take_turn, pass_turn):
+def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, buffers, take_turn, pass_turn):
     """All steps of one query tile for one compute warpgroup, and its stores."""
     q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free = buffers
     config = problem.config
-    start, end = (mosaic_compat.load(ref, _ROWS) for ref in bounds)
-    acc, m, l = _initial(problem, carry)
+    first_window, masked_loop = steps.masked_windows(config.block_kv, bounds)
+    acc, m, l = _initial(problem, () if problem.stages_carry else carry)
     dtype = q_smem.dtype
 
     def slot_of(step):
         return _slot(config, jnp.int32(step))
-
-    def softmax(step, scores, m, l, masked):
-        return _softmax(problem, scores, steps.tile(step) * config.block_kv, start, end, m, l, masked=masked)
 
     def rescale(acc, m, m_new):
         alpha = jnp.exp2(m - m_new)
@@ -223,7 +256,7 @@ def _attend(problem: Problem, warpgroup, steps: Steps, bounds, carry, outputs, b
         plgpu.barrier_arrive(v_free.at[slot])
         return acc
 
-    def overlapped(step, state, *, masked):
+    def overlapped(step, state, window=None):
         # The softmax of this step runs while P V of the previous one is in flight.
         acc, m, l, p = state
         slot, previous = slot_of(step), slot_of(step - 1)
@@ -234,16 +267,16 @@ def _attend(problem: Problem, warpgroup, steps: Steps, bounds, carry, outputs, b
         pass_turn()
         (scores,) = mosaic_wgmma.wait(1, scores)
         plgpu.barrier_arrive(k_free.at[slot])
-        p, m_new, l = softmax(step, scores, m, l, masked)
+        p, m_new, l = _softmax(problem, scores, window, m, l)
         mosaic_wgmma.hold_back(l, q_smem)
         acc, p = mosaic_wgmma.wait(0, acc, p)
         plgpu.barrier_arrive(v_free.at[previous])
         return rescale(acc, m, m_new), m_new, l, p.astype(dtype)
 
-    def in_turn(step, state, *, masked):
+    def in_turn(step, state, window=None):
         # Holds the turn from P V of one step to Q K of the next, and gives it up for the softmax.
         acc, m, l = state
-        p, m_new, l = softmax(step, scores_of(step, pass_turn), m, l, masked)
+        p, m_new, l = _softmax(problem, scores_of(step, pass_turn), window, m, l)
         acc = rescale(acc, m, m_new)
         mosaic_wgmma.hold_back(l, q_smem)
         take_turn()
@@ -251,28 +284,45 @@ def _attend(problem: Problem, warpgroup, steps: Steps, bounds, carry, outputs, b
 
     plgpu.barrier_wait(q_full.at[warpgroup])
     if config.overlap:
-        p, m_new, l = softmax(0, scores_of(0), m, l, True)
-        if problem.carry:
+        p, m_new, l = _softmax(problem, scores_of(0), first_window(), m, l)
+        if problem.carry and not problem.stages_carry:
             acc = rescale(acc, m, m_new)
-        # The first step is always masked, so the masked loop starts after it.
         state, body, first, masked_end = (acc, m_new, l, p.astype(dtype)), overlapped, 1, jnp.maximum(steps.masked, 1)
     else:
         state, body, first, masked_end = (acc, m, l), in_turn, 0, steps.masked
         take_turn()
-    state = lax.fori_loop(first, masked_end, functools.partial(body, masked=True), state)
-    state = lax.fori_loop(masked_end, steps.total, functools.partial(body, masked=False), state)
+    state = masked_loop(first, body, state)
+    state = lax.fori_loop(masked_end, steps.total, body, state)
     acc, m, l = state[:3]
     plgpu.barrier_arrive(q_free)
     if config.overlap:
         acc = add_values(steps.total - 1, acc, state[3])
     else:
         pass_turn()
-    _store(problem, outputs, acc, m, l.sum(axis=1))
+    l = l.sum(axis=1)
+    if problem.stages_carry:
+        acc, m, l = _resume(problem, carry[1], *staged, acc, m, l)
+    _store(problem, outputs, acc, m, l)
+
+
+def _resume(problem: Problem, lse_ref, out_smem, full, free, acc, m, l):
+    """(acc, m, l) joined with the carry, which has come to shared memory meanwhile."""
+    lse = mosaic_compat.load(lse_ref, _ROWS)
+    plgpu.barrier_wait(full)
+    out = mosaic_compat.load(out_smem, _TILE)
+    plgpu.barrier_arrive(free)
+    seen = lse > _NO_KEY_YET
+    m_carry = jnp.where(seen, lse * _LOG2E, _NO_KEY_YET)
+    top = jnp.maximum(m, m_carry)
+    factor, share = jnp.exp2(m - top), jnp.where(seen, jnp.exp2(m_carry - top), 0.0)
+    out = jnp.where(_across(seen, problem.value_size), out, 0.0)
+    acc = acc * _across(factor, problem.value_size) + out * _across(share, problem.value_size)
+    return acc, top, l * factor + share
 
 
 def _initial(problem: Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
     """acc [64, Hv], m [64] (base 2), l [64, 8] before the first key."""
-    if not problem.carry:
+    if not carry:
         acc = plgpu.layout_cast(jnp.zeros((64, problem.value_size), jnp.float32), _TILE)
         m = plgpu.layout_cast(jnp.full((64,), _NO_KEY_YET, jnp.float32), _ROWS)
         return acc, m, plgpu.layout_cast(jnp.zeros((64, 8), jnp.float32), _TILE)
@@ -296,6 +346,8 @@ def _store(problem: Problem, outputs, acc, m, l):
 
 def _pass_through(problem: Problem, carry, outputs):
     """A query tile that sees no key: the carry as it came, or nothing."""
+    if problem.in_place:
+        return
     out_ref, lse_ref = outputs
     acc, m, l = _initial(problem, carry)
     if problem.carry:
@@ -354,7 +406,8 @@ def forward(
     Args:
         query: [B, T, N, H], bfloat16 or float16.
         kv: packed [2, B, S, K, H], or flat [B, S, K, H + Hv] where the value head size differs; N = K * G.
-        key_start, key_end: int32 [B, T], 0 <= start <= end <= S, both non-decreasing along T.
+        key_start, key_end: int32 [B, T], 0 <= start <= end <= S, both non-decreasing along T. Or [P, B, T] of keys in P
+            parts, which kv has as an axis before all others: a row sees an interval of each part.
         carry: (out [B, T, N, Hv], lse [B, T, N]), float32, of the keys seen so far.
         scale: factor of the logits.
         logits_soft_cap: cap, for cap * tanh(logits / cap).
@@ -367,7 +420,9 @@ def forward(
 
     Raises:
         NotImplementedError: if `unsupported_reason` gives one.
+        ValueError: kv does not have as many parts as the bounds.
     """
+    kv, (key_start, key_end), parts = fold_parts(kv, (key_start, key_end))
     reason = unsupported_reason(query, kv, scale=scale, logits_soft_cap=logits_soft_cap, out_dtype=out_dtype)
     if reason is not None:
         raise NotImplementedError(f"the Hopper flash-attention kernel {reason}")
@@ -375,8 +430,14 @@ def forward(
     query_len = query.shape[1]
     config = config or forward_config(_round_up(head_size, 64), _round_up(value_size, 64))
     query, kv, key_start, key_end, carry = _padded(query, kv, key_start, key_end, carry, config)
-    problem = _problem(query, kv, carry, scale, logits_soft_cap, config)
-    out, lse = _call(problem, query, kv, key_start, key_end, carry, out_dtype)
+    calls = pl.cdiv(parts, MAX_PARTS)
+    for call in range(calls):
+        first, last = (parts * i // calls for i in (call, call + 1))  # no call is left with a single part
+        dtype = out_dtype if last == parts else jnp.float32
+        problem = _problem(query, kv, carry, scale, logits_soft_cap, config, dtype, parts)
+        problem = dataclasses.replace(problem, parts=last - first, first_part=first)
+        carry = _call(problem, query, kv, key_start, key_end, carry, dtype)
+    out, lse = carry
     if out.shape[1] != query_len or out.shape[3] != value_size:
         out, lse = out[:, :query_len, :, :value_size], lse[:, :query_len]
     return out, lse
@@ -410,20 +471,30 @@ def _padded(query, kv, key_start, key_end, carry, config):
     kv = _pad_axis(kv, kv.ndim - 3, _round_up(kv.shape[-3], 8))
     query_len = max(_round_up(query.shape[1], 8), config.block_q)
     query = _pad_axis(_pad_axis(query, 3, key_columns), 1, query_len)
-    key_start, key_end = (_pad_axis(bound, 1, query_len, "edge") for bound in (key_start, key_end))
+    key_start, key_end = (_pad_axis(bound, bound.ndim - 1, query_len, "edge") for bound in (key_start, key_end))
     if carry is not None:
         out, lse = carry
         carry = (_pad_axis(_pad_axis(out, 3, value_columns), 1, query_len), _pad_axis(lse, 1, query_len))
     return query, kv, key_start, key_end, carry
 
 
-def _problem(query, kv, carry, scale, logits_soft_cap, config) -> Problem:
+def _in_place(query_len, carry, out_dtype, config) -> bool:
+    """Whether the carry's buffers can be the results'. A last tile that slides back would resume its rows twice."""
+    return (
+        carry is not None
+        and jnp.dtype(out_dtype) == jnp.float32
+        and query_len % config.block_q == 0
+        and mosaic_update.AVAILABLE
+    )
+
+
+def _problem(query, kv, carry, scale, logits_soft_cap, config, out_dtype, parts) -> Problem:
     batch, query_len, heads, head_size = query.shape
     kv_heads, value_size = kv.shape[-2], _head_sizes(query, kv)[1]
     used = config.shared_memory_bytes(head_size, value_size)
     if used > SHARED_MEMORY_BYTES:
         raise ValueError(f"{config} needs {used} bytes of shared memory for {head_size=}, {value_size=}")
-    bytes_per_kv_head = kv.shape[-3] * (head_size + value_size) * kv.dtype.itemsize
+    bytes_per_kv_head = parts * kv.shape[-3] * (head_size + value_size) * kv.dtype.itemsize
     wanted = max(1, config.kv_bytes_in_flight // bytes_per_kv_head)
     kv_heads_per_section = max(n for n in range(1, batch * kv_heads + 1) if batch * kv_heads % n == 0 and n <= wanted)
     return Problem(
@@ -435,6 +506,7 @@ def _problem(query, kv, carry, scale, logits_soft_cap, config) -> Problem:
         value_size=value_size,
         packed=kv.ndim == 5,
         carry=carry is not None,
+        in_place=_in_place(query_len, carry, out_dtype, config),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         heads_per_section=kv_heads_per_section * (heads // kv_heads),
@@ -450,6 +522,8 @@ def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype):
         mosaic_compat.output_like((*rows, problem.value_size), out_dtype, *operands),
         mosaic_compat.output_like(rows, jnp.float32, *operands),
     )
+    if problem.in_place:
+        operands, out_type = operands[:4], ()
     if problem.packed:
         operands = (query, kv.reshape(-1, *kv.shape[2:]), *operands[2:])
 
@@ -469,10 +543,17 @@ def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype):
         turn=plgpu.Barrier(num_barriers=config.warpgroups),
     )
 
+    if problem.stages_carry:
+        scratch |= dict(
+            carry_smem=mosaic_compat.tiled_smem((config.warpgroups, 64, problem.value_size), jnp.float32),
+            carry_full=plgpu.Barrier(num_barriers=config.warpgroups),
+            carry_free=plgpu.Barrier(num_arrivals=config.warpgroups),
+        )
+
     def body(*refs, **scratch_refs):
         _kernel(problem, *refs, **scratch_refs)
 
-    return mosaic_compat.kernel(
+    call = mosaic_compat.kernel(
         body,
         name="flash_attention_forward",
         out_type=out_type,
@@ -481,4 +562,5 @@ def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype):
         grid_names=("block",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-    )(*operands)
+    )
+    return mosaic_update.update(call, (), operands, carry) if problem.in_place else call(*operands)

@@ -18,12 +18,17 @@ One warpgroup feeds shared memory by TMA, two compute. Where dK and dV do not fi
 Tiles outside the interval of keys that their rows see are never visited; only tiles on its edge are masked.
 """
 
+import dataclasses
+import math
+
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from ring_jax.flash import mosaic_backward_fused, packed
+from ring_jax.flash import mosaic_backward_fused, mosaic_update, packed
+from ring_jax.flash import mosaic_compat as compat
 from ring_jax.flash.mosaic_backward_common import (
     LOG2E,
     ROWS,
@@ -35,6 +40,8 @@ from ring_jax.flash.mosaic_backward_common import (
 )
 from ring_jax.flash.mosaic_backward_dkv import dkv as dkv_kernel
 from ring_jax.flash.mosaic_backward_dq import dq as dq_kernel
+
+_PROGRAMS = 3 * 132  # thread blocks that keep an H200's multiprocessors evenly busy
 
 
 def unsupported_reason(query, kv, *, logits_soft_cap=None, **_) -> str | None:
@@ -62,10 +69,11 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     dout: jax.Array,
+    dq: jax.Array | None = None,
     *,
     scale: float,
     logits_soft_cap: float | None = None,
-    deterministic: bool = True,
+    deterministic: bool | None = None,
     config: BackwardConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of one attention block from the final LSE.
@@ -73,23 +81,29 @@ def backward(
     Args:
         query: [B, T, N, H] bfloat16 or float16.
         kv: packed [2, B, S, K, H], or flat [B, S, K, H + Hv] where the value's head size differs.
-        key_start, key_end: int32 [B, T]; row t sees the keys start <= s < end; non-decreasing along T.
+        key_start, key_end: int32 [B, T]; row t sees the keys start <= s < end; non-decreasing along T. Or [P, B, T] of keys
+            in P parts, which kv has as an axis before all others: a row sees an interval of each part.
         lse: [B, T, N] float32, natural logarithm; -inf on rows that see nothing.
         delta: [B, T, N] float32, rowsum(dO . O) - dLSE.
         dout: [B, T, N, Hv], the query's dtype.
+        dq: [B, T, N, H] float32 to add to, the sum over a ring's hops so far.
         scale: factor of the logits.
         logits_soft_cap: cap, for cap * tanh(logits / cap).
-        deterministic: gradients repeat bit by bit. False allows the fused form, where the config asks for it and Refs
-            lower: not inside a shard_map that checks varying axes, not before jax 0.11.
-        config: tile sizes; None takes `default_config`.
+        deterministic: True for gradients that repeat bit by bit, False for the fastest, None for those that repeat
+            unless that costs more than 10%. The fused form, which does not repeat, needs jax 0.11.
+        config: tile sizes; None takes `default_config`, a `fused` one is followed unless deterministic=True.
 
     Returns:
-        dq [B, T, N, H] and dkv like kv, both float32. Rows that see nothing get zeros.
+        dq [B, T, N, H] and dkv like kv, both float32. Rows that see nothing get zeros (or what they had in dq).
 
     Raises:
         NotImplementedError: see `unsupported_reason`.
         ValueError: the config does not fit.
     """
+    kv_shape = kv.shape
+    kv, bounds, parts = packed.fold_parts(kv, (key_start, key_end))
+    # For kernels, bounds and tables each part is as many batch entries.
+    key_start, key_end = (x.reshape(-1, query.shape[1]) for x in bounds)
     if (reason := unsupported_reason(query, kv)) is not None:
         raise NotImplementedError(reason)
     length, kv_length = query.shape[1], kv.shape[-3]
@@ -104,21 +118,44 @@ def backward(
     dtype = jnp.dtype(query.dtype)
     # A padded row sees nothing.
     key_start = jnp.where(jnp.arange(T) < length, key_start, key_end) if T != length else key_start
-    problem = Problem(B, T, S, N, K, H, Hv, kv.ndim == 4, dtype, float(scale), logits_soft_cap, config)
+    problem = Problem(B, T, S, N, K, H, Hv, kv.ndim == 4, dtype, float(scale), logits_soft_cap, config, parts)
+    fused = (
+        config.fused
+        and not deterministic
+        and mosaic_backward_fused.unsupported_reason(H, Hv, config.block_q_dkv) is None
+    )
+    problem = dataclasses.replace(problem, split=_split(problem, fused))
     rows = _prepare_rows(problem, key_start, key_end, lse, delta)
     operands = (query, kv.reshape(-1, S, K, kv.shape[-1]), dout.astype(dtype), *rows)
     table = _dkv_table(problem, key_start, key_end)
-    if (
-        config.fused
-        and not deterministic
-        and mosaic_backward_fused.unsupported_reason(query, H, Hv, config.block_q_dkv) is None
-    ):
-        dq, dkv = mosaic_backward_fused.fused(problem, *operands, table)
+    dq = None if dq is None else _to_eight(dq, 1)
+    if fused:
+        dq, dkv = mosaic_backward_fused.fused(problem, *operands, table, dq)
     else:
-        dq = dq_kernel(problem, *operands, _dq_table(problem, key_start, key_end))
+        table_dq = _dq_table(problem, key_start, key_end)
+        operands_dq = (*operands, table_dq if parts == 1 else _dq_visits(problem, table_dq))
+        if mosaic_update.AVAILABLE and not compat.interpreting():
+            dq = dq_kernel(problem, *operands_dq, dq)
+        else:  # Refs came with jax 0.11, and TMA reductions have no interpreter
+            part = dq_kernel(problem, *operands_dq)
+            dq = part if dq is None else dq + part
         dkv = dkv_kernel(problem, *operands, table)
     dkv = lax.slice_in_dim(dkv.reshape(kv.shape), 0, kv_length, axis=kv.ndim - 3)
-    return lax.slice_in_dim(dq, 0, length, axis=1), dkv
+    return lax.slice_in_dim(dq, 0, length, axis=1), dkv.reshape(kv_shape)
+
+
+def _split(problem, fused: bool) -> int:
+    """Among how many programs to split the query heads of a KV tile.
+
+    One program that walks over all of them is long: short shards would leave multiprocessors without work, or wait for
+    the longest. Sums of two addends on zeros repeat bit by bit, those of more do not.
+    """
+    if not mosaic_update.AVAILABLE or compat.interpreting():
+        return 1
+    tiles = pl.cdiv(problem.S, ROWS if splits_by_role(problem.H, problem.Hv) else WGS * ROWS)
+    programs = problem.K * problem.B * tiles * max(1, problem.parts - 1)  # of a ring's parts, a rank's own is empty
+    splits = [n for n in range(1, problem.G + 1) if problem.G % n == 0 and (fused or n <= 2)]
+    return next((n for n in splits if programs * n >= _PROGRAMS), splits[-1])
 
 
 # What is cheap and done once, in XLA.
@@ -133,7 +170,7 @@ def _to_eight(x, axis, mode="constant"):
 def _prepare_rows(problem, key_start, key_end, lse, delta):
     """Per-row values as TMA wants them: sequence last, padded to whole tiles.
 
-    Returns stats [B, N, 2, T'] float32 (LSE in base 2, delta) and bounds [B, 2, T'] int32. A row without any key in the
+    Returns stats [B, N, 2, T'] float32 (LSE in base 2, delta) and bounds [P B, 2, T'] int32. A row without any key in the
     whole attention, and padding, gets LSE = +inf: its P = exp2(S - LSE) is 0 without a mask. The stats do not depend on
     the bounds, so that the hops of a ring share them.
     """
@@ -141,59 +178,56 @@ def _prepare_rows(problem, key_start, key_end, lse, delta):
     lse, delta = lax.optimization_barrier((lse, delta))
     live = lse > -jnp.inf
     stats = jnp.stack([jnp.where(live, lse * LOG2E, jnp.inf), jnp.where(live, delta, 0.0)], axis=1)  # [B, 2, T, N]
-    pad = -problem.T % 128
+    pad = -problem.T % math.lcm(WGS * ROWS, problem.config.warpgroups_dq * ROWS)  # both kernels read whole tiles
     stats = lax.pad(stats.transpose(0, 3, 1, 2), jnp.float32(jnp.inf), [(0, 0, 0)] * 3 + [(0, pad, 0)])
     stats = stats.at[:, :, 1, problem.T :].set(0.0) if pad else stats
     bounds = jnp.pad(jnp.stack([key_start, key_end], axis=1), [(0, 0), (0, 0), (0, pad)])
     return stats, bounds
 
 
-def _row_tiles(problem, key_start, key_end, tile):
-    """Extremes of the bounds over the rows of each query tile, five arrays [B, tiles].
-
-    Min start and max end of the rows that see a key here, which is what a tile must visit; whether there is one; max
-    start and min end of all rows, which no key tile lies between where some row sees nothing: that row needs the mask.
-    """
-    pad = [(0, 0), (0, -problem.T % tile)]
-    rows = (problem.B, -1, tile)
-    start, end = (jnp.pad(x, pad).reshape(rows) for x in (key_start, key_end))
-    exists = jnp.pad(jnp.ones((1, problem.T), bool), pad).reshape(1, -1, tile)
-    live = start < end
-    none = problem.S
-    return (
-        jnp.min(jnp.where(live, start, none), axis=-1),
-        jnp.max(jnp.where(live, end, 0), axis=-1),
-        jnp.any(live, axis=-1),
-        jnp.max(jnp.where(exists, start, 0), axis=-1),
-        jnp.min(jnp.where(exists, end, none), axis=-1),
-    )
+def _edges(key_start, key_end, tile):
+    """Bounds of the first and the last row of every tile of rows: four arrays [P B, tiles]. Bounds do not decrease along
+    the rows, so these are the extremes of the tile, and a tile costs no reduction."""
+    length = key_start.shape[1]
+    pad = [(0, 0), (0, -length % tile)]
+    start, end = (jnp.pad(x, pad, mode="edge") for x in (key_start, key_end))
+    return start[:, ::tile], start[:, tile - 1 :: tile], end[:, ::tile], end[:, tile - 1 :: tile]
 
 
 def _dq_table(problem, key_start, key_end):
-    """[B, query tiles, 4] int32: the KV tiles [first, last) that a query tile visits, and [u, v) that need no mask."""
+    """[P B, query tiles, 4] int32: the KV tiles [first, last) that a query tile visits, and [u, v) that need no mask."""
     block = problem.config.block_kv_dq
-    min_start, max_end, live, max_start, min_end = _row_tiles(problem, key_start, key_end, WGS * ROWS)
-    last = jnp.where(live, pl.cdiv(max_end, block), 0)
-    first = jnp.minimum(min_start // block, last)
-    u = jnp.clip(pl.cdiv(max_start, block), first, last)
-    v = jnp.clip(min_end // block, u, last)
+    first_start, last_start, first_end, last_end = _edges(key_start, key_end, problem.config.warpgroups_dq * ROWS)
+    first = first_start // block
+    last = jnp.where(last_end > first_start, pl.cdiv(last_end, block), first)
+    u = jnp.clip(pl.cdiv(last_start, block), first, last)
+    v = jnp.clip(first_end // block, u, last)
     return jnp.stack([first, last, u, v], axis=-1).astype(jnp.int32)
 
 
+def _dq_visits(problem, table):
+    """[B, query tiles, 1 + P, 5] int32 of keys in parts: KV tiles and visits in all, then of each visit its row of the
+    `_dq_table` and its part. A query tile visits the parts of which it sees keys."""
+    P = problem.parts
+    table = table.reshape(P, problem.B, -1, 4)
+    count = table[..., 1] - table[..., 0]
+    part = jnp.arange(P, dtype=jnp.int32)
+    rows = jnp.concatenate([table, jnp.broadcast_to(part[:, None, None, None], (*count.shape, 1))], axis=-1)
+    visited = count > 0
+    place = jnp.where(visited, jnp.cumsum(visited, axis=0, dtype=jnp.int32) - 1, P)
+    here = place == part[:, None, None, None]  # [visit, part, B, tiles]
+    rows = jnp.sum(jnp.where(here[..., None], rows, 0), axis=1)
+    totals = jnp.stack([jnp.sum(count, axis=0), jnp.sum(visited, axis=0, dtype=jnp.int32)], axis=-1)
+    totals = jnp.pad(totals, [(0, 0), (0, 0), (0, 3)])
+    return jnp.moveaxis(jnp.concatenate([totals[None], rows]), 0, 2)
+
+
 def _dkv_table(problem, key_start, key_end):
-    """[B, KV tiles, 4] int32: the query tiles [first, last) that a KV tile visits, and [u, v) that need no mask."""
+    """[P B, KV tiles, 4] int32, of the query tiles: how many end before a KV tile, start before its end, do not reach its
+    end, start before it. `mosaic_backward_common.span_of` makes of them what the kernel visits. One reduction in all."""
     block = ROWS if splits_by_role(problem.H, problem.Hv) else WGS * ROWS
-    extremes = _row_tiles(problem, key_start, key_end, problem.config.block_q_dkv)
-    min_start, max_end, live, max_start, min_end = (x[:, None, :] for x in extremes)
-    tiles = live.shape[-1]
-    low = (jnp.arange(pl.cdiv(problem.S, block), dtype=jnp.int32) * block)[None, :, None]
-    index = jnp.arange(tiles, dtype=jnp.int32)
-    meets = live & (min_start < low + block) & (max_end > low)
-    first = jnp.min(jnp.where(meets, index, tiles), axis=-1)
-    last = jnp.max(jnp.where(meets, index + 1, 0), axis=-1)
-    first = jnp.minimum(first, last)
-    inside = (index >= first[..., None]) & (index < last[..., None])
-    full = inside & (max_start <= low) & (min_end >= low + block)
-    u = jnp.minimum(jnp.min(jnp.where(full, index, tiles), axis=-1), last)
-    v = jnp.min(jnp.where(inside & ~full & (index >= u[..., None]), index, last[..., None]), axis=-1)
-    return jnp.stack([first, last, u, jnp.maximum(u, v)], axis=-1).astype(jnp.int32)
+    first_start, last_start, first_end, last_end = _edges(key_start, key_end, problem.config.block_q_dkv)
+    edges = jnp.stack([last_end, first_start, first_end, last_start], axis=-1)
+    low = np.arange(pl.cdiv(problem.S, block), dtype=np.int32) * block
+    limits = np.stack([low + 1, low + block, low + block, low + 1], axis=-1)
+    return jnp.sum(edges[:, None] < limits[None, :, None], axis=2, dtype=jnp.int32)

@@ -1,6 +1,11 @@
-"""Which query tile a thread block works on next, and which key tiles that one visits in which order."""
+"""Which query tile a thread block works on next, and which key tiles that one visits in which order.
+
+Keys may come in *parts*: arrays of their own, each with its own bounds. A query tile makes *visits*: first the masked tiles
+of each part that has some, then the unmasked tiles of each part.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +13,10 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax.flash.mosaic_config import ForwardConfig
+from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig
+
+MAX_PARTS = 8  # of one kernel: a list of visits is eight numbers of four bits
+_BITS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +29,21 @@ class Problem:
     kv_heads: int
     head_size: int
     value_size: int
-    packed: bool  # kv is [2 B, S, K, H]; else [B, S, K, H + Hv]
+    packed: bool  # kv is [P 2 B, S, K, H]; else [P B, S, K, H + Hv]
     carry: bool
+    in_place: bool  # out and lse are the carry's own buffers
     scale: float
     logits_soft_cap: float | None
     heads_per_section: int
     config: ForwardConfig
+    parts: int = 1  # of this call; bounds have an axis of parts where there are several
+    first_part: int = 0
+
+    @property
+    def stages_carry(self) -> bool:
+        """Whether the carry waits in shared memory until the end: else it is where the accumulator starts."""
+        used = self.config.shared_memory_bytes(self.head_size, self.value_size)
+        return self.carry and used + 4 * self.config.block_q * self.value_size <= SHARED_MEMORY_BYTES
 
     @property
     def query_tiles(self) -> int:
@@ -70,15 +87,172 @@ class Steps:
         unmasked = self.first_unmasked + step - self.masked
         return jnp.where(step < self.left, self.first_tile + step, jnp.where(step < self.masked, right, unmasked))
 
+    def load(self, load_query, load_key, load_value) -> None:
+        """What the memory warpgroup does: K of the next step is needed together with V of this one.
+
+        load_key and load_value take (step, part, tile); part is None of keys in one piece.
+        """
+
+        @pl.when(self.total > 0)
+        def _():
+            load_query()
+            load_key(jnp.int32(0), None, self.tile(jnp.int32(0)))
+
+        @pl.loop(0, self.total)
+        def _(step):
+            pl.when(step + 1 < self.total)(lambda: load_key(step + 1, None, self.tile(step + 1)))
+            load_value(step, None, self.tile(step))
+
+    def masked_windows(self, block_kv: int, bounds: Callable):
+        """(first, loop) for the masked steps: `first()` is the window of step 0, which is always taken as a masked one;
+        `loop(begin, body, state)` folds state = body(step, state, window) over the steps from `begin` (0 or 1) on.
+
+        A window is a function that gives the visible columns [first, last) of each row; bounds(part) are the rows' bounds.
+        """
+        rows = bounds(None)
+
+        def window(step):
+            return _window(rows, lambda: self.tile(step) * block_kv)
+
+        def loop(begin, body, state):
+            end = jnp.maximum(self.masked, begin) if begin else self.masked
+            return lax.fori_loop(begin, end, lambda step, state: body(step, state, window(step)), state)
+
+        return (lambda: window(0)), loop
+
+
+def _window(rows, first_key: Callable):
+    # The tile is worked out where the mask is applied, not before the products.
+    return lambda: tuple(bound - first_key() for bound in rows)
+
 
 def steps_of(problem: Problem, start_ref: Any, end_ref: Any, batch: jax.Array, row: jax.Array) -> Steps:
-    block = problem.config.block_kv
+    return _steps(problem, *_edges(problem, start_ref, end_ref, batch, row))
+
+
+def _edges(problem: Problem, start_ref: Any, end_ref: Any, batch: jax.Array, row: jax.Array):
+    """The bounds of the first and the last row of a query tile."""
     last_row = row + problem.config.block_q - 1
-    low, low_max = start_ref[batch, row], start_ref[batch, last_row]
-    high_min, high = end_ref[batch, row], end_ref[batch, last_row]
+    return start_ref[batch, row], start_ref[batch, last_row], end_ref[batch, row], end_ref[batch, last_row]
+
+
+def _steps(problem: Problem, low: jax.Array, low_max: jax.Array, high_min: jax.Array, high: jax.Array) -> Steps:
+    block = problem.config.block_kv
     first = lax.div(low, block)
     last = jnp.where(high > low, pl.cdiv(high, block), first)
     first_unmasked = jnp.clip(pl.cdiv(low_max, block), first, last)
     first_right = jnp.clip(lax.div(high_min, block), first_unmasked, last)
     left = first_unmasked - first
     return Steps(last - first, left + last - first_right, left, first, first_unmasked, first_right)
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """The masked or the unmasked key tiles of one part, for one query tile."""
+
+    part: jax.Array
+    count: jax.Array
+    left: jax.Array  # tiles counted from `first`, the others from `right`
+    first: jax.Array
+    right: jax.Array
+
+    def tile(self, i: jax.Array | int) -> jax.Array:
+        return i + jnp.where(i < self.left, self.first, self.right)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartSteps:
+    """The key tiles of one query tile over several parts.
+
+    Holds few numbers, because the memory warpgroup has few registers: of each visit just its part. What a visit covers is
+    worked out again from the bounds, which lie in the L1 cache by then.
+    """
+
+    total: jax.Array
+    masked: jax.Array
+    masked_visits: jax.Array
+    visits: jax.Array
+    masked_parts: jax.Array  # packed, _BITS each
+    unmasked_parts: jax.Array
+    steps_in: Callable[[jax.Array], Steps]
+
+    def masked_visit(self, i: jax.Array | int) -> Visit:
+        part = (self.masked_parts >> (_BITS * i)) & (MAX_PARTS - 1)
+        steps = self.steps_in(part)
+        return Visit(part, steps.masked, steps.left, steps.first_tile, steps.first_right - steps.left)
+
+    def visit(self, i: jax.Array | int) -> Visit:
+        masked = i < self.masked_visits
+        parts = jnp.where(masked, self.masked_parts, self.unmasked_parts)
+        part = (parts >> (_BITS * jnp.where(masked, i, i - self.masked_visits))) & (MAX_PARTS - 1)
+        steps = self.steps_in(part)
+        return Visit(
+            part,
+            jnp.where(masked, steps.masked, steps.total - steps.masked),
+            jnp.where(masked, steps.left, 0),
+            steps.first_tile,
+            jnp.where(masked, steps.first_right - steps.left, steps.first_unmasked),
+        )
+
+    def load(self, load_query, load_key, load_value) -> None:
+        """See `Steps.load`: the same order, also from one part to the next."""
+        pl.when(self.total > 0)(load_query)
+
+        def visit_part(i, state):
+            visit = self.visit(i)
+
+            def next_step(i, state):
+                step, *previous = state
+                load_key(step, visit.part, visit.tile(i))
+                pl.when(step > 0)(lambda: load_value(step - 1, *previous))
+                return step + 1, visit.part, visit.tile(i)
+
+            return lax.fori_loop(0, visit.count, next_step, state)
+
+        step, *last = lax.fori_loop(0, self.visits, visit_part, (jnp.int32(0),) * 3)
+        pl.when(step > 0)(lambda: load_value(step - 1, *last))
+
+    def masked_windows(self, block_kv: int, bounds: Callable):
+        """See `Steps.masked_windows`."""
+
+        def first():
+            visit = self.visit(0)
+            return _window(bounds(visit.part), lambda: visit.tile(0) * block_kv)
+
+        def loop(begin, body, state):
+            def visit_part(i, state):
+                visit = self.masked_visit(i)
+                rows = bounds(visit.part)
+
+                def next_step(j, state):
+                    step, *state = state
+                    return step + 1, *body(step, state, _window(rows, lambda: visit.tile(j) * block_kv))
+
+                return lax.fori_loop(jnp.where(i == 0, begin, 0), visit.count, next_step, state)
+
+            return lax.fori_loop(0, self.masked_visits, visit_part, (jnp.int32(begin), *state))[1:]
+
+        return first, loop
+
+
+def part_steps_of(problem: Problem, start_ref: Any, end_ref: Any, batch: jax.Array, row: jax.Array) -> PartSteps:
+    def loaded(part):
+        part = part + problem.first_part
+        return _edges(problem, start_ref.at[part], end_ref.at[part], batch, row)
+
+    def steps_in(part):
+        return _steps(problem, *loaded(part))
+
+    total, masked, masked_visits, unmasked_visits, masked_parts, unmasked_parts = (jnp.int32(0),) * 6
+    # All loads before the first use, so that they wait for memory together.
+    for part, edges in enumerate([loaded(part) for part in range(problem.parts)]):
+        steps = _steps(problem, *edges)
+        total, masked = total + steps.total, masked + steps.masked
+        some_masked, some_unmasked = steps.masked > 0, steps.total > steps.masked
+        masked_parts |= jnp.where(some_masked, part << (_BITS * masked_visits), 0)
+        unmasked_parts |= jnp.where(some_unmasked, part << (_BITS * unmasked_visits), 0)
+        masked_visits += jnp.where(some_masked, 1, 0)
+        unmasked_visits += jnp.where(some_unmasked, 1, 0)
+    return PartSteps(
+        total, masked, masked_visits, masked_visits + unmasked_visits, masked_parts, unmasked_parts, steps_in
+    )

@@ -10,6 +10,7 @@ ISA, "Asynchronous warpgroup level matrix shared memory layout"). A register arr
 of wgmma's own fragments. None of this can be interpreted, so in interpret mode the same products are `lax.dot`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -35,41 +36,46 @@ def start(q_smem: Any, k_smem: Any, acc: jax.Array, p: jax.Array, v_smem: Any) -
 
     p must not be computed before the previous product that read it is done: its registers are the same.
     """
-    if mosaic_compat.interpreting():
-        return start_scores(q_smem, k_smem), start_values(acc, p, v_smem)
-
-    @plgpu.inline_mgpu(
-        arg_types=(_SMEM, _SMEM, _WGMMA, _WGMMA, _SMEM),
-        return_type=(_float32(q_smem.shape[0], k_smem.shape[0]), _float32(*acc.shape)),
-    )
-    def issue(_, q, k, acc, p, v):
-        return _issue((q, k), (acc, p, v))
-
-    return issue(q_smem, k_smem, acc, p, v_smem)
+    scores, acc = start_products((None, q_smem, k_smem), (acc, p, v_smem))
+    return scores, acc
 
 
 def start_scores(q_smem: Any, k_smem: Any) -> jax.Array:
     """Issues Q K^T; `wait` before reading it."""
-    if mosaic_compat.interpreting():
-        return lax.dot(q_smem[...], k_smem[...].T, preferred_element_type=jnp.float32)
-
-    @plgpu.inline_mgpu(arg_types=(_SMEM, _SMEM), return_type=_float32(q_smem.shape[0], k_smem.shape[0]))
-    def issue(_, q, k):
-        return _issue((q, k), None)[0]
-
-    return issue(q_smem, k_smem)
+    return start_products((None, q_smem, k_smem))[0]
 
 
 def start_values(acc: jax.Array, p: jax.Array, v_smem: Any) -> jax.Array:
     """Issues acc + P V; `wait` before reading it."""
+    return start_products((acc, p, v_smem))[0]
+
+
+def start_products(*products: tuple[jax.Array | None, Any, Any]) -> tuple[jax.Array, ...]:
+    """Issues A B^T for each (None, a, b) and acc + A B for each (acc, a, b), in order; `wait` before reading them.
+
+    a is an array or a slice of a Ref of 64 rows, b a slice of a Ref.
+    """
     if mosaic_compat.interpreting():
-        return acc + lax.dot(p, v_smem[...], preferred_element_type=jnp.float32)
+        return tuple(_product(*product) for product in products)
+    operands = [x for product in products for x in product if x is not None]
+    shapes = [(a.shape[0], b.shape[0]) if acc is None else acc.shape for acc, a, b in products]
 
-    @plgpu.inline_mgpu(arg_types=(_WGMMA, _WGMMA, _SMEM), return_type=_float32(*acc.shape))
-    def issue(_, acc, p, v):
-        return _issue(None, (acc, p, v))[0]
+    @plgpu.inline_mgpu(
+        arg_types=tuple(_WGMMA if isinstance(x, jax.Array) else _SMEM for x in operands),
+        return_type=tuple(_float32(*shape) for shape in shapes),
+    )
+    def issue(_, *operands):
+        rest = iter(operands)
+        return _issue([tuple(None if x is None else next(rest) for x in product) for product in products])
 
-    return issue(acc, p, v_smem)
+    return issue(*operands)
+
+
+def _product(acc, a, b) -> jax.Array:
+    a = a if isinstance(a, jax.Array) else a[...]
+    if acc is None:
+        return lax.dot(a, b[...].T, preferred_element_type=jnp.float32)
+    return acc + lax.dot(a, b[...], preferred_element_type=jnp.float32)
 
 
 def wait(pending: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -111,8 +117,8 @@ def hold_back(l: jax.Array, smem: Any) -> None:
     conditional_store(l, smem)
 
 
-def mask(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """scores [64, n] with -inf wherever not low <= column < high; low and high [64] int32 per row.
+def mask(scores: jax.Array, low: jax.Array, high: jax.Array, hidden: float = -math.inf) -> jax.Array:
+    """scores [64, n] with `hidden` wherever not low <= column < high; low and high [64] int32 per row.
 
     Written out because each register's column is its thread's offset plus a constant: with the offset moved over to the
     bounds, two comparisons with constants are left, and no column indices that fill registers across the loop.
@@ -120,7 +126,7 @@ def mask(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     if mosaic_compat.interpreting():
         column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         visible = (column >= low[:, None]) & (column < high[:, None])
-        return jnp.where(visible, scores, -jnp.inf)
+        return jnp.where(visible, scores, hidden)
     rows = plgpu.Layout.WGMMA.reduce(1)
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, rows, rows), return_type=_float32(*scores.shape))
@@ -132,7 +138,7 @@ def mask(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
             [arith.subi(llvm.extractelement(row, _index(0)), first_column) for row in bound.registers.flat]
             for bound in (low, high)
         )
-        hidden = arith.constant(f32, ir.FloatAttr.get(f32, float("-inf")))
+        hidden_register = arith.constant(f32, ir.FloatAttr.get(f32, hidden))
         selected = []
         for i, score in enumerate(_registers(scores)):
             # In fragment order: 8 columns at a time, in them the upper and the lower row, of each two columns.
@@ -141,7 +147,7 @@ def mask(scores: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
                 arith.cmpi(arith.CmpIPredicate.sle, low[row], column),
                 arith.cmpi(arith.CmpIPredicate.sgt, high[row], column),
             )
-            selected.append(arith.select(visible, score, hidden))
+            selected.append(arith.select(visible, score, hidden_register))
         return _array(selected, scores.shape)
 
     return select(scores, low, high)
@@ -238,51 +244,62 @@ def _float32(rows: int, columns: int) -> Any:
     return plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=_WGMMA)
 
 
-def _issue(scores_of, values_of) -> tuple[Any, ...]:
-    """Emits the products of (q, k) and of (acc, p, v), each its own wgmma group; the float32 arrays in flight."""
-    outputs, tied, inputs, shapes = 0, [], [], []
-    if scores_of is not None:
-        q, k = scores_of
-        (rows, depth), (keys, _) = _logical_shape(q), _logical_shape(k)
-        kind = str(ir.MemRefType(q.type).element_type)
-        outputs = rows * keys // 128
-        shapes.append((rows, keys))
-        inputs += [(_descriptor(x, leading=0, stride=depth // 64 * _TILE_BYTES), "l") for x in (q, k)]
-    if values_of is not None:
-        acc, p, v = values_of
-        kind = str(p.mlir_dtype)
-        tied = _registers(acc)
-        shapes.append(tuple(acc.shape))
-        columns = acc.shape[1]
-        inputs += [(register, "r") for register in _registers(p)]
-        inputs.append((_descriptor(v, leading=_TILE_BYTES, stride=columns // 64 * _TILE_BYTES), "l"))
+def _issue(products) -> tuple[Any, ...]:
+    """Emits the products (acc or None, a, b), each its own wgmma group; the float32 arrays in flight."""
+    shapes = [_result_shape(*product) for product in products]
+    fresh = [i for i, product in enumerate(products) if product[0] is None]
+    # The results in the order of the asm's operands: fresh registers before tied ones.
+    order = fresh + [i for i in range(len(products)) if i not in fresh]
+    outputs = sum(shapes[i][0] * shapes[i][1] // 128 for i in fresh)
+    tied = [register for i in order[len(fresh) :] for register in _registers(products[i][0])]
+    operand, used = {}, 0
+    for i in order:
+        count = shapes[i][0] * shapes[i][1] // 128
+        operand[i] = [f"${used + n}" for n in range(count)]
+        used += count
+    used += len(tied)
 
-    operand = [f"${i}" for i in range(outputs + 2 * len(tied) + len(inputs))]
-    results, arguments = operand[: outputs + len(tied)], operand[outputs + 2 * len(tied) :]
+    inputs: list[tuple[ir.Value, str]] = []
     # Every register that a product reads is defined before the first one starts, or ptxas serialises them.
     before = [".reg .pred old, new;", "setp.eq.b32 old, 0, 0;", "setp.ne.b32 new, 0, 0;"]
-    products = []
-    if scores_of is not None:
-        (q_base, k_base), arguments = arguments[:2], arguments[2:]
-        for i in range(depth // _K):
+    instructions = []
+    for i, (acc, a, b) in enumerate(products):
+        in_registers = isinstance(a, mgpu.FragmentedArray)
+        depth = a.shape[1] if in_registers else _logical_shape(a)[1]
+        first = used + len(inputs)
+        if in_registers:
+            inputs += [(register, "r") for register in _registers(a)]
+        else:
+            inputs.append((_descriptor(a, leading=0, stride=depth // 64 * _TILE_BYTES), "l"))
+        b_stride = _logical_shape(b)[1] // 64 * _TILE_BYTES
+        b_base = f"${used + len(inputs)}"
+        inputs.append((_descriptor(b, leading=0 if acc is None else _TILE_BYTES, stride=b_stride), "l"))
+        for k in range(depth // _K):
             # 64 columns are one tile, and one tile row is one step of the swizzled 128 bytes.
-            offset = (i // 4 * _TILE_BYTES + i % 4 * 2 * _K) >> 4
+            along_rows = (k // 4 * _TILE_BYTES + k % 4 * 2 * _K) >> 4
             before.append(
-                f".reg .b64 q{i}, k{i};\nadd.s64 q{i}, {q_base}, {offset};\nadd.s64 k{i}, {k_base}, {offset};"
+                f".reg .b64 b{i}_{k};\nadd.s64 b{i}_{k}, {b_base}, {along_rows if acc is None else k * 2 * b_stride >> 4};"
             )
-            flags = f"{'new' if i == 0 else 'old'}, 1, 1, 0, 0"
-            products.append(_instruction(keys, kind, results[:outputs], f"q{i}", f"k{i}", flags))
-        products.append("wgmma.commit_group.sync.aligned;")
-    if values_of is not None:
-        *p_registers, v_base = arguments
-        for i in range(p.shape[1] // _K):
-            offset = i * 2 * (columns // 64) * _TILE_BYTES >> 4
-            before.append(f".reg .b64 v{i};\nadd.s64 v{i}, {v_base}, {offset};")
-            fragment = "{" + ",".join(p_registers[4 * i : 4 * i + 4]) + "}"
-            products.append(_instruction(columns, kind, results[outputs:], fragment, f"v{i}", "old, 1, 1, 1"))
-        products.append("wgmma.commit_group.sync.aligned;")
-    text = "\n".join(["{", *before, "wgmma.fence.sync.aligned;", *products, "}"])
-    return _arrays(_asm(text, tied=tied, outputs=outputs, inputs=inputs), shapes)
+            if in_registers:
+                left = "{" + ",".join(f"${first + n}" for n in range(4 * k, 4 * k + 4)) + "}"
+            else:
+                left = f"a{i}_{k}"
+                before.append(f".reg .b64 {left};\nadd.s64 {left}, ${first}, {along_rows};")
+            flags = ["new" if acc is None and k == 0 else "old", "1", "1", *([] if in_registers else ["0"])]
+            flags.append("0" if acc is None else "1")
+            kind = str(ir.MemRefType(b.type).element_type)
+            instructions.append(_instruction(shapes[i][1], kind, operand[i], left, f"b{i}_{k}", ", ".join(flags)))
+        instructions.append("wgmma.commit_group.sync.aligned;")
+    text = "\n".join(["{", *before, "wgmma.fence.sync.aligned;", *instructions, "}"])
+    results = _arrays(_asm(text, tied=tied, outputs=outputs, inputs=inputs), [shapes[i] for i in order])
+    return tuple(results[order.index(i)] for i in range(len(products)))
+
+
+def _result_shape(acc, a, b) -> tuple[int, int]:
+    if acc is not None:
+        return tuple(acc.shape)
+    rows = a.shape[0] if isinstance(a, mgpu.FragmentedArray) else _logical_shape(a)[0]
+    return rows, _logical_shape(b)[0]
 
 
 def _instruction(n: int, kind: str, accumulator: list[str], a: str, b: str, flags: str) -> str:

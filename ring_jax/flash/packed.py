@@ -4,6 +4,8 @@ Equal head sizes: kv [2, B, S, K, H], kv[0] keys, kv[1] values. Head sizes that 
 [B, S, K, H + Hv]. Backends read either as it lies; gradients are packed the same way.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -30,3 +32,19 @@ def seq_axis(kv: jax.Array) -> int:
 def value_size(kv: jax.Array, head_size: int) -> int:
     """Hv."""
     return kv.shape[-1] if kv.ndim == 5 else kv.shape[-1] - head_size
+
+
+def fold_parts(kv: jax.Array, bounds: Sequence[jax.Array]) -> tuple[jax.Array, tuple[jax.Array, ...], int]:
+    """(kv, bounds, P) of keys in P parts with the parts inside another axis of kv: [2 P, B, S, K, H] or [P B, S, K, H + Hv].
+
+    Bounds [B, T] are those of keys in one piece: all stays as it is. For P = 1, too, bounds come back as [B, T].
+    """
+    if bounds[0].ndim == 2:
+        return kv, tuple(bounds), 1
+    parts = bounds[0].shape[0]
+    if kv.ndim not in (5, 6) or kv.shape[0] != parts or parts == 0:
+        raise ValueError(
+            f"bounds {bounds[0].shape} of keys in parts need kv [P, 2, B, S, K, H] or [P, B, S, K, H + Hv], got {kv.shape}"
+        )
+    kv = kv.reshape(-1, *kv.shape[2:])
+    return kv, tuple(x[0] for x in bounds) if parts == 1 else tuple(bounds), parts

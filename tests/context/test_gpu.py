@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ring_jax.bench.ring import check
+import ring_jax
+from ring_jax.bench.flash_forward import relative_error
+from ring_jax.bench.ring import check, draw, make_context, stack
 from ring_jax.flash.backends import select
 
 
@@ -15,6 +17,24 @@ def test_forward_and_gradients_over_all_gpus(strategy, heads, kv_heads, head_siz
     ranks = 2 if len(jax.devices()) < 4 else 4
     implementation = "mosaic" if jax.devices()[0].compute_capability == "9.0" else None
     assert check(ranks, strategy, heads, kv_heads, head_size, implementation=implementation) < 1e-2
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+@pytest.mark.parametrize("length", [1024, 1048])  # whole query tiles are resumed in place, others are not
+def test_a_scan_over_layers_gives_what_a_loop_gives(strategy, length):
+    """XLA once took slices of the scan's arrays into one fusion with the kernel, and lost what is updated in place."""
+    context = make_context(2 if len(jax.devices()) < 4 else 4, strategy)
+    query, keys, values = draw(context, length, 8, 4, 128, layers=3)
+
+    def loss(*args):
+        for key, value in zip(*args[1:], strict=True):
+            args = (ring_jax.ring_attention(args[0], key, value, is_causal=True, context=context), *args[1:])
+        return jnp.sum(args[0].astype(jnp.float32) ** 2)
+
+    scanned = stack(context, is_causal=True, layers=3, gradients=True)(query, keys, values)
+    unrolled = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, keys, values)
+    assert max(map(relative_error, scanned, unrolled)) < 5e-3
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ def hopper():
         yield mesh
 
 
-@pytest.mark.parametrize("strategy, blocks", [("ring", 4), ("pass_q", 4), ("all_gather", 1), ("ulysses", 1)])
+@pytest.mark.parametrize("strategy, blocks", [("ring", 4), ("pass_q", 4), ("all_gather", 2), ("ulysses", 1)])
 def test_strategies_lower_for_cuda(hopper, strategy, blocks):
     context = ring_jax.ContextParallel("context", layout="zigzag", strategy=strategy)
     query, key = (jax.ShapeDtypeStruct((1, 1024, n, 128), jnp.bfloat16) for n in (8, 4))
@@ -76,7 +76,7 @@ def test_the_kernel_is_the_default_wherever_it_runs(hopper):
 def test_repeatable_gradients_or_the_fastest(hopper, deterministic):
     query, kv = jnp.zeros((1, 64, 2, 128), jnp.bfloat16), jnp.zeros((2, 1, 64, 2, 128), jnp.bfloat16)
     chosen = select(None, query, kv, deterministic=deterministic)
-    assert (chosen.name, chosen.repeatable) == ("mosaic", deterministic is not False)
+    assert (chosen.name, chosen.repeatable) == ("mosaic", True)
     bounds = jnp.zeros((1, 256), jnp.int32), jnp.full((1, 256), 256, jnp.int32)
     x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
 
@@ -84,7 +84,8 @@ def test_repeatable_gradients_or_the_fastest(hopper, deterministic):
         return ring_jax.flash_attention(*qkv, *bounds, deterministic=deterministic)[0].sum()
 
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("flash_backward_fused" in text) == (deterministic is False and mosaic_compat.INTERPRET_AVAILABLE)
+    # At this head size repeating costs more than 10%, so it has to be asked for.
+    assert ("flash_backward_fused" in text) == (deterministic is not True and mosaic_compat.INTERPRET_AVAILABLE)
 
 
 def test_cudnn_does_not_promise_to_repeat(hopper):

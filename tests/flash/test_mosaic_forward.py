@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import ring_jax
-from ring_jax.flash import mosaic_compat, mosaic_hopper, packed, reference
+from ring_jax.flash import mosaic_compat, mosaic_hopper, mosaic_update, packed, reference
 from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 
 interpreted = pytest.mark.skipif(
@@ -143,7 +143,9 @@ def test_lowers_inside_shard_map(check_vma):
     carry = (jax.ShapeDtypeStruct((1, 256, 4, 128), jnp.float32), jax.ShapeDtypeStruct((1, 256, 4), jnp.float32))
     rows, local_rows = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (256, 128))
     call = jax.jit(wrap(functools.partial(mosaic_hopper.forward, scale=0.1)))
-    call.trace(query, kv, rows, local_rows, carry).lower(lowering_platforms=("cuda",))
+    text = call.trace(query, kv, rows, local_rows, carry).lower(lowering_platforms=("cuda",)).as_text()
+    # out and lse are resumed in the carry's own buffers, wherever Refs are to be had.
+    assert text.count("output_operand_alias<") == (2 if mosaic_update.AVAILABLE else 0)
 
 
 # Configs and refusals.
@@ -204,6 +206,17 @@ def test_interpreted(kind, carried, config):
     carry = random_carry(rng, batch, 130, heads, 64) if carried else None
     with mosaic_compat.interpret_mode():
         compare(query, kv, *bounds(kind, batch, 130, 141, rng), carry, config=config)
+
+
+@interpreted
+def test_interpreted_in_place():
+    """Whole query tiles, some of them empty: the carry's buffers are updated, and the caller's arrays are not."""
+    query, kv, rng = inputs(5, 1, 256, 64, 1, 1, 64, jnp.bfloat16)
+    carry = random_carry(rng, 1, 256, 1, 64)
+    before = jax.tree.map(np.array, carry)
+    with mosaic_compat.interpret_mode():
+        compare(query, kv, *bounds("late", 1, 256, 64, rng), carry, config=SMALL)
+    jax.tree.map(np.testing.assert_array_equal, carry, before)
 
 
 @interpreted

@@ -1,0 +1,77 @@
+"""Kernels that update operands in place are functions of arrays to everything around them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ring_jax.flash import mosaic_compat, mosaic_update
+
+needs_refs = pytest.mark.skipif(not mosaic_update.AVAILABLE, reason="kernels that take Refs need jax 0.11 or later")
+
+
+def add_and_copy(x, total):
+    """(x, total + x), the sum in the buffer of `total`."""
+
+    def body(x_ref, total_ref, copy_ref):
+        total_ref[...] = total_ref[...] + x_ref[...]
+        copy_ref[...] = x_ref[...]
+
+    outputs = (jax.ShapeDtypeStruct(x.shape, x.dtype),)
+    call = mosaic_compat.kernel(
+        body,
+        name="add_and_copy",
+        out_type=outputs,
+        scratch={},
+        grid=(1,),
+        grid_names=("program",),
+        num_threads=1,
+        thread_name="wg",
+    )
+    return mosaic_update.update(call, outputs, (x,), (total,))
+
+
+def lowered(f, *shapes) -> str:
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_refs
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma):
+    mesh = jax.make_mesh((2,), ("c",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+
+    def hops(x, total):
+        def hop(total, _):
+            copy, total = add_and_copy(x, total)
+            return jax.lax.ppermute(total, "c", [(0, 1), (1, 0)]) + copy, None
+
+        return jax.lax.scan(hop, total, None, length=3)[0]
+
+    mapped = jax.shard_map(hops, mesh=mesh, in_specs=(P("c"), P("c")), out_specs=P("c"), check_vma=check_vma)
+    text = lowered(mapped, (256, 128), (256, 128))
+    assert text.count("@mosaic_gpu") == 1 and "output_operand_alias<" in text
+    # Or XLA would take what is sliced from a stack into one fusion with the kernel, which knows no aliases.
+    assert text.count("stablehlo.optimization_barrier") == 2
+
+
+@needs_refs
+def test_under_vmap():
+    assert "stablehlo.while" in lowered(jax.vmap(add_and_copy, in_axes=(0, None)), (5, 128, 128), (128, 128))
+
+
+@needs_refs
+def test_interpreted_leaves_the_callers_array():
+    x, total = jnp.full((128, 128), 2.0), jnp.ones((128, 128))
+    with mosaic_compat.interpret_mode():
+        copy, result = add_and_copy(x, total)
+    np.testing.assert_array_equal(copy, x)
+    np.testing.assert_array_equal(result, jnp.full((128, 128), 3.0))
+    np.testing.assert_array_equal(total, jnp.ones((128, 128)))
+
+
+@pytest.mark.skipif(mosaic_update.AVAILABLE, reason="this jax has Refs for kernels")
+def test_old_versions_say_what_they_lack():
+    with pytest.raises(NotImplementedError, match="need jax 0.11 or later, this is"):
+        mosaic_update.update(None, (), (), ())
