@@ -38,7 +38,12 @@ BACKWARD_CHANGES = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], metavar="S")
-    parser.add_argument("--masks", nargs="+", default=["full", "causal"], help="full, causal, window:W, documents:N")
+    parser.add_argument(
+        "--masks",
+        nargs="+",
+        default=["full", "causal"],
+        help="full, causal, window:W, documents:N, documents-full:N, hop:earlier, hop:later",
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)

@@ -73,7 +73,7 @@ def check(case: Case, dtype, config: BackwardConfig | None, deterministic: bool)
 
 
 def cudnn_call(case: Case, query, kv, dout):
-    """cuDNN's forward and backward; documents as a batch of dense sequences of their length."""
+    """cuDNN's forward and backward; documents as a batch of dense sequences of their length, a hop as full."""
     kind, _, argument = case.mask.partition(":")
     if kind.startswith("documents"):
         parts = case.batch * int(argument)
@@ -128,7 +128,7 @@ def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
             row["failure"] = f"{type(failure).__name__}: {failure}"[:600]
 
     add("cudnn", lambda: cudnn_call(case, *operands[:3]), 3.5)
-    for name, config in candidates(case.head_size, options.configs).items():
+    for name, config in candidates(case.head_size, options.configs, deterministic).items():
 
         def ours(config=config, name=name):
             run = jax.jit(both(case, config, deterministic)).lower(*operands).compile()
@@ -147,15 +147,16 @@ def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
             for part in ("dq", "dkv"):
                 add(f"{name} {part}", lambda part=part, config=config: parts(case, config, operands)[part], 2.5)
     for name, value in seconds(calls, options.seconds).items():
-        rows[name].update(seconds=value, tflops=rows[name]["work"] * case.flops() / value / 1e12)
+        work = rows[name]["work"] * (case.dense() if name == "cudnn" else case).flops()
+        rows[name].update(seconds=value, tflops=work / value / 1e12)
         if "seconds" in rows["cudnn"] and rows[name]["work"] == 3.5:
-            rows[name]["ratio_to_cudnn"] = rows["cudnn"]["seconds"] / value
+            rows[name]["ratio_to_cudnn"] = rows[name]["tflops"] / rows["cudnn"]["tflops"]
     return list(rows.values())
 
 
-def candidates(head_size: int, names: list[str]) -> dict[str, BackwardConfig]:
+def candidates(head_size: int, names: list[str], deterministic: bool | None = None) -> dict[str, BackwardConfig]:
     """The tuned config, changed by each of `names`: "base", or fields such as "block_q_dkv=96/stages=3"."""
-    base = default_config(head_size, head_size)
+    base = default_config(head_size, head_size, deterministic=deterministic)
     found = {}
     for name in names:
         changes = {} if name == "base" else dict(field.split("=") for field in name.split("/"))
