@@ -53,7 +53,7 @@ def choose(
     if key_len // ranks <= _SHORT_SHARD:
         return (
             "all_gather",
-            f"{key_len // ranks} keys per rank <= {_SHORT_SHARD}: one balanced call beats {ranks} short hops",
+            f"{key_len // ranks} keys per rank <= {_SHORT_SHARD}: two balanced calls beat {ranks} short hops",
         )
     # Elements per hop in units of two bytes: KV once, against queries, and float32 partials one hop behind.
     pass_kv = key_len * kv_heads * 2 * head_size

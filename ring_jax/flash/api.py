@@ -131,15 +131,16 @@ def flash_attention(
     Args:
         query: [B, T, N, H], bfloat16, float16, float32 or float64.
         key, value: [B, S, K, H] and [B, S, K, Hv], same dtype; N a multiple of K (query head n reads head n // (N/K)).
-        key_start, key_end: int32 [B, T] (or [T], [1, T]): row t sees keys with start <= s < end. Both must be
-            monotone along T for tiles to be skipped well; they are clipped to [0, S]. start >= end is an empty row.
+        key_start, key_end: int32 [B, T] (or [T], [1, T]): row t sees keys with start <= s < end. They are clipped to
+            [0, S]; start >= end is an empty row. Neither may decrease along T, or kernels give wrong results (an error
+            where values are known while tracing): let an empty row repeat a bound of its neighbour, not (0, 0).
         scale: multiplies the logits; default H ** -0.5.
         logits_soft_cap: cap c > 0 applied as c * tanh(logits / c).
         carry: float32 (out, lse) of the same rows over other keys, to resume from. (0, sink) adds an attention sink.
         implementation: "reference", "xla", ... or None for the best that runs here.
         deterministic: True for gradients that repeat bit by bit; False for the fastest; None for gradients that repeat
-            unless that costs more than 10%: all but cuDNN's and, on Hopper, those of head sizes from 65 to 128, whose
-            last bits differ from run to run. Results of the forward pass always repeat.
+            unless that costs more than 10%: all but cuDNN's and, on Hopper, those of head sizes of which the larger is
+            from 65 to 128, whose last bits differ from run to run. Results of the forward pass always repeat.
 
     Returns:
         (out, lse): float32 [B, T, N, Hv] and natural-log [B, T, N] (float64 for float64 inputs), a mergeable
@@ -199,4 +200,19 @@ def _check_bounds(key_start, key_end, B: int, T: int, S: int):
             )
         bounds.append(jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)))
     start, end = bounds
+    low, high = concrete(key_start), concrete(key_end)
+    if low is not None and high is not None:
+        low, high = np.clip(low, 0, S), np.clip(high, 0, S)
+        _check_ascending("key_start", low)
+        _check_ascending("key_end", np.maximum(low, high))
     return start, jnp.maximum(start, end)
+
+
+def _check_ascending(name: str, bound: np.ndarray) -> None:
+    falls = np.atleast_2d(np.diff(bound, axis=-1) < 0)
+    if falls.any():
+        row = int(np.argmax(falls.any(axis=0)))
+        raise ValueError(
+            f"{name} must not decrease along the rows, but row {row + 1} has less than row {row}: order the rows by position, and "
+            "let rows that see nothing repeat a bound of their neighbour"
+        )

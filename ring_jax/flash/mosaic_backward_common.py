@@ -40,7 +40,8 @@ class BackwardConfig:
     overlap: dkv issues dP's product before the softmax, not after it; hides more and takes more registers.
     mask_first: dkv masks before exp2, not after it (see `softmax`).
     pipeline_dkv: dkv issues S, dP of the next queries together with dV, dK of the last ones, which then run during the
-        softmax; takes registers for both, and a third buffer. Without it, dS is made of the rounded P.
+        softmax; takes registers for both, and gains from a third buffer. Without it, dS is made of the rounded P. Not where
+        roles split.
     fused: one kernel of five products where the caller does not ask for repeatable gradients, else two of seven; it
         lacks the registers to overlap.
     feed_registers: of the fused form's third warpgroup, which computes dQ; the other two share the rest.
@@ -83,6 +84,8 @@ class BackwardConfig:
         staging = WGS * ROWS * STAGE_COLUMNS * 4
         dkv = 2 * (H + Hv) * (rows + self.stages * self.block_q_dkv) + 16 * self.stages * self.block_q_dkv + staging
         dkv += 2 * 2 * ROWS * self.block_q_dkv if by_role else 0
+        if self.fused and not by_role:
+            dkv += 2 * 2 * WGS * ROWS * self.block_q_dkv + 4 * H * self.block_q_dkv
         key_slots, value_slots = self.slots_of_dq
         dq = 2 * (H + Hv) * self.warpgroups_dq * ROWS + max(
             2 * (H * key_slots + Hv * value_slots) * self.block_kv_dq, staging

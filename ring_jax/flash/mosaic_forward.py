@@ -311,11 +311,11 @@ def _resume(problem: Problem, lse_ref, staged, acc, m, l):
     plgpu.barrier_wait(full)
     out = mosaic_compat.load(out_smem, _TILE)
     plgpu.barrier_arrive(free)
-    seen = lse > _NO_KEY_YET
-    m_carry = jnp.where(seen, lse * _LOG2E, _NO_KEY_YET)
+    empty = lse <= _NO_KEY_YET  # so that a NaN stays one
+    m_carry = jnp.where(empty, _NO_KEY_YET, lse * _LOG2E)
     top = jnp.maximum(m, m_carry)
-    factor, share = jnp.exp2(m - top), jnp.where(seen, jnp.exp2(m_carry - top), 0.0)
-    out = jnp.where(_across(seen, problem.value_size), out, 0.0)
+    factor, share = jnp.exp2(m - top), jnp.where(empty, 0.0, jnp.exp2(m_carry - top))
+    out = jnp.where(_across(empty, problem.value_size), 0.0, out)
     acc = acc * _across(factor, problem.value_size) + out * _across(share, problem.value_size)
     return acc, top, l * factor + share
 
@@ -328,12 +328,13 @@ def _initial(problem: Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
         return acc, m, plgpu.layout_cast(jnp.zeros((64, 8), jnp.float32), _TILE)
     out_ref, lse_ref = carry
     lse = mosaic_compat.load(lse_ref, _ROWS)
-    seen = lse > _NO_KEY_YET
-    m = jnp.where(seen, lse * _LOG2E, _NO_KEY_YET)
+    empty = lse <= _NO_KEY_YET  # so that a NaN stays one
+    # m is finite at all times: a NaN goes on in l and out.
+    m = jnp.where(empty | (lse != lse), _NO_KEY_YET, lse * _LOG2E)
     # An eighth in each of the eight columns: their sum is l = 1.
-    l = _across(jnp.where(seen, 0.125, 0.0), 8)
+    l = _across(jnp.where(empty, 0.0, jnp.where(lse != lse, lse, 0.125)), 8)
     out = mosaic_compat.load(out_ref, _TILE)
-    return jnp.where(_across(seen, problem.value_size), out, 0.0), m, plgpu.layout_cast(l, _TILE)
+    return jnp.where(_across(empty, problem.value_size), 0.0, out), m, plgpu.layout_cast(l, _TILE)
 
 
 def _store(problem: Problem, outputs, acc, m, l):

@@ -1,4 +1,6 @@
-"""Flash-attention backward on Hopper in Pallas Mosaic GPU: two kernels, seven matrix products, bitwise repeatable.
+"""Flash-attention backward on Hopper in Pallas Mosaic GPU: two kernels of seven matrix products, bitwise repeatable.
+
+The faster form of one kernel and five products is in `mosaic_backward_fused`.
 
     S = scale Q K^T (soft-capped),  P = exp(S - LSE),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),
     dQ = scale dS K,  dK = scale dS^T Q
@@ -8,8 +10,8 @@ Algorithm: FlashAttention-2 (arXiv 2307.08691), section 3.1.2, with the warp spe
 delta = rowsum(dO . O) - dLSE (the paper's D). The plain form is `flash.reference.backward`.
 
 - `dkv`: a program owns one KV tile of one KV head and walks over the query tiles of every query head of the group, so
-  dK and dV stay in registers and GQA needs no atomics. It works on transposed tiles S^T [keys, queries]: P^T and dS^T
-  then are left operands in registers.
+  dK and dV stay in registers and GQA needs no additions in memory; where programs are few, two share a tile and its heads
+  and add to zeros. It works on transposed tiles S^T [keys, queries]: P^T and dS^T then are left operands in registers.
 - `dq`: a program owns one query tile of one query head and walks over the KV tiles.
 
 One warpgroup feeds shared memory by TMA, two compute. Where dK and dV do not fit one warpgroup's registers (H + Hv >
@@ -91,7 +93,8 @@ def backward(
         logits_soft_cap: cap, for cap * tanh(logits / cap).
         deterministic: True for gradients that repeat bit by bit, False for the fastest, None for those that repeat
             unless that costs more than 10%. The fused form, which does not repeat, needs jax 0.11.
-        config: tile sizes; None takes `default_config`, a `fused` one is followed unless deterministic=True.
+        config: tile sizes; None takes `default_config`. A `fused` one is followed where the fused form can run
+            (`mosaic_backward_fused.unsupported_reason`) and deterministic is not True.
 
     Returns:
         dq [B, T, N, H] and dkv like kv, both float32. Rows that see nothing get zeros (or what they had in dq).
@@ -176,7 +179,7 @@ def _prepare_rows(problem, key_start, key_end, lse, delta):
     """
     # Otherwise XLA fuses the caller's reduction over heads into this transposition, which then takes a millisecond.
     lse, delta = lax.optimization_barrier((lse, delta))
-    live = lse > -jnp.inf
+    live = lse != -jnp.inf  # so that a NaN stays one
     stats = jnp.stack([jnp.where(live, lse * LOG2E, jnp.inf), jnp.where(live, delta, 0.0)], axis=1)  # [B, 2, T, N]
     pad = -problem.T % math.lcm(WGS * ROWS, problem.config.warpgroups_dq * ROWS)  # both kernels read whole tiles
     stats = lax.pad(stats.transpose(0, 3, 1, 2), jnp.float32(jnp.inf), [(0, 0, 0)] * 3 + [(0, pad, 0)])

@@ -239,6 +239,12 @@ I = jnp.zeros((1, 4), jnp.int32)  # noqa: E741
         ((X, X, X, I.astype(jnp.float32), I), {}, ValueError, "key_start must be int32, got float32"),
         ((X, X, X, I, I[:, :2]), {}, ValueError, r"key_end must have shape \(1, 4\)"),
         (
+            (X, X, X, I, jnp.array([1, 2, 0, 0])),
+            {},
+            ValueError,
+            "must not decrease .* row 2 has less than row 1: order",
+        ),
+        (
             (X, X, X, I, I),
             {"implementation": "cuda"},
             ValueError,

@@ -365,6 +365,7 @@ def gpu_case(P, H, Hv=None, **changes):
 GPU_CASES = [gpu_case(P, H, mask=mask) for P in (3, 9) for H in (64, 128, 256) for mask in MASKS]
 GPU_CASES += [gpu_case(2, H, mask="random", carried=True, soft_cap=20.0, dtype="float16") for H in (64, 128, 256)]
 GPU_CASES += [gpu_case(3, H, Hv, mask="holes") for H, Hv in ((192, 128), (64, 128), (128, 64), (40, 72))]
+GPU_CASES += [Case(P=9, T=768, S=50, N=4, H=H, Hv=H, mask="random", carried=True) for H in (64, 128)]  # in place
 GPU_CASES += [Case(P=8, B=3, T=1, S=5, N=8, K=1, H=64), Case(P=5, T=700, S=1, N=2, H=128, Hv=128, mask="full")]
 
 

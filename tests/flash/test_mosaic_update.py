@@ -57,8 +57,25 @@ def test_inside_shard_map(check_vma):
 
 
 @needs_refs
-def test_under_vmap():
-    assert "stablehlo.while" in lowered(jax.vmap(add_and_copy, in_axes=(0, None)), (5, 128, 128), (128, 128))
+def test_under_transformations():
+    """`call` may be any function of arrays and Refs, so values can be had without a GPU."""
+
+    def call(x, total):
+        total[...] = total[...] + x
+        return (2 * x,)
+
+    def f(x, total):
+        return mosaic_update.update(call, (jax.ShapeDtypeStruct(x.shape, x.dtype),), (x,), (total,))
+
+    x, total = jnp.arange(24.0).reshape(2, 3, 4), jnp.ones((2, 3))
+    for g in (f, jax.jit(f), jax.jit(f, donate_argnums=1)):
+        doubled, summed = g(x[..., 0], total + 0)
+        np.testing.assert_array_equal(doubled, 2 * x[..., 0])
+        np.testing.assert_array_equal(summed, x[..., 0] + 1)
+    doubled, summed = jax.vmap(f, in_axes=(2, None))(x, total)
+    np.testing.assert_array_equal(doubled, 2 * jnp.moveaxis(x, 2, 0))
+    np.testing.assert_array_equal(summed, jnp.moveaxis(x, 2, 0) + 1)
+    np.testing.assert_array_equal(total, jnp.ones((2, 3)))
 
 
 @needs_refs
