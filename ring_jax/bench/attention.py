@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--only", choices=["forward", "backward"], help="default: forward, then forward + backward")
     parser.add_argument(
-        "--fast", action="store_true", help="time the fused backward, which does not repeat bitwise, too"
+        "--forms",
+        nargs="+",
+        choices=flash_backward.FORMS,
+        default=["default"],
+        help="of the backward, as deterministic= asks for",
     )
     parser.add_argument(
         "--tune", action="store_true", help="search block sizes and stages around the checked-in config"
@@ -99,12 +103,18 @@ def measure(case: flash_forward.Case, args: argparse.Namespace):
         configs = {"ours": forward_config(size, size)} | (tuned_forward(size) if args.tune else {})
         yield "forward", flash_forward.measure(case, dtype, configs, dtype, args.seconds, args.check)
     if args.only != "forward":
+        rows: list[dict[str, Any]] = []
         names = ["base"] + (tuned_backward(size) if args.tune else [])
-        options = types.SimpleNamespace(configs=names, check=args.check, fast=False, parts=False, seconds=args.seconds)
-        rows = flash_backward.measure(case, dtype, options)
-        if args.fast:
-            fast = types.SimpleNamespace(**vars(options) | {"configs": ["fused=1"], "fast": True})
-            rows += [row for row in flash_backward.measure(case, dtype, fast) if row["name"] != "cudnn"]
+        for form in args.forms:
+            options = types.SimpleNamespace(
+                configs=names, check=args.check, form=form, parts=False, seconds=args.seconds
+            )
+            for row in flash_backward.measure(case, dtype, options):
+                if row["name"] == "cudnn" and rows:
+                    continue
+                if form != "default" and row["name"] != "cudnn":
+                    row["name"] = f"{form} {row['name']}"
+                rows.append(row)
         yield "forward+backward", rows
 
 

@@ -22,6 +22,9 @@ from ring_jax.flash import mosaic_backward_common as common
 from ring_jax.flash import mosaic_backward_dkv, mosaic_backward_dq, mosaic_hopper, mosaic_hopper_backward
 from ring_jax.flash.mosaic_backward_common import BackwardConfig, default_config
 
+# What `deterministic` asks for.
+FORMS = {"default": None, "repeatable": True, "fastest": False}
+
 
 def inputs(case: Case, dtype) -> tuple[jax.Array, ...]:
     """query, kv, dout, key_start, key_end."""
@@ -31,7 +34,7 @@ def inputs(case: Case, dtype) -> tuple[jax.Array, ...]:
     return *case.inputs(dtype), dout.astype(dtype), *map(jnp.asarray, case.bounds())
 
 
-def both(case: Case, config: BackwardConfig | None, deterministic: bool):
+def both(case: Case, config: BackwardConfig | None, deterministic: bool | None):
     """Forward and backward as one program."""
     scale = case.head_size**-0.5
 
@@ -45,7 +48,9 @@ def both(case: Case, config: BackwardConfig | None, deterministic: bool):
     return run
 
 
-def check(case: Case, dtype, config: BackwardConfig | None, deterministic: bool) -> dict[str, tuple[float, float]]:
+def check(
+    case: Case, dtype, config: BackwardConfig | None, deterministic: bool | None
+) -> dict[str, tuple[float, float]]:
     """(our error, error of the materialised form in the same precision) of each gradient, at up to 1024 positions."""
     small = dataclasses.replace(case, length=min(case.length, 1024), heads=case.heads // case.kv_heads, kv_heads=1)
     query, kv, dout, *bounds = inputs(small, dtype)
@@ -116,7 +121,7 @@ def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
     operands = inputs(case, dtype)
     calls: dict[str, Any] = {}
     rows: dict[str, dict[str, Any]] = {}
-    deterministic = not options.fast
+    deterministic = FORMS[options.form]
 
     def add(name, make, work, **facts):
         row = rows[name] = {"case": dataclasses.asdict(case), "name": name, "work": work, **facts}
@@ -169,7 +174,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", help=Case.__doc__)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--configs", nargs="+", default=["base"], help=candidates.__doc__)
-    parser.add_argument("--fast", action="store_true", help="the form that need not repeat bitwise")
+    parser.add_argument("--form", choices=FORMS, default="default", help="as deterministic= asks for (default: None)")
     parser.add_argument("--parts", action="store_true", help="time the kernels one by one, too")
     parser.add_argument("--no-check", dest="check", action="store_false")
     parser.add_argument("--seconds", type=float, default=0.05, help="of device time for each of three rounds")

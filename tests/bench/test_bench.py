@@ -76,9 +76,11 @@ def test_attention_bench_reports_every_case(monkeypatch, tmp_path, capsys):
     parser = argparse.ArgumentParser()
     attention.add_arguments(parser)
     files = ["--json", str(tmp_path / "rows.json"), "--png", str(tmp_path / "bars.png")]
-    assert attention.run(parser.parse_args(["--lengths", "64", "--fast", "--tune", *files])) == 0
+    assert (
+        attention.run(parser.parse_args(["--lengths", "64", "--forms", "default", "repeatable", "--tune", *files])) == 0
+    )
     out = capsys.readouterr().out
-    assert "600 TFLOP/s, 75% of matmul, 1.20 of cuDNN" in out and "no cuDNN here" in out
+    assert "600 TFLOP/s, 75% of matmul, 1.20 of cuDNN" in out and "no cuDNN here" in out and "repeatable base" in out
     report = json.loads((tmp_path / "rows.json").read_text())
     assert {(row["what"], row["case"]["mask"]) for row in report["rows"]} == {
         (what, mask) for what in ("forward", "forward+backward") for mask in ("full", "causal")
