@@ -95,6 +95,9 @@ def rotate(shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Call
         for i in range(begun, C):
             state = one(i, state, final=i == C - 1)
         _, stay, parts = state
+        if combine:
+            # Or the rank's own hop could run at any time, and its part would be held until the end.
+            own, stay, parts = lax.optimization_barrier((own, stay, parts))
         parts = shard.shift(parts)
     if combine or C == 1:
         stay, part = hop(own, stay, rank, True, True)
