@@ -152,8 +152,7 @@ def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
             for part in ("dq", "dkv"):
                 add(f"{name} {part}", lambda part=part, config=config: parts(case, config, operands)[part], 2.5)
     for name, value in seconds(calls, options.seconds).items():
-        work = rows[name]["work"] * (case.dense() if name == "cudnn" else case).flops()
-        rows[name].update(seconds=value, tflops=work / value / 1e12)
+        rows[name].update(seconds=value, tflops=rows[name]["work"] * case.flops_of(name) / value / 1e12)
         if "seconds" in rows["cudnn"] and rows[name]["work"] == 3.5:
             rows[name]["ratio_to_cudnn"] = rows[name]["tflops"] / rows["cudnn"]["tflops"]
     return list(rows.values())

@@ -71,13 +71,13 @@ class Case:
     def is_hop(self) -> bool:
         return self.mask.startswith("hop:")
 
-    def dense(self) -> "Case":
-        """What cuDNN runs beside it: the same, but for a hop, which it is given as full attention."""
-        return dataclasses.replace(self, mask="full") if self.is_hop else self
-
     def flops(self) -> float:
         start, end = self.bounds()
         return 4.0 * self.head_size * self.heads * float((end.astype(np.int64) - start).sum())
+
+    def flops_of(self, name: str) -> float:
+        """Of the row `name`: cuDNN's is the same work as ours, but for a hop, which it is given as full attention."""
+        return (dataclasses.replace(self, mask="full") if self.is_hop and name == "cudnn" else self).flops()
 
     def inputs(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         keys = jax.random.split(jax.random.key(time.time_ns() % 2**31), 2)
@@ -196,8 +196,7 @@ def measure(
         calls.pop("cudnn", None)
         rows["cudnn"] = {"case": dataclasses.asdict(case), "name": "cudnn", "failure": str(failure)[:400]}
     for name, value in seconds(calls, budget).items():
-        work = (case.dense() if name == "cudnn" else case).flops()
-        rows[name].update(seconds=value, tflops=work / value / 1e12)
+        rows[name].update(seconds=value, tflops=case.flops_of(name) / value / 1e12)
     for row in rows.values():
         if "seconds" in row and "seconds" in rows["cudnn"]:
             row["ratio_to_cudnn"] = row["tflops"] / rows["cudnn"]["tflops"]

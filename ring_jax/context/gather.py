@@ -20,15 +20,11 @@ from ring_jax.flash.api import Partial, Spec, delta_of, named
 from ring_jax.flash.merge import carry_gradient
 from ring_jax.flash.packed import seq_axis
 
-Bounds = tuple[jax.Array, jax.Array]
 
-
-def _bounds(shard: Shard, start, end) -> tuple[Bounds, Bounds]:
-    """Bounds on the rank's own keys [B, T], and on those of every rank [C, B, T], where its own are empty."""
-    own = shard.local_bounds(start, end, shard.rank())
+def _others(shard: Shard, start, end) -> list[jax.Array]:
+    """Bounds on the keys of every rank, [C, B, T] each; those on the rank's own are empty."""
     sources = jnp.arange(shard.ranks, dtype=start.dtype)[:, None, None]
-    first, last = (jnp.where(sources == shard.rank(), 0, x) for x in shard.local_bounds(start, end, sources))
-    return own, (first, last)
+    return [jnp.where(sources == shard.rank(), 0, x) for x in shard.local_bounds(start, end, sources)]
 
 
 def _in_one_call(spec: Spec, shard: Shard) -> bool:
@@ -43,13 +39,14 @@ def all_gather(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial |
 
 
 def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
-    own, others = _bounds(shard, start, end)
+    own = shard.local_bounds(start, end, shard.rank())
     if _in_one_call(spec, shard):
         kv = lax.all_gather(kv, shard.axis, axis=seq_axis(kv), tiled=True)
         return spec.forward(query, kv, *own, carry, query.dtype)
     gathered = lax.all_gather(kv, shard.axis)
     carry = spec.forward(query, kv, *own, carry)
-    return spec.forward(query, gathered, *others, carry, query.dtype)
+    first, last = _others(shard, start, end)
+    return spec.forward(query, gathered, first, last, carry, query.dtype)
 
 
 def _all_gather_fwd(spec, shard, query, kv, start, end, carry):
@@ -62,14 +59,14 @@ def _all_gather_bwd(spec, shard, saved, cotangents):
     # Tied to the cotangent, or XLA would merge this gather with the forward's and keep all of KV alive.
     kv, (dout, dlse) = lax.optimization_barrier((kv, cotangents))
     delta = delta_of(out, dout, dlse)
-    own, others = _bounds(shard, start, end)
+    own = shard.local_bounds(start, end, shard.rank())
     axis = seq_axis(kv)
     if _in_one_call(spec, shard):
         gathered = lax.all_gather(kv, shard.axis, axis=axis, tiled=True)
         dq, dkv = spec.backward(query, gathered, *own, lse, delta, dout)
         dkv = lax.psum_scatter(dkv, shard.axis, scatter_dimension=axis, tiled=True)
     else:
-        dq, dkv = spec.backward(query, lax.all_gather(kv, shard.axis), *others, lse, delta, dout)
+        dq, dkv = spec.backward(query, lax.all_gather(kv, shard.axis), *_others(shard, start, end), lse, delta, dout)
         dkv = lax.psum_scatter(dkv, shard.axis)
         # The rank's own keys last: to sum what belongs to the others is twice the gather, and hides behind them.
         dq, dkv_own = spec.backward(query, kv, *own, lse, delta, dout, dq)

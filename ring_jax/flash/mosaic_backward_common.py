@@ -13,13 +13,12 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.flash import mosaic_compat as compat
+from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # one warpgroup's wgmma rows
 WGS = 2  # compute warpgroups
-REGISTERS = {2: (240, 24), 3: (160, 32)}  # of the compute warpgroups, by their number, and of the memory warpgroup
 STAGE_COLUMNS = 32  # float32 columns per step of the epilogue: one 128-byte swizzle
-SMEM_BYTES = 227 * 1024
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a tile
 COL = plgpu.Layout.WGMMA.reduce(0)  # one value per column
@@ -67,7 +66,7 @@ class BackwardConfig:
             raise ValueError(
                 f"need one stage, two with pipeline_dkv, and two slots, got {self.stages=}, {self.pipeline_dkv=}, {self.slots=}"
             )
-        if self.warpgroups_dq not in REGISTERS:
+        if self.warpgroups_dq not in (2, 3):
             raise ValueError(f"warpgroups_dq must be 2 or 3, got {self.warpgroups_dq=}")
         # A program starts with 168 registers a thread in three warpgroups; setmaxnreg waits for ever on more than that.
         if self.feed_registers % 8 or not 24 <= self.feed_registers <= 168:
@@ -91,9 +90,9 @@ class BackwardConfig:
             2 * (H * key_slots + Hv * value_slots) * self.block_kv_dq, staging
         )
         for name, used in (("dkv", dkv + 1024), ("dq", dq + 1024)):
-            if used > SMEM_BYTES:
+            if used > SHARED_MEMORY_BYTES:
                 raise ValueError(
-                    f"{self} needs {used} bytes of shared memory in {name} for head sizes {(H, Hv)}: at most {SMEM_BYTES}"
+                    f"{self} needs {used} bytes of shared memory in {name} for head sizes {(H, Hv)}: at most {SHARED_MEMORY_BYTES}"
                 )
 
 

@@ -11,7 +11,6 @@ from ring_jax.flash import mosaic_compat as compat
 from ring_jax.flash import mosaic_update, mosaic_wgmma
 from ring_jax.flash.mosaic_backward_common import (
     COL,
-    REGISTERS,
     ROWS,
     STAGE_COLUMNS,
     TILE,
@@ -30,6 +29,7 @@ from ring_jax.flash.mosaic_backward_common import (
     splits_by_role,
     store,
 )
+from ring_jax.flash.mosaic_config import REGISTERS
 
 
 def dkv(problem, query, kv, dout, stats, bounds, table):

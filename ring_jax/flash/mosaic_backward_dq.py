@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ring_jax.flash import mosaic_compat as compat
 from ring_jax.flash import mosaic_update, mosaic_wgmma
 from ring_jax.flash.mosaic_backward_common import (
-    REGISTERS,
     ROW,
     ROWS,
     STAGE_COLUMNS,
@@ -22,6 +21,7 @@ from ring_jax.flash.mosaic_backward_common import (
     softmax,
     store,
 )
+from ring_jax.flash.mosaic_config import REGISTERS
 
 
 def dq(problem, query, kv, dout, stats, bounds, table, total=None):

@@ -4,6 +4,8 @@ import dataclasses
 
 SHARED_MEMORY_BYTES = 227 * 1024
 _BARRIER_BYTES = 1024
+# Per thread of a compute warpgroup, by their number, and of the memory warpgroup (setmaxnreg).
+REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class ForwardConfig:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers per thread of the compute and the memory warpgroups (setmaxnreg)."""
-        return {1: (240, 24), 2: (240, 24), 3: (160, 32)}[self.warpgroups]
+        return REGISTERS[self.warpgroups]
 
     def shared_memory_bytes(self, head_size: int, value_head_size: int) -> int:
         """Bytes of shared memory for 16-bit inputs."""

@@ -137,14 +137,19 @@ def backward(
     else:
         table_dq = _dq_table(problem, key_start, key_end)
         operands_dq = (*operands, table_dq if parts == 1 else _dq_visits(problem, table_dq))
-        if mosaic_update.AVAILABLE and not compat.interpreting():
+        if _adds_in_memory():
             dq = dq_kernel(problem, *operands_dq, dq)
-        else:  # Refs came with jax 0.11, and TMA reductions have no interpreter
+        else:
             part = dq_kernel(problem, *operands_dq)
             dq = part if dq is None else dq + part
         dkv = dkv_kernel(problem, *operands, table)
     dkv = lax.slice_in_dim(dkv.reshape(kv.shape), 0, kv_length, axis=kv.ndim - 3)
     return lax.slice_in_dim(dq, 0, length, axis=1), dkv.reshape(kv_shape)
+
+
+def _adds_in_memory() -> bool:
+    """Refs came with jax 0.11, and TMA reductions have no interpreter."""
+    return mosaic_update.AVAILABLE and not compat.interpreting()
 
 
 def _split(problem, fused: bool) -> int:
@@ -153,7 +158,7 @@ def _split(problem, fused: bool) -> int:
     One program that walks over all of them is long: short shards would leave multiprocessors without work, or wait for
     the longest. Sums of two addends on zeros repeat bit by bit, those of more do not.
     """
-    if not mosaic_update.AVAILABLE or compat.interpreting():
+    if not _adds_in_memory():
         return 1
     tiles = pl.cdiv(problem.S, ROWS if splits_by_role(problem.H, problem.Hv) else WGS * ROWS)
     programs = problem.K * problem.B * tiles * max(1, problem.parts - 1)  # of a ring's parts, a rank's own is empty
