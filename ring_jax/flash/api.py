@@ -35,19 +35,22 @@ class Spec:
     scale: float
     logits_soft_cap: float | None
 
-    def forward(self, query, kv, start, end, carry, out_dtype=None) -> Partial:
-        """(out, lse) of one block, of keys in parts where bounds are [P, B, T] (`flash.parts`)."""
+    def forward(self, query, kv, start, end, carry, out_dtype=None, heads=None, into=None) -> Partial:
+        """(out, lse) of one block, of keys in parts where bounds are [P, B, T] (`flash.parts`). `heads` and `into`, of backends
+        that take them, as in `flash.backends`."""
         if start.ndim == 3 and not self.backend.parts:
             return parts.forward(self.forward, query, kv, start, end, carry, out_dtype)
-        return self.backend.forward(query, kv, start, end, carry, out_dtype=out_dtype, **self._options)
+        share = {} if heads is None else {"heads": heads, "into": into}
+        return self.backend.forward(query, kv, start, end, carry, out_dtype=out_dtype, **share, **self._options)
 
-    def backward(self, query, kv, start, end, lse, delta, dout, dq=None) -> Partial:
-        """(dq, dkv) of one block, float32; adds to `dq` where that is given. Keys in parts as in `forward`."""
+    def backward(self, query, kv, start, end, lse, delta, dout, dq=None, heads=None) -> Partial:
+        """(dq, dkv) of one block, float32; adds to `dq` where that is given. Keys in parts, and `heads`, as in `forward`."""
         if start.ndim == 3 and not self.backend.parts:
             return parts.backward(self.backward, query, kv, start, end, lse, delta, dout, dq)
         operands, options = (query, kv, start, end, lse, delta, dout), self._options
         if self.backend.adds:
-            return self.backend.backward(*operands, dq, **options)
+            share = {} if heads is None else {"heads": heads}
+            return self.backend.backward(*operands, dq, **share, **options)
         own, dkv = self.backend.backward(*operands, **options)
         return own if dq is None else dq + own, dkv
 

@@ -13,6 +13,10 @@ strategies in `ring_jax.context` put the derivative rules around them.
 Backends with `parts` also take keys in P parts: kv with an axis before all others, and bounds [P, B, T], an interval of
 each part. For the others `flash.parts` goes from part to part.
 
+Backends with `heads` also take kv of a share of the KV heads, `heads=packed.Heads(first, total)`: `forward` computes the query
+heads of that share and writes them `into=(out, lse)` (None: new arrays, whose other heads are undefined); `backward` adds to
+those of dq.
+
 To add one: write the two functions, give `unsupported` a reason for what it cannot do, add it to
 `BACKENDS`, and add its name to the harness in tests/flash.
 """
@@ -45,6 +49,8 @@ class Backend:
     adds: bool = False
     # Whether both functions take keys in parts.
     parts: bool = False
+    # Whether both functions take `heads`, and halves of these heads keep the device busy. Takes (query, kv).
+    heads: Callable[[jax.Array, jax.Array], bool] = lambda query, kv: False
 
 
 def _cudnn(whole: str) -> Backend:
@@ -58,7 +64,16 @@ CUDNN = {whole: _cudnn(whole) for whole in ("full", "causal")}
 
 def _mosaic(deterministic: bool | None) -> Backend:
     backward = functools.partial(mosaic.backward, deterministic=deterministic)
-    return Backend("mosaic", mosaic.forward, backward, unroll=8, unsupported=mosaic.unsupported, adds=True, parts=True)
+    return Backend(
+        "mosaic",
+        mosaic.forward,
+        backward,
+        unroll=8,
+        unsupported=mosaic.unsupported,
+        adds=True,
+        parts=True,
+        heads=mosaic.halves_suffice,
+    )
 
 
 # The same kernels by what is asked of their gradients.

@@ -9,7 +9,7 @@ from jax import lax
 
 from ring_jax._device import target
 from ring_jax._vma import pcast_to, varying_axes
-from ring_jax.flash import mosaic_hopper, mosaic_hopper_backward
+from ring_jax.flash import mosaic_hopper, mosaic_hopper_backward, mosaic_update
 from ring_jax.flash.packed import pack, unpack
 
 _HEAD_MULTIPLE = 64
@@ -30,10 +30,18 @@ def unsupported(query: jax.Array, kv: jax.Array, logits_soft_cap: float | None =
     return device_reason() or mosaic_hopper.unsupported_reason(query, kv, logits_soft_cap=logits_soft_cap)
 
 
-def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None, out_dtype=None):
+def halves_suffice(query: jax.Array, kv: jax.Array) -> bool:
+    """Whether the kernels keep the device busy on half of the KV heads at a time."""
+    return mosaic_update.AVAILABLE and kv.shape[-2] > 1 and mosaic_hopper_backward.halves_suffice(query, kv)
+
+
+def forward(
+    query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None, out_dtype=None, heads=None, into=None
+):
     """See `flash.backends`."""
-    axes = varying_axes(query, kv, key_start, key_end, carry)
+    axes = varying_axes(query, kv, key_start, key_end, carry, into)
     options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "out_dtype": out_dtype or jnp.float32}
+    options |= {"heads": heads, "into": into}
     with jax.enable_x64(False):  # the kernels compute indices in int32
         partial = mosaic_hopper.forward(query, kv, key_start, key_end, carry, **options)
     # In a scan that also stacks a result as residual, XLA would clone the whole kernel into a fusion that writes the stack.
@@ -41,7 +49,19 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
 
 
 def backward(
-    query, kv, key_start, key_end, lse, delta, dout, dq=None, *, scale, logits_soft_cap=None, deterministic=None
+    query,
+    kv,
+    key_start,
+    key_end,
+    lse,
+    delta,
+    dout,
+    dq=None,
+    *,
+    scale,
+    logits_soft_cap=None,
+    deterministic=None,
+    heads=None,
 ):
     """See `flash.backends`."""
     axes = varying_axes(query, kv, key_start, key_end, lse, delta, dout, dq)
@@ -56,7 +76,7 @@ def backward(
     operands = (query, kv, key_start, key_end, lse, delta, dout.astype(query.dtype), dq)
     with jax.enable_x64(False):
         options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "deterministic": deterministic}
-        dq, dkv = mosaic_hopper_backward.backward(*operands, **options)
+        dq, dkv = mosaic_hopper_backward.backward(*operands, heads=heads, **options)
     if padded:
 
         def cut(dkv):

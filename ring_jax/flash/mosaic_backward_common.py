@@ -141,6 +141,8 @@ class Problem:
     parts: int = 1
     # Programs of dkv and fused that share a KV tile, each with its share of the query heads; they add to zeros.
     split: int = 1
+    # N counts the query heads that share the K heads here; the arrays of queries may hold others around them.
+    first_head: int = 0
 
     @property
     def G(self) -> int:
@@ -155,6 +157,10 @@ class Problem:
         """Whether a warpgroup computes, and whether it feeds the others; what would only add zeros does neither."""
         compute, feed = wg < WGS, wg == WGS
         return (compute, feed) if self.split == 1 else (compute & (span[1] > span[0]), feed & (span[1] > span[0]))
+
+    def query_head(self, head):
+        """Where the query head `head` in [0, N) lies in the arrays of queries."""
+        return head + self.first_head if self.first_head else head
 
     def kv_head(self, head):
         """The KV head of a program head."""

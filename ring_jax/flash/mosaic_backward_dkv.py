@@ -32,7 +32,8 @@ from ring_jax.flash.mosaic_backward_common import (
 from ring_jax.flash.mosaic_config import REGISTERS
 
 
-def dkv(problem, query, kv, dout, stats, bounds, table):
+def dkv(problem, query, kv, dout, stats, bounds, table, into=None):
+    """dkv, added to `into` in its own buffer where that is given: it must be where programs share a KV tile."""
     H, Hv, config = problem.H, problem.Hv, problem.config
     by_role = splits_by_role(H, Hv)
     rows = ROWS if by_role else WGS * ROWS
@@ -62,16 +63,14 @@ def dkv(problem, query, kv, dout, stats, bounds, table):
     call = compat.kernel(
         partial(_body, problem, tiles),
         name="flash_backward_dkv",
-        out_type=(output,) if problem.split == 1 else (),
+        out_type=(output,) if into is None else (),
         scratch=scratch,
         grid=(problem.K * problem.split * problem.parts * problem.B * tiles,),
         grid_names=("program",),
         num_threads=WGS + 1,
         thread_name="wg",
     )
-    if problem.split == 1:
-        return call(*operands)[0]
-    return mosaic_update.update(call, (), operands, (jnp.zeros(kv.shape, jnp.float32),))[0]
+    return (call(*operands) if into is None else mosaic_update.update(call, (), operands, (into,)))[0]
 
 
 def _body(problem, tiles, query, kv, dout, stats, bounds, table, dkv_ref, *, kv_full, **scratch):
@@ -134,7 +133,7 @@ def query_of(problem, span, head, t):
     first, last = span[:2]
     g = lax.div(t, last - first)
     block = problem.config.block_q_dkv
-    return pl.ds((first + t - g * (last - first)) * block, block), head * problem.share + g
+    return pl.ds((first + t - g * (last - first)) * block, block), problem.query_head(head * problem.share + g)
 
 
 def load_query(problem, span, b, head, query, dout, stats, bounds, t, *, wait, q_smem, do_smem, stats_smem, bounds_smem,

@@ -29,7 +29,7 @@ def dq(problem, query, kv, dout, stats, bounds, table, total=None):
     H, Hv, config = problem.H, problem.Hv, problem.config
     wgs = config.warpgroups_dq
     operands = query, kv, dout, stats, bounds, table
-    output = compat.output_like((problem.B, problem.T, problem.N, H), jnp.float32, *operands[:5])
+    output = compat.output_like(query.shape, jnp.float32, *operands[:5])
     tiles = table.shape[1]  # [B, tiles, ...] with and without parts
     key_slots, value_slots = config.slots_of_dq
     slots = (
@@ -64,7 +64,8 @@ def dq(problem, query, kv, dout, stats, bounds, table, total=None):
 def _body(problem, tiles, add, query, kv, dout, stats, bounds, table, dq_ref, *,
           q_smem, do_smem, slots, rows_full, done, **barriers):  # fmt: skip
     wg = lax.axis_index("wg")
-    b, head, tile = program(problem.B, problem.N, tiles, descending=True)
+    b, program_head, tile = program(problem.B, problem.N, tiles, descending=True)
+    head = problem.query_head(program_head)
     visits = _Visits(problem, table, b, tile)
     (k_slots, v_slots), staging = slots
     wgs = problem.config.warpgroups_dq
@@ -96,7 +97,7 @@ def _body(problem, tiles, add, query, kv, dout, stats, bounds, table, dq_ref, *,
     @pl.when(wg == wgs)
     def _memory():
         plgpu.set_max_registers(memory_registers, action="decrease")
-        _load_keys(problem, visits, b, lax.div(head, problem.G), kv, k_slots, v_slots, **barriers)
+        _load_keys(problem, visits, b, lax.div(program_head, problem.G), kv, k_slots, v_slots, **barriers)
 
 
 class _Visits:

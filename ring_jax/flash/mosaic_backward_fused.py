@@ -41,15 +41,13 @@ def unsupported_reason(H: int, Hv: int, block_q: int) -> str | None:
     return None
 
 
-def fused(problem, query, kv, dout, stats, bounds, table, dq):
-    """(dq, dkv) as `mosaic_hopper_backward` has them before it cuts off padding; adds to `dq` unless it is None."""
+def fused(problem, query, kv, dout, stats, bounds, table, dq, into=None):
+    """(dq, dkv) as `mosaic_hopper_backward` has them before it cuts off padding; adds to `dq`, and to `into` as `dkv` does."""
     H, Hv, stages = problem.H, problem.Hv, problem.config.stages
     block = ROWS
     tiles = table.shape[1]
-    if dq is None:
-        dq = jnp.zeros((problem.B, problem.T, problem.N, H), jnp.float32)
     operands = query, kv, dout, stats, bounds, table
-    outputs = (compat.output_like(kv.shape, jnp.float32, *operands[:5]),) if problem.split == 1 else ()
+    outputs = (compat.output_like(kv.shape, jnp.float32, *operands[:5]),) if into is None else ()
     call = compat.kernel(
         partial(_body, problem, tiles),
         name="flash_backward_fused",
@@ -77,10 +75,10 @@ def fused(problem, query, kv, dout, stats, bounds, table, dq):
         num_threads=WGS + 1,
         thread_name="wg",
     )
-    if problem.split == 1:
+    if into is None:
         dkv, dq = mosaic_update.update(call, outputs, operands, (dq,))
         return dq, dkv
-    return tuple(mosaic_update.update(call, outputs, operands, (dq, jnp.zeros(kv.shape, jnp.float32))))
+    return tuple(mosaic_update.update(call, outputs, operands, (dq, into)))
 
 
 def _body(

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ring_jax.flash import mosaic_compat, mosaic_forward, mosaic_update
 from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 from ring_jax.flash.mosaic_schedule import MAX_PARTS, Problem
-from ring_jax.flash.packed import fold_parts, value_size
+from ring_jax.flash.packed import Heads, fold_parts, value_size
 
 
 def unsupported_reason(
@@ -21,6 +21,7 @@ def unsupported_reason(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     out_dtype: Any = None,
+    heads: Heads | None = None,
     compute_capability: str | None = None,
 ) -> str | None:
     """Why `forward` cannot take these arguments, or None. `compute_capability` is the GPU's, such as "9.0"."""
@@ -33,8 +34,8 @@ def unsupported_reason(
     sizes = _head_sizes(query, kv)
     if min(sizes) < 1 or max(sizes) > 256:
         return f"head sizes must be between 1 and 256, got {sizes[0]} for keys and {sizes[1]} for values"
-    if query.shape[2] % kv.shape[-2]:
-        return f"query heads must be a multiple of key-value heads, got {query.shape[2]} and {kv.shape[-2]}"
+    if query.shape[2] % (kv_heads := heads.total if heads else kv.shape[-2]):
+        return f"query heads must be a multiple of key-value heads, got {query.shape[2]} and {kv_heads}"
     if out_dtype is not None and jnp.dtype(out_dtype) not in (jnp.dtype(jnp.float32), query.dtype):
         return f"out_dtype must be float32 or {query.dtype}, got {jnp.dtype(out_dtype)}"
     if scale is not None and scale <= 0:
@@ -56,6 +57,8 @@ def forward(
     scale: float,
     logits_soft_cap: float | None = None,
     out_dtype: Any = jnp.float32,
+    heads: Heads | None = None,
+    into: tuple[jax.Array, jax.Array] | None = None,
     config: ForwardConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of each query over its interval of keys, continued from `carry`.
@@ -69,6 +72,9 @@ def forward(
         scale: factor of the logits.
         logits_soft_cap: cap, for cap * tanh(logits / cap).
         out_dtype: float32 or the input dtype.
+        heads: which KV heads `kv` holds, where those are not all: only the query heads that share them are computed.
+        into: (out, lse) of the result's dtypes to write the computed heads into, in their own buffers (jax 0.11 and
+            later). Without it the results of other heads are undefined.
         config: tile sizes; None takes the tuned ones.
 
     Returns:
@@ -80,20 +86,22 @@ def forward(
         ValueError: kv does not have as many parts as the bounds.
     """
     kv, (key_start, key_end), parts = fold_parts(kv, (key_start, key_end))
-    reason = unsupported_reason(query, kv, scale=scale, logits_soft_cap=logits_soft_cap, out_dtype=out_dtype)
+    options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "out_dtype": out_dtype, "heads": heads}
+    reason = unsupported_reason(query, kv, **options)
     if reason is not None:
         raise NotImplementedError(f"the Hopper flash-attention kernel {reason}")
     head_size, value_size = _head_sizes(query, kv)
     query_len = query.shape[1]
     config = config or forward_config(_round_up(head_size, 64), _round_up(value_size, 64))
+    into = _padded_rows(into, query, kv, config)
     query, kv, key_start, key_end, carry = _padded(query, kv, key_start, key_end, carry, config)
     calls = pl.cdiv(parts, MAX_PARTS)
     for call in range(calls):
         first, last = (parts * i // calls for i in (call, call + 1))  # no call is left with a single part
         dtype = out_dtype if last == parts else jnp.float32
-        problem = _problem(query, kv, carry, scale, logits_soft_cap, config, dtype, parts)
+        problem = _problem(query, kv, carry, scale, logits_soft_cap, config, dtype, parts, heads)
         problem = dataclasses.replace(problem, parts=last - first, first_part=first)
-        carry = _call(problem, query, kv, key_start, key_end, carry, dtype)
+        carry = _call(problem, query, kv, key_start, key_end, carry, dtype, into if last == parts else None)
     out, lse = carry
     if out.shape[1] != query_len or out.shape[3] != value_size:
         out, lse = out[:, :query_len, :, :value_size], lse[:, :query_len]
@@ -120,19 +128,30 @@ def _padded(query, kv, key_start, key_end, carry, config):
     """The arrays as TMA can read them; copies only where a length is no multiple of 8, or a head size none of 64."""
     head_size, value_size = _head_sizes(query, kv)
     key_columns, value_columns = _round_up(head_size, 64), _round_up(value_size, 64)
+    carry = _padded_rows(carry, query, kv, config)
     if kv.ndim == 5:
         kv = _pad_axis(kv, 4, key_columns)
     elif (key_columns, value_columns) != (head_size, value_size):
         key, value = kv[..., :head_size], kv[..., head_size:]
         kv = jnp.concatenate([_pad_axis(key, 3, key_columns), _pad_axis(value, 3, value_columns)], axis=-1)
     kv = _pad_axis(kv, kv.ndim - 3, _round_up(kv.shape[-3], 8))
-    query_len = max(_round_up(query.shape[1], 8), config.block_q)
+    query_len = _rows(query, config)
     query = _pad_axis(_pad_axis(query, 3, key_columns), 1, query_len)
     key_start, key_end = (_pad_axis(bound, bound.ndim - 1, query_len, "edge") for bound in (key_start, key_end))
-    if carry is not None:
-        out, lse = carry
-        carry = (_pad_axis(_pad_axis(out, 3, value_columns), 1, query_len), _pad_axis(lse, 1, query_len))
     return query, kv, key_start, key_end, carry
+
+
+def _rows(query, config) -> int:
+    return max(_round_up(query.shape[1], 8), config.block_q)
+
+
+def _padded_rows(partial, query, kv, config):
+    """(out, lse) padded like the queries."""
+    if partial is None:
+        return None
+    out, lse = partial
+    rows, columns = _rows(query, config), _round_up(_head_sizes(query, kv)[1], 64)
+    return _pad_axis(_pad_axis(out, 3, columns), 1, rows), _pad_axis(lse, 1, rows)
 
 
 def _in_place(query_len, carry, out_dtype, config) -> bool:
@@ -145,9 +164,11 @@ def _in_place(query_len, carry, out_dtype, config) -> bool:
     )
 
 
-def _problem(query, kv, carry, scale, logits_soft_cap, config, out_dtype, parts) -> Problem:
-    batch, query_len, heads, head_size = query.shape
+def _problem(query, kv, carry, scale, logits_soft_cap, config, out_dtype, parts, heads) -> Problem:
+    batch, query_len, query_heads, head_size = query.shape
     kv_heads, value_size = kv.shape[-2], _head_sizes(query, kv)[1]
+    first, total = heads or (0, kv_heads)
+    group = query_heads // total
     used = config.shared_memory_bytes(head_size, value_size)
     if used > SHARED_MEMORY_BYTES:
         raise ValueError(f"{config} needs {used} bytes of shared memory for {head_size=}, {value_size=}")
@@ -157,21 +178,22 @@ def _problem(query, kv, carry, scale, logits_soft_cap, config, out_dtype, parts)
     return Problem(
         batch=batch,
         query_len=query_len,
-        heads=heads,
+        heads=kv_heads * group,
         kv_heads=kv_heads,
         head_size=head_size,
         value_size=value_size,
         packed=kv.ndim == 5,
         carry=carry is not None,
-        in_place=_in_place(query_len, carry, out_dtype, config),
+        in_place=heads is None and _in_place(query_len, carry, out_dtype, config),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
-        heads_per_section=kv_heads_per_section * (heads // kv_heads),
+        heads_per_section=kv_heads_per_section * group,
         config=config,
+        first_head=first * group,
     )
 
 
-def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype):
+def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype, into):
     config = problem.config
     operands = (query, kv, key_start, key_end, *(carry or ()))
     rows = query.shape[:3]
@@ -180,7 +202,9 @@ def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype):
         mosaic_compat.output_like(rows, jnp.float32, *operands),
     )
     if problem.in_place:
-        operands, out_type = operands[:4], ()
+        operands, into = operands[:4], carry
+    if into is not None:
+        out_type = ()
     if problem.packed:
         operands = (query, kv.reshape(-1, *kv.shape[2:]), *operands[2:])
 
@@ -220,4 +244,4 @@ def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype):
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
     )
-    return mosaic_update.update(call, (), operands, carry) if problem.in_place else call(*operands)
+    return call(*operands) if into is None else mosaic_update.update(call, (), operands, into)

@@ -46,7 +46,7 @@ from ring_jax.flash.mosaic_backward_dq import dq as dq_kernel
 _PROGRAMS = 3 * 132  # thread blocks that keep an H200's multiprocessors evenly busy
 
 
-def unsupported_reason(query, kv, *, logits_soft_cap=None, **_) -> str | None:
+def unsupported_reason(query, kv, *, heads=None, **_) -> str | None:
     """Why `backward` cannot run on these shapes and dtypes, or None. Says nothing of the device."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or kv.dtype != query.dtype:
         return (
@@ -56,8 +56,8 @@ def unsupported_reason(query, kv, *, logits_soft_cap=None, **_) -> str | None:
     Hv = packed.value_size(kv, H)
     if H % 64 or Hv % 64 or not (64 <= H <= 256 and 64 <= Hv <= 256):
         return f"the Hopper backward takes head sizes 64, 128, 192 and 256, got {H} and {Hv}: pad them with zeros"
-    if query.shape[2] % kv.shape[-2]:
-        return f"{query.shape[2]} query heads cannot share {kv.shape[-2]} KV heads"
+    if query.shape[2] % (kv_heads := heads.total if heads else kv.shape[-2]):
+        return f"{query.shape[2]} query heads cannot share {kv_heads} KV heads"
     if 0 in query.shape or 0 in kv.shape:
         return "the Hopper backward takes no empty arrays"
     return None
@@ -76,6 +76,7 @@ def backward(
     scale: float,
     logits_soft_cap: float | None = None,
     deterministic: bool | None = None,
+    heads: packed.Heads | None = None,
     config: BackwardConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of one attention block from the final LSE.
@@ -93,6 +94,8 @@ def backward(
         logits_soft_cap: cap, for cap * tanh(logits / cap).
         deterministic: True for gradients that repeat bit by bit, False for the fastest, None for those that repeat
             unless that costs more than 10%. The fused form, which does not repeat, needs jax 0.11.
+        heads: which KV heads `kv` holds, where those are not all: only the query heads that share them get gradients, dq
+            of the others is 0 (or what it was).
         config: tile sizes; None takes `default_config`. A `fused` one is followed where the fused form can run
             (`mosaic_backward_fused.unsupported_reason`) and deterministic is not True.
 
@@ -107,7 +110,7 @@ def backward(
     kv, bounds, parts = packed.fold_parts(kv, (key_start, key_end))
     # For kernels, bounds and tables each part is as many batch entries.
     key_start, key_end = (x.reshape(-1, query.shape[1]) for x in bounds)
-    if (reason := unsupported_reason(query, kv)) is not None:
+    if (reason := unsupported_reason(query, kv, heads=heads)) is not None:
         raise NotImplementedError(reason)
     length, kv_length = query.shape[1], kv.shape[-3]
     query, lse, delta, dout = (_to_eight(x, 1) for x in (query, lse, delta, dout))
@@ -122,6 +125,9 @@ def backward(
     # A padded row sees nothing.
     key_start = jnp.where(jnp.arange(T) < length, key_start, key_end) if T != length else key_start
     problem = Problem(B, T, S, N, K, H, Hv, kv.ndim == 4, dtype, float(scale), logits_soft_cap, config, parts)
+    if heads is not None:
+        group = N // heads.total
+        problem = dataclasses.replace(problem, N=K * group, first_head=heads.first * group)
     fused = (
         config.fused
         and not deterministic
@@ -131,9 +137,13 @@ def backward(
     rows = _prepare_rows(problem, key_start, key_end, lse, delta)
     operands = (query, kv.reshape(-1, S, K, kv.shape[-1]), dout.astype(dtype), *rows)
     table = _dkv_table(problem, key_start, key_end)
-    dq = None if dq is None else _to_eight(dq, 1)
+    if dq is not None:
+        dq = _to_eight(dq, 1)
+    elif fused or heads is not None:
+        dq = jnp.zeros(query.shape, jnp.float32)
     if fused:
-        dq, dkv = mosaic_backward_fused.fused(problem, *operands, table, dq)
+        dq, into = _zeros_to_share(problem, operands[1], dq)
+        dq, dkv = mosaic_backward_fused.fused(problem, *operands, table, dq, into)
     else:
         table_dq = _dq_table(problem, key_start, key_end)
         operands_dq = (*operands, table_dq if parts == 1 else _dq_visits(problem, table_dq))
@@ -141,10 +151,22 @@ def backward(
             dq = dq_kernel(problem, *operands_dq, dq)
         else:
             part = dq_kernel(problem, *operands_dq)
+            if heads is not None:  # of the others it is undefined
+                mine = slice(problem.first_head, problem.first_head + problem.N)
+                part = jnp.zeros_like(part).at[:, :, mine].set(part[:, :, mine])
             dq = part if dq is None else dq + part
-        dkv = dkv_kernel(problem, *operands, table)
+        dq, into = _zeros_to_share(problem, operands[1], dq)
+        dkv = dkv_kernel(problem, *operands, table, into)
     dkv = lax.slice_in_dim(dkv.reshape(kv.shape), 0, kv_length, axis=kv.ndim - 3)
     return lax.slice_in_dim(dq, 0, length, axis=1), dkv.reshape(kv_shape)
+
+
+def halves_suffice(query, kv) -> bool:
+    """Whether half of the KV heads of one block are programs enough for the multiprocessors."""
+    batch, _, heads, head_size = query.shape
+    kv_len, kv_heads = kv.shape[-3:-1]
+    rows = ROWS if splits_by_role(head_size, packed.value_size(kv, head_size)) else WGS * ROWS
+    return batch * (kv_heads // 2) * min(2, heads // kv_heads) * pl.cdiv(kv_len, rows) >= _PROGRAMS // 3 - 4
 
 
 def _adds_in_memory() -> bool:
@@ -164,6 +186,15 @@ def _split(problem, fused: bool) -> int:
     programs = problem.K * problem.B * tiles * max(1, problem.parts - 1)  # of a ring's parts, a rank's own is empty
     splits = [n for n in range(1, problem.G + 1) if problem.G % n == 0 and (fused or n <= 2)]
     return next((n for n in splits if programs * n >= _PROGRAMS), splits[-1])
+
+
+def _zeros_to_share(problem, kv, dq):
+    """(dq, what programs that share a KV tile add to, or None). The zeros come after dq, which differs from call to call: zeros
+    that calls have in common would be made once and copied for each."""
+    if problem.split == 1:
+        return dq, None
+    dq, zero = lax.optimization_barrier((dq, jnp.float32(0)))
+    return dq, jnp.broadcast_to(zero, kv.shape)
 
 
 # What is cheap and done once, in XLA.

@@ -38,12 +38,18 @@ class Problem:
     config: ForwardConfig
     parts: int = 1  # of this call; bounds have an axis of parts where there are several
     first_part: int = 0
+    # `heads` counts the query heads that share the KV heads here; the arrays of queries may hold others around them.
+    first_head: int = 0
 
     @property
     def stages_carry(self) -> bool:
         """Whether the carry waits in shared memory until the end: else it is where the accumulator starts."""
         used = self.config.shared_memory_bytes(self.head_size, self.value_size)
         return self.carry and used + 4 * self.config.block_q * self.value_size <= SHARED_MEMORY_BYTES
+
+    def query_head(self, head: jax.Array) -> jax.Array:
+        """Where the query head `head` in [0, heads) lies in the arrays of queries."""
+        return head + self.first_head if self.first_head else head
 
     @property
     def query_tiles(self) -> int:

@@ -5,9 +5,23 @@ Equal head sizes: kv [2, B, S, K, H], kv[0] keys, kv[1] values. Head sizes that 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Heads(NamedTuple):
+    """Which KV heads an array holds, where it does not hold all that the queries share: from `first` on, of `total`."""
+
+    first: int
+    total: int
+
+
+def halves(kv: jax.Array) -> list[tuple[Heads | None, jax.Array]]:
+    """kv in two arrays, each of about half of the heads."""
+    total = kv.shape[-2]
+    return [(Heads(a, total), kv[..., a:b, :]) for a, b in ((0, total // 2), (total // 2, total))]
 
 
 def pack(key: jax.Array, value: jax.Array) -> jax.Array:

@@ -1,0 +1,120 @@
+"""The Hopper kernels on a share of the heads at a time: the same as on all of them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from ring_jax.flash import mosaic, mosaic_compat, mosaic_hopper, mosaic_hopper_backward, packed
+from tests.flash.test_mosaic_parts import (
+    SMALL,
+    SMALL_BACKWARD,
+    Case,
+    check_backward,
+    check_forward,
+    interpreted,
+    jitted,
+    lowered,
+)
+
+
+def forward_by_heads(forward, **fixed):
+    """The halves of the heads one after the other, into the same arrays."""
+
+    def both(query, kv, start, end, carry, *, out_dtype, scale, logits_soft_cap):
+        result, options = None, {"scale": scale, "logits_soft_cap": logits_soft_cap, "out_dtype": out_dtype} | fixed
+        for heads, share in packed.halves(kv):
+            result = forward(query, share, start, end, carry, heads=heads, into=result, **options)
+        return result
+
+    return both
+
+
+def backward_by_heads(backward, **fixed):
+    def both(query, kv, start, end, lse, delta, dout, *, scale, logits_soft_cap):
+        options = {"scale": scale, "logits_soft_cap": logits_soft_cap} | fixed
+        dq, dkv = None, []
+        for heads, share in packed.halves(kv):
+            dq, part = backward(query, share, start, end, lse, delta, dout, dq, heads=heads, **options)
+            dkv.append(part)
+        return dq, jnp.concatenate(dkv, axis=-2)
+
+    return both
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(P=2, T=130, N=4, K=2, mask="holes", carried=True),
+        pytest.param(Case(P=2, T=70, N=3, K=3, H=40, Hv=40, mask="causal"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_interpreted(case):
+    with mosaic_compat.interpret_mode():
+        check_forward(case, jitted(forward_by_heads(mosaic.forward)))
+
+
+@interpreted
+def test_forward_interpreted_with_few_keys_a_tile():
+    case = Case(P=2, T=130, N=4, K=2, mask="random", carried=True)
+    with mosaic_compat.interpret_mode():
+        check_forward(case, jitted(forward_by_heads(mosaic_hopper.forward, config=SMALL)), jnp.bfloat16)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(P=2, T=64, S=72, N=4, K=2, mask="causal"),
+        pytest.param(Case(P=2, T=64, S=72, N=3, K=3, H=192, Hv=192, mask="holes"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_backward_interpreted(case):
+    with mosaic_compat.interpret_mode():
+        backward = backward_by_heads(mosaic_hopper_backward.backward, config=SMALL_BACKWARD)
+        check_backward(case, jitted(backward), part_by_part=False)
+
+
+@pytest.mark.skipif(not mosaic_compat.INTERPRET_AVAILABLE, reason="kernels write into arrays from jax 0.11 on")
+@pytest.mark.parametrize("H", [64, 128, 256])
+def test_lowers_for_cuda(H):
+    case = Case(B=2, T=300, S=520, N=8, K=4, H=H, Hv=H, carried=True)
+
+    def forward(query, kv, start, end, lse, delta, dout, out):
+        by_heads = forward_by_heads(mosaic.forward)
+        return by_heads(query, kv, start, end, (out, lse), out_dtype=query.dtype, **case.options)
+
+    def backward(*operands):
+        return backward_by_heads(mosaic.backward)(*operands[:-1], **case.options)
+
+    assert lowered(case, forward).count("stablehlo.custom_call @mosaic_gpu") == 2
+    # Two more in the repeatable form, of two kernels.
+    assert lowered(case, backward).count("stablehlo.custom_call @mosaic_gpu") == (2 if H == 128 else 4)
+
+
+GPU_CASES = [
+    Case(P=2, B=2, T=300, S=264, N=8, K=4, mask="random", carried=True),
+    Case(P=1, T=512, S=512, N=6, K=3, H=128, Hv=128, mask="causal"),
+    Case(P=3, T=520, S=520, N=8, K=2, H=128, Hv=128, mask="holes", carried=True),
+    Case(P=3, T=256, S=256, N=16, K=2, H=256, Hv=256, mask="causal", carried=True),
+    Case(P=2, T=200, S=136, N=4, K=2, H=128, Hv=64, mask="random", soft_cap=5.0),
+    Case(P=2, T=100, S=77, N=6, K=3, H=40, Hv=40, mask="full", dtype="float16"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", None], ids=["float32", "rounded"])
+def test_gpu_forward(case, dtype):
+    check_forward(case, jitted(forward_by_heads(mosaic.forward)), jnp.dtype(dtype or case.dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_gpu_backward(case, deterministic):
+    case = dataclasses.replace(case, carried=False)
+    check_backward(case, jitted(backward_by_heads(mosaic.backward, deterministic=deterministic)), part_by_part=False)
