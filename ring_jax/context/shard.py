@@ -53,8 +53,24 @@ class Shard:
         ring = [(r, (r + 1) % self.ranks) for r in range(self.ranks)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, ring), tree)
 
+    def gather(self, x: jax.Array) -> jax.Array:
+        """What all ranks have, [C, ...]."""
+        return lax.all_gather(x, self.axis)
 
-def rotate(shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Callable[[Any, Any], Any] | None = None):
+    def sum_scatter(self, x: jax.Array) -> jax.Array:
+        """Of [C, ...], an entry for each rank, this rank's summed over all ranks."""
+        return lax.psum_scatter(x, self.axis)
+
+
+def rotate(
+    shard: Shard,
+    unroll: int,
+    hop: Callable,
+    travel,
+    stay,
+    combine: Callable[[Any, Any], Any] | None = None,
+    both_ends: bool = False,
+):
     """Walk `travel` once around the ring; the engine of `ring` and `pass_q`, forward and backward.
 
     At every hop, `hop(travel, stay, source, own, final) -> (stay, part)` works on what has come from rank `source`; `own`
@@ -63,8 +79,9 @@ def rotate(shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Call
 
     The permute of `travel` is issued before the hop, that of the parts beside it, so both hide behind the hop's
     compute; C - 1 permutes of each. A rank's own comes first, where it hides the first permute of `travel`; where there
-    are parts it comes last, and hides their way home, which is longer. Up to `unroll` ranks the hops are unrolled,
-    beyond they are a scan, whose compile time does not grow with C.
+    are parts it comes last, and hides their way home, which is longer. With `both_ends` it comes in two: first, with a part
+    of None, and last. Up to `unroll` ranks the hops are unrolled, beyond they are a scan, whose compile time does not grow
+    with C.
 
     Returns (stay, the parts that belong to this rank).
     """
@@ -82,7 +99,7 @@ def rotate(shard: Shard, unroll: int, hop: Callable, travel, stay, combine: Call
     parts = None
     if C > 1:
         departing = shard.shift(travel)
-        if combine is None:
+        if combine is None or both_ends:
             stay, _ = hop(own, stay, rank, True, False)
         state, begun = lax.optimization_barrier((departing, stay, None)), 1
         if C > unroll:

@@ -25,8 +25,8 @@ STRATEGIES: dict[str, Callable] = {
     "ring_ulysses": ring_ulysses,
 }
 
-# Up to this many keys per rank, a hop is too short to hide its permute and its launch (measured, BUILD_NOTES.md).
-_SHORT_SHARD = 4096
+# Up to this many keys per rank, two long calls beat several short hops (measured, BUILD_NOTES.md).
+_SHORT_SHARD = 8192
 
 
 def check_strategy(strategy: str) -> None:
@@ -50,7 +50,7 @@ def choose(
     """
     if isinstance(axis, tuple):
         return "ring_ulysses", "the sequence is spread over two mesh axes"
-    if key_len // ranks <= _SHORT_SHARD:
+    if ranks > 2 and key_len // ranks <= _SHORT_SHARD:
         return (
             "all_gather",
             f"{key_len // ranks} keys per rank <= {_SHORT_SHARD}: two balanced calls beat {ranks} short hops",
@@ -60,4 +60,6 @@ def choose(
     pass_query = query_len * query_heads * (head_size + 2 * (head_size + 1))
     if 2 * pass_query < pass_kv:
         return "pass_q", f"queries and their partials are {pass_query / pass_kv:.2f} of the bytes of KV"
+    if ranks <= 2:
+        return "ring", "two ranks: one hop, which is all that gathering would do, too"
     return "ring", f"{key_len // ranks} keys per rank: long enough to hide the rotation of KV"

@@ -1,5 +1,6 @@
 """Runs a strategy on emulated devices and compares with the float64 oracle."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 from jax.sharding import AxisType
 
 import ring_jax
+from ring_jax._vma import pcast_to, varying_axes
+from ring_jax.flash import parts
 from ring_jax.layout import as_layout
 from ring_jax.mask import ResolvedMask
 from tests import oracle
@@ -101,3 +104,48 @@ def expected(x, start, end, *, cap=None, gradients=True):
     return oracle.attention(
         x["query"], x["key"], x["value"], visible, scale=0.3, cap=cap, sinks=x["sinks"], **cotangents
     )
+
+
+def in_shares(backend):
+    """`backend` (of keys in one piece) as one that also takes shares of the heads, by slicing. For emulated devices."""
+
+    def of(query, kv, heads):
+        group = query.shape[2] // (heads.total if heads else kv.shape[-2])
+        first = heads.first * group if heads else 0
+        return slice(first, first + kv.shape[-2] * group)
+
+    def forward(query, kv, start, end, carry, *, heads=None, into=None, out_dtype, **options):
+        mine = of(query, kv, heads)
+        carry = None if carry is None else (carry[0][:, :, mine], carry[1][:, :, mine])
+        one = functools.partial(backend.forward, **options)
+        args = (query[:, :, mine], kv, start, end, carry)
+        if start.ndim == 3:
+            args = (lambda *x: one(*x[:-1], out_dtype=x[-1]), *args, out_dtype)
+            out, lse = parts.forward(*args)
+        else:
+            out, lse = one(*args, out_dtype=out_dtype)
+        if heads is None:
+            return out, lse
+        if into is None:  # undefined where nothing is written
+            shape = (*query.shape[:3], out.shape[-1])
+            into = pcast_to(
+                (jnp.full(shape, jnp.nan, out.dtype), jnp.full(shape[:3], jnp.nan, lse.dtype)), varying_axes(out)
+            )
+        return into[0].at[:, :, mine].set(out), into[1].at[:, :, mine].set(lse)
+
+    def backward(query, kv, start, end, lse, delta, dout, dq=None, *, heads=None, **options):
+        mine = of(query, kv, heads)
+        one = functools.partial(backend.backward, **options)
+        args = [query[:, :, mine], kv, start, end, *(x[:, :, mine] for x in (lse, delta, dout))]
+        if start.ndim == 3:
+            add = lambda *x: (lambda dq, dkv: (dq if x[-1] is None else dq + x[-1], dkv))(*one(*x[:-1]))  # noqa: E731
+            part, dkv = parts.backward(add, *args)
+        else:
+            part, dkv = one(*args)
+        if heads is None:
+            return part if dq is None else dq + part, dkv
+        dq = pcast_to(jnp.zeros(query.shape, part.dtype), varying_axes(part)) if dq is None else dq
+        return dq.at[:, :, mine].add(part), dkv
+
+    takes = lambda query, kv: kv.shape[-2] > 1  # noqa: E731
+    return dataclasses.replace(backend, forward=forward, backward=backward, adds=True, parts=True, heads=takes)

@@ -18,7 +18,7 @@ from ring_jax import ContextParallel
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.flash import backends
 from ring_jax.flash.api import LSE_NAME, OUT_NAME
-from tests.context.harness import make_mesh
+from tests.context.harness import in_shares, make_mesh
 
 KINDS = "collective-permute|all-gather|all-to-all|reduce-scatter|all-reduce"
 B, S, N, K, H, C = 2, 64, 8, 4, 16, 4
@@ -82,6 +82,22 @@ def test_kinds_and_numbers(strategy, forward, backward, data, unrolled):
                 assert result.startswith("s32[2,"), f"only bounds may be gathered, not {result}"
 
 
+@pytest.mark.parametrize(
+    "strategy, forward, backward",
+    [
+        ("ring", {"collective-permute": C - 1}, {"collective-permute": 2 * C - 2}),
+        ("all_gather", {"all-gather": 2}, {"all-gather": 2, "reduce-scatter": 2}),
+    ],
+)
+def test_halves_of_the_heads_travel_one_after_the_other(strategy, forward, backward, monkeypatch):
+    monkeypatch.setitem(
+        backends.BACKENDS, "xla", dataclasses.replace(in_shares(backends.BACKENDS["reference"]), unroll=8)
+    )
+    mesh = make_mesh(context=C)
+    compiled = programs(ContextParallel("context", layout="zigzag", mesh=mesh, strategy=strategy), mesh)
+    assert (count(compiled[0]), count(compiled[1])) == (forward, backward)
+
+
 def test_the_ring_rotates_one_packed_array(unrolled):
     mesh = make_mesh(data=2, context=C)
     forward, backward = programs(
@@ -99,8 +115,8 @@ def test_backward_rotates_again_instead_of_keeping_every_hop(unrolled):
     loss = lambda q, k, v: jnp.sum(ring_jax.ring_attention(q, k, v, is_causal=True, context=context) ** 2)  # noqa: E731
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x)
     # One barrier ahead of every hop but the first, forward and backward, one ahead of the rank's own keys in the backward,
-    # and one that ties KV to the cotangent.
-    assert lowered.as_text().count("stablehlo.optimization_barrier") == 2 * (C - 1) + 2
+    # one ahead of the first permute, and one that ties KV to the cotangent.
+    assert lowered.as_text().count("stablehlo.optimization_barrier") == 2 * (C - 1) + 3
     if jax.__version_info__ >= (0, 11):  # XLA's CPU compiler of jax 0.10 drops barriers before it merges
         assert count(lowered.compile()) == {"collective-permute": (C - 1) + (2 * C - 2)}
 

@@ -1,5 +1,7 @@
 """The ring on real GPUs, with the block that implementation=None picks there, against the float32 reference."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import ring_jax
 from ring_jax.bench.flash_forward import relative_error
 from ring_jax.bench.ring import check, draw, make_context, stack
+from ring_jax.flash import backends
 from ring_jax.flash.backends import select
 
 
@@ -17,6 +20,31 @@ def test_forward_and_gradients_over_all_gpus(strategy, heads, kv_heads, head_siz
     ranks = 2 if len(jax.devices()) < 4 else 4
     implementation = "mosaic" if jax.devices()[0].compute_capability == "9.0" else None
     assert check(ranks, strategy, heads, kv_heads, head_size, implementation=implementation) < 1e-2
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """The kernels take halves of the heads, also where shards are short."""
+    jax.clear_caches()
+    for deterministic, backend in backends.MOSAIC.items():
+        backend = dataclasses.replace(backend, heads=lambda query, kv: True)
+        monkeypatch.setitem(backends.MOSAIC, deterministic, backend)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+@pytest.mark.parametrize("kv_heads, head_size", [(2, 64), (3, 128), (4, 256)])
+def test_halves_of_the_heads_at_a_time(strategy, kv_heads, head_size, halves):
+    ranks = 2 if len(jax.devices()) < 4 else 4
+    assert check(ranks, strategy, 12, kv_heads, head_size, implementation="mosaic") < 1e-2
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("strategy", ["ring", "all_gather"])
+def test_halves_in_a_scan_over_layers(strategy, halves):
+    test_a_scan_over_layers_gives_what_a_loop_gives(strategy, 1024)
 
 
 @pytest.mark.multi_gpu

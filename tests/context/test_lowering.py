@@ -1,5 +1,7 @@
 """Every strategy with the Hopper kernels lowers for CUDA on a machine without a GPU, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,6 +38,20 @@ def test_strategies_lower_for_cuda(hopper, strategy, blocks):
     forward = kernels(attend, query, key, key)
     assert forward == blocks, "implementation=None must pick the Hopper kernel, unrolled hop by hop"
     assert kernels(gradients, query, key, key, query) >= 2 * blocks
+
+
+@pytest.mark.skipif(not mosaic_compat.INTERPRET_AVAILABLE, reason="kernels write into arrays from jax 0.11 on")
+@pytest.mark.parametrize("strategy, kernels", [("ring", 4 + 5), ("all_gather", 3 + 4)])
+def test_own_keys_at_both_ends_and_short_shards_in_halves(hopper, strategy, kernels):
+    context = ring_jax.ContextParallel("context", layout="zigzag", strategy=strategy)
+    query, key = (jax.ShapeDtypeStruct((1, 16384, n, 128), jnp.bfloat16) for n in (32, 8))
+
+    def gradients(q, k, v, d):
+        attend = functools.partial(ring_jax.ring_attention, is_causal=True, context=context)
+        return jax.vjp(attend, q, k, v)[1](d)
+
+    text = jax.jit(gradients).trace(query, key, key, query).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels
 
 
 def test_kernels_lower_under_x64(hopper):
