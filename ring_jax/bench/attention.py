@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", metavar="FILE", help="draw them here")
 
 
-def unavailable() -> str | None:
+def unavailable(_: argparse.Namespace) -> str | None:
     """Why this host cannot run the benchmark, or None."""
     reason = device_reason()
     return f"times the Hopper kernels, and {reason.replace('needs', 'that needs', 1)}" if reason else None

@@ -2,16 +2,19 @@
 
 Checks every strategy against the float32 reference first. Then times causal zigzag attention, forward and forward +
 backward, in a scan over layers with keys and values of their own (dispatch is amortised, nothing is merged across
-layers), on one GPU and on all of them, and reports the speed-up over one GPU with the same block.
+layers), on one GPU and on all of them, and reports the speed-up over one GPU with the same block. With --alone one GPU
+suffices: it does what one rank would, without the transfer, which is how fast the ranks could be at best.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import statistics
 import time
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -111,14 +114,27 @@ def milliseconds(f, args, layers: int, repeats: int, queued: int = 3) -> float:
 
 
 @contextlib.contextmanager
-def no_transfer():
-    """Programs traced inside rotate nothing: their results are wrong, their time is that of the blocks alone."""
+def no_transfer(alone: int | None = None):
+    """Programs traced inside rotate nothing: their results are wrong, their time is that of the blocks alone.
+
+    With `alone`, one device does what rank 1 of so many would; a gather is a copy then, and so costs a little.
+    """
     jax.clear_caches()  # equal calls share one trace
-    shift, Shard.shift = Shard.shift, lambda self, tree: tree
+    patches: list[tuple[Any, str, Any]] = [(Shard, "shift", lambda self, tree: tree)]
+    if alone:
+        patches += [
+            (ring_jax.ContextParallel, "ranks", lambda self, *_: alone),
+            # Not a constant, or XLA would know the bounds.
+            (Shard, "rank", lambda self: jax.lax.optimization_barrier(jnp.int32(1))),
+            (Shard, "gather", lambda self, x: jax.lax.optimization_barrier(jnp.broadcast_to(x, (alone, *x.shape)))),
+            (Shard, "sum_scatter", lambda self, x: x[1]),
+        ]
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(mock.patch.object(*patch))
+            yield
     finally:
-        Shard.shift = shift
         jax.clear_caches()
 
 
@@ -139,6 +155,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-transfer", action="store_true", help="time the ring with its transfer left out, too")
     parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="on one GPU, time what one of --ranks does without transfer (ring and all_gather)",
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="trace one run of each: transfer hidden, longest kernels"
     )
     parser.add_argument(
@@ -149,11 +170,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
 
 
-def unavailable() -> str | None:
+def unavailable(args: argparse.Namespace) -> str | None:
     """Why this host cannot run the benchmark, or None."""
-    devices = jax.devices()
-    if devices[0].platform != "gpu" or len(devices) < 2:
-        return f"needs at least two GPUs, found {len(devices)} x {devices[0].device_kind}"
+    devices, needed = jax.devices(), 1 if args.alone else 2
+    if devices[0].platform != "gpu" or len(devices) < needed:
+        hint = "" if args.alone else " (one suffices for --alone)"
+        return f"needs at least {('one GPU', 'two GPUs')[needed - 1]}{hint}, found {len(devices)} x {devices[0].device_kind}"
+    if args.alone and (not args.ranks or not {*args.strategies} <= {"ring", "all_gather"}):
+        return "--alone needs --ranks, of how many to time one, and --strategies of ring and all_gather"
     return None
 
 
@@ -162,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     if args.table:
         vars(args).update(lengths=[4096, 8192, 16384, 32768], heads=32, kv_heads=8, head_size=128, gradients="no")
         args.ranks = [ranks for ranks in (2, 4, 8) if ranks <= len(jax.devices())]
-    for strategy in args.strategies if args.check else ():
+    for strategy in args.strategies if args.check and not args.alone else ():
         shape = (args.heads, args.kv_heads, args.head_size)
         error = check(max(args.ranks), strategy, *shape, implementation=args.implementation)
         print(f"check {strategy}, {max(args.ranks)} ranks, 1000 tokens: worst relative error {error:.1e}", flush=True)
@@ -195,8 +219,8 @@ def run(args: argparse.Namespace) -> int:
 def _runs(args) -> list[tuple[int, str, bool]]:
     runs = [(1, "ring", True)]
     for ranks in args.ranks:
-        runs += [(ranks, strategy, True) for strategy in args.strategies]
-        runs += [(ranks, "ring", False)] if args.no_transfer else []
+        runs += [(ranks, strategy, not args.alone) for strategy in args.strategies]
+        runs += [(ranks, "ring", False)] if args.no_transfer and not args.alone else []
     return runs
 
 
@@ -204,10 +228,16 @@ def measure(
     args, full: bool, gradients: bool, length: int, ranks: int, strategy: str, transfer: bool
 ) -> dict[str, Any]:
     """One row: time per layer, and with --profile what the trace says."""
-    context = make_context(ranks, strategy)
-    operands = draw(context, length, args.heads, args.kv_heads, args.head_size, args.layers)
+    alone = ranks if args.alone and ranks > 1 else None
+    context = make_context(1 if alone else ranks, strategy)
+    shape = length // (alone or 1), args.heads, args.kv_heads, args.head_size, args.layers
+    operands = draw(context, *shape)
+    if alone:
+        mesh, context = context.mesh, dataclasses.replace(context, mesh=None)
     f = stack(context, not full, args.layers, gradients, args.implementation)
-    with contextlib.nullcontext() if transfer else no_transfer():
+    if alone:
+        f = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    with contextlib.nullcontext() if transfer else no_transfer(alone):
         ms = milliseconds(f, operands, args.layers, args.repeats)
         activities = trace.record(functools.partial(f, *operands)) if args.profile else []
     flops = 4 * length**2 * args.heads * args.head_size * (1 if full else 0.5) * (3.5 if gradients else 1)
@@ -217,6 +247,7 @@ def measure(
         "length": length,
         "ranks": ranks,
         "strategy": ("one GPU" if ranks == 1 else strategy) + ("" if transfer else ", no transfer"),
+        "alone": alone is not None,
         "ms_per_layer": ms,
         "tflops_per_gpu": flops / ms / 1e9 / ranks,
     }
@@ -231,7 +262,8 @@ def measure(
 
 def show(row: dict[str, Any], layers: int) -> None:
     print(
-        f"{row['what']:17s} {row['mask']:6s} {row['length']:7d} tokens, {row['ranks']} GPU(s), {row['strategy']:18s}"
+        f"{row['what']:17s} {row['mask']:6s} {row['length']:7d} tokens, "
+        f"{'one of ' * row['alone']}{row['ranks']} GPU(s), {row['strategy']:18s}"
         f"{row['ms_per_layer']:9.3f} ms a layer, {row['speed_up']:5.2f}x, {row['tflops_per_gpu']:4.0f} TFLOP/s each",
         flush=True,
     )

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if args.png:
         need("matplotlib")
     bench = importlib.import_module(BENCHES[args.bench][0])
-    reason = bench.unavailable()
+    reason = bench.unavailable(args)
     if reason:
         raise CommandError(reason)
     return bench.run(args)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,20 @@ def test_says_which_gpu_it_needs(bench, capsys):
     assert "GPU" in capsys.readouterr().err
 
 
+def test_alone_says_what_it_takes(monkeypatch):
+    monkeypatch.setattr(ring.jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")])
+    parser = argparse.ArgumentParser()
+    ring.add_arguments(parser)
+    reasons = {
+        "": "at least two GPUs (one suffices for --alone), found 1 x NVIDIA H200",
+        "--alone": "--alone needs --ranks",
+        "--alone --ranks 4 --strategies auto": "--strategies of ring and all_gather",
+    }
+    for flags, reason in reasons.items():
+        assert reason in ring.unavailable(parser.parse_args(flags.split()))
+    assert ring.unavailable(parser.parse_args("--alone --ranks 4 --strategies ring".split())) is None
+
+
 def test_attention_bench_reports_every_case(monkeypatch, tmp_path, capsys):
     def rows(case, *_):
         case = dataclasses.asdict(case)
@@ -99,6 +114,10 @@ def test_ring_bench_over_emulated_devices(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "worst relative error" in out and "one GPU" in out and "no transfer" in out
     assert (tmp_path / "rows.json").stat().st_size > 0
+    alone = [*flags.split()[:-1], "--alone", "--strategies", "ring", "all_gather"]
+    assert ring.run(parser.parse_args(alone)) == 0
+    out = capsys.readouterr().out
+    assert "one of 2 GPU(s), ring, no transfer" in out and "one of 2 GPU(s), all_gather, no transfer" in out
     # Left as it was found: the next program rotates again.
     text = jax.jit(ring.stack(ring.make_context(2, "ring"), True, 1, False)).lower(
         *ring.draw(ring.make_context(2, "ring"), 64, 2, 1, 16, 1)
