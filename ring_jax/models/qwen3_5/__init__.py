@@ -4,6 +4,6 @@ from ring_jax.models.qwen3_5.cache import Cache as Cache
 from ring_jax.models.qwen3_5.config import PRESETS as PRESETS
 from ring_jax.models.qwen3_5.config import Config as Config
 from ring_jax.models.qwen3_5.config import Experts as Experts
-from ring_jax.models.qwen3_5.modeling import Output as Output
 from ring_jax.models.qwen3_5.modeling import Qwen3_5 as Qwen3_5
+from ring_jax.models.qwen3_5.passes import Output as Output
 from ring_jax.models.qwen3_5.sharding import Sharding as Sharding

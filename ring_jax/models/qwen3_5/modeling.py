@@ -1,4 +1,4 @@
-"""Qwen3.5, Qwen3.5 MoE and Qwen3-Next, read top to bottom.
+"""Qwen3.5, Qwen3.5 MoE and Qwen3-Next.
 
     x = embed[tokens];   for each layer:  x += mixer(norm(x));  x += mlp(norm(x));   logits = norm(x) lm_head
 
@@ -7,7 +7,8 @@ repetition of that pattern each, and a scan walks the groups: a program has the 
 
 The whole model is one `shard_map`, manual over every mesh axis. Tokens enter in natural order and are laid out once;
 full attention runs as ring attention, runs of GDN layers as `ring_jax.gdn.run` spreads them; everything else acts on
-tokens one by one. What of this needs the mesh is in `local.py`; layers here are written as for one device.
+tokens one by one. Here is what users call; `passes.py` is one pass over all layers, `layers.py` the layers, written as for
+one device, `local.py` what of them needs the mesh.
 
 Sources: transformers' `modeling_qwen3_5.py`, `modeling_qwen3_5_moe.py`, `modeling_qwen3_next.py` for the mathematics;
 Yang et al., Gated Delta Networks (arXiv:2412.06464); Qiu et al., Gated Attention (arXiv:2505.06708).
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -26,57 +26,20 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ring_jax import gdn
 from ring_jax._checks import concrete
-from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import Static, axis_size, place, run_sharded
-from ring_jax.context.shard import axis_names
 from ring_jax.gdn import segments
-from ring_jax.gdn.checks import widened
-from ring_jax.gdn.mixer import MixerWeights, mix, mix_projected
-from ring_jax.mask import Mask, causal, documents
-from ring_jax.mask import lengths as lengths_mask
-from ring_jax.models.qwen3_5.cache import Cache, append, cache_specs
-from ring_jax.models.qwen3_5.config import FULL, LINEAR, Config
-from ring_jax.models.qwen3_5.initial import initialise, param, stacked
-from ring_jax.models.qwen3_5.local import Local, Prompt, Step
-from ring_jax.models.qwen3_5.sharding import (
-    EXPERTS,
-    FEATURES,
-    HEADS,
-    KEY_VALUE_HEADS,
-    LINEAR_HEADS,
-    REDUCED,
-    REDUCED_FEATURES,
-    REDUCED_HEADS,
-    VOCABULARY,
-    WHOLE,
-    Sharding,
-)
-from ring_jax.moe import MoEWeights, RouterStats, moe
-from ring_jax.nn.gdn import gated_rms_norm
-from ring_jax.nn.rope import apply_rope
+from ring_jax.models.qwen3_5 import passes
+from ring_jax.models.qwen3_5.cache import Cache, cache_specs
+from ring_jax.models.qwen3_5.config import Config
+from ring_jax.models.qwen3_5.initial import initialise, param
+from ring_jax.models.qwen3_5.layers import Group
+from ring_jax.models.qwen3_5.passes import Ask, Output
+from ring_jax.models.qwen3_5.sharding import REDUCED, VOCABULARY, WHOLE, Sharding
+from ring_jax.moe import RouterStats
 
 REMAT = (None, "full", "attention")
 LOGITS = ("all", "last", "none")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """What a call returns.
-
-    Fields:
-        logits: float32, [B, S, V] of all positions, [B, V] of each row's last one, or None.
-        cache: to decode from, if it was asked for.
-        hidden: [layers, B, S, D], what each layer hands on (before the final norm), if it was asked for.
-        stats: of the routers, summed over tokens and layers, if it was asked for.
-    """
-
-    logits: Float[Array, "B S V"] | Float[Array, "B V"] | None
-    cache: Cache | None = None
-    hidden: Float[Array, "layers B S D"] | None = None
-    stats: RouterStats | None = None
 
 
 class Qwen3_5(nnx.Module):
@@ -164,7 +127,7 @@ class Qwen3_5(nnx.Module):
             raise ValueError("return_stats: this model has no experts")
         ask = Ask(logits, cache_room, return_hidden, return_stats, tokens.shape[1])
         specs = None if self.sharding is None else self._output_specs(ask, self.sharding)
-        out = self._run_prompt(_forward, specs, ask, tokens, lengths, segment_ids, None)
+        out = self._run_prompt(passes.forward, specs, ask, tokens, lengths, segment_ids, None)
         return out if self.sharding is None else _cut(out, tokens.shape[1], self.sharding)
 
     def loss(
@@ -228,12 +191,12 @@ class Qwen3_5(nnx.Module):
             )
         graph, params = self._split()
         if self.sharding is None:
-            logits, new, states = _run_here(Static(_decode, (graph,)), params, tokens, cache)
+            logits, new, states = _run_here(Static(passes.decode, (graph,)), params, tokens, cache)
         else:
             mesh, rows, caches = self.sharding.resolve_mesh(), P(self.sharding.batch), cache_specs(self.sharding)
             in_specs, out_specs = (self.param_specs(self.sharding, mesh), rows, caches), (rows, caches.new, caches.gdn)
             operands = (params, tokens, cache)
-            logits, new, states = run_sharded(Static(_decode, (graph,)), mesh, in_specs, out_specs, operands)
+            logits, new, states = run_sharded(Static(passes.decode, (graph,)), mesh, in_specs, out_specs, operands)
         return logits, dataclasses.replace(cache, new=new, gdn=states, count=cache.count + 1)
 
     def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
@@ -370,345 +333,6 @@ class Qwen3_5(nnx.Module):
         if wrong or surplus:
             raise ValueError(f"parameters missing or of another shape: {wrong}; unexpected: {surplus}")
         nnx.update(self, nnx.State(values))
-
-
-@dataclasses.dataclass(frozen=True)
-class Ask:
-    """What a pass over prompts is asked for; static."""
-
-    logits: str
-    cache_room: int | None
-    hidden: bool
-    stats: bool
-    seq_len: int
-    chunk: int = 0
-
-
-class Group(nnx.Module):
-    """The layers of all groups, parameters stacked along a leading axis that the scan walks."""
-
-    def __init__(self, config: Config, dtype: Any):
-        self.layers = nnx.List([Layer(config, kind, dtype) for kind in config.layer_types[: config.period]])
-
-
-class Layer(nnx.Module):
-    """x += mixer(norm(x));  x += mlp(norm(x))."""
-
-    def __init__(self, config: Config, kind: str, dtype: Any):
-        make = functools.partial(stacked, config.groups)
-        width = config.hidden_size
-        self.config, self.kind = config, kind
-        self.input_norm = make((width,), (WHOLE,), "zeros", dtype)
-        self.mixer = (FullAttention if kind == FULL else GatedDeltaNet)(config, make, dtype)
-        self.post_norm = make((width,), (WHOLE,), "zeros", dtype)
-        self.mlp = (MLP if config.experts is None else SparseMLP)(config, make, dtype)
-
-    def __call__(self, x: Array, mixer_cache: Any, here: Local, spread: Any, valid: Array | None):
-        """(x, what the mixer leaves in the cache, router statistics or None)."""
-        config = self.config
-        mixed, left = self.mixer(norm(x, self.input_norm, config), mixer_cache, here, spread)
-        x = x + mixed
-        y, stats = self.mlp(norm(x, self.post_norm, config), here, valid)
-        return x + y, left, stats
-
-
-class FullAttention(nnx.Module):
-    """Grouped-query attention with q/k norm, partial RoPE and an output gate."""
-
-    def __init__(self, config: Config, make: Any, dtype: Any):
-        width, size = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
-        self.config = config
-        self.q = make((width, 2 * heads), (REDUCED, HEADS), "rows", dtype)  # for each head: query, gate
-        self.k = make((width, kv_heads), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
-        self.v = make((width, kv_heads), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
-        self.o = make((heads, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
-        self.q_norm = make((size,), (WHOLE,), "zeros", dtype)
-        self.k_norm = make((size,), (WHOLE,), "zeros", dtype)
-
-    def __call__(self, x_btd: Array, cache: Any, here: Any, spread: None = None) -> tuple[Array, Array]:
-        config, size = self.config, self.config.head_dim
-        split = (*x_btd.shape[:2], -1, size)
-        q, gate = jnp.split(here.product(x_btd, self.q[...]).reshape(*x_btd.shape[:2], -1, 2 * size), 2, axis=-1)
-        k = here.product(x_btd, self.k[...]).reshape(split)
-        v = here.product(x_btd, self.v[...]).reshape(split)
-        rope = functools.partial(apply_rope, theta=config.rope_theta, rotary_fraction=config.rotary_fraction)
-        q = rope(norm(q, self.q_norm, config), here.positions)
-        k = rope(norm(k, self.k_norm, config), here.positions)
-        out_btnh, left = here.attend(q, k, v, cache)
-        gated = (out_btnh * jax.nn.sigmoid(gate)).reshape(*x_btd.shape[:2], -1)
-        return here.sum_tensor(here.product(gated, self.o[...])), left
-
-
-class GatedDeltaNet(nnx.Module):
-    """The gated delta rule behind a short convolution, before a gated norm; `ring_jax.gdn.mixer` has the formulas."""
-
-    def __init__(self, config: Config, make: Any, dtype: Any):
-        width, heads = config.hidden_size, config.linear
-        self.config = config
-        keys, _, values = heads.parts
-        n, taps = heads.value_heads, config.conv_width
-        self.q = make((width, keys), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.k = make((width, keys), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.v = make((width, values), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.conv_q = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
-        self.conv_k = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
-        self.conv_v = make((taps, values), (WHOLE, LINEAR_HEADS), "rows", dtype)
-        self.z = make((width, values), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.b = make((width, n), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.a = make((width, n), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.A_log = make((n,), (LINEAR_HEADS,), "decay", jnp.float32)
-        self.dt_bias = make((n,), (LINEAR_HEADS,), "time_step", dtype)
-        self.norm = make((heads.value_size,), (WHOLE,), "ones", jnp.float32)
-        self.o = make((values, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
-
-    def __call__(self, x_btd: Array, cache: Any, here: Local, spread: gdn.Spread) -> tuple[Array, gdn.GDNCache]:
-        width, heads = x_btd.shape[-1], self.config.linear.share(here.tensor_ranks)
-        kernels = (self.q, self.k, self.v), (self.b, self.a)
-        conv = jnp.concatenate([self.conv_q[...], self.conv_k[...], self.conv_v[...]], axis=-1)
-        rest: dict[str, Any] = {"conv": conv, "a_log": self.A_log[...], "dt_bias": self.dt_bias[...], "heads": heads}
-        if isinstance(here, Step):
-            mixed, ba = (jnp.concatenate([here.product(x_btd, w[...]) for w in ws], axis=-1) for ws in kernels)
-            out, cache = mix_projected(MixerWeights((), (), **rest), mixed, ba, cache, spread)
-        else:
-            qkv, split_ba = (tuple(here.weight(w[...], 0, width, x_btd) for w in ws) for ws in kernels)
-            out, cache = mix(MixerWeights(qkv, split_ba, **rest), x_btd, cache, spread)
-        gate = here.product(x_btd, self.z[...]).reshape(out.shape)
-        out = gated_rms_norm(out, gate, self.norm[...], self.config.norm_epsilon)
-        y = here.sum_tensor(here.product(out.reshape(*x_btd.shape[:2], -1), self.o[...]))
-        return y, cache
-
-
-class MLP(nnx.Module):
-    """down(silu(gate x) * up x)."""
-
-    def __init__(self, config: Config, make: Any, dtype: Any):
-        width, size = config.hidden_size, config.mlp_size
-        self.gate_up = make((width, 2, size), (REDUCED, WHOLE, FEATURES), "pairs", dtype)
-        self.down = make((size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
-
-    def __call__(self, x_btd: Array, here: Local, valid: Array | None) -> tuple[Array, None]:
-        return here.sum_tensor(_swiglu(x_btd, self.gate_up[...], self.down[...], here)), None
-
-
-class SparseMLP(nnx.Module):
-    """Routed experts and a gated shared one."""
-
-    def __init__(self, config: Config, make: Any, dtype: Any):
-        width, experts = config.hidden_size, config.experts
-        assert experts is not None
-        self.experts = experts
-        self.router = make((width, experts.count), (REDUCED, WHOLE), "rows", dtype)
-        gate_up = (experts.count, width, 2, experts.size)
-        self.gate_up = make(gate_up, (EXPERTS, REDUCED, WHOLE, FEATURES), "pairs", dtype)
-        self.down = make((experts.count, experts.size, width), (EXPERTS, REDUCED_FEATURES, WHOLE), "rows", dtype)
-        self.shared_gate_up = make((width, 2, experts.shared_size), (REDUCED, WHOLE, FEATURES), "pairs", dtype)
-        self.shared_down = make((experts.shared_size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
-        self.shared_gate = make((width,), (WHOLE,), "vector", dtype)
-
-    def __call__(self, x_btd: Array, here: Local, valid: Array | None) -> tuple[Array, RouterStats]:
-        width, experts, dtype = x_btd.shape[-1], self.experts, x_btd.dtype
-        gate_up = here.weight(self.gate_up[...].astype(dtype), 1, width, x_btd, expert=True)
-        down = here.weight(self.down[...].astype(dtype), 1, gate_up.shape[-1], x_btd, expert=True)
-        weights = MoEWeights(here.weight(self.router[...].astype(dtype), 0, width, x_btd), gate_up, down)
-        routed, stats = moe(
-            x_btd.reshape(-1, width),
-            weights,
-            top_k=experts.per_token,
-            renormalize=experts.renormalize,
-            expert_axis=here.expert,
-            tokens_spread=here.spread_over(here.expert),
-            tensor_axis=here.tensor,
-            valid=None if valid is None else valid.reshape(-1),
-        )
-        shared = here.sum_tensor(_swiglu(x_btd, self.shared_gate_up[...], self.shared_down[...], here))
-        gate = jax.nn.sigmoid(jnp.einsum("btd,d->bt", x_btd, self.shared_gate[...].astype(dtype)))[..., None]
-        return routed.reshape(x_btd.shape) + gate * shared, stats
-
-
-def _swiglu(x, gate_up, down, here: Local):
-    gate, up = jnp.split(here.product(x, gate_up.reshape(gate_up.shape[0], -1)), 2, axis=-1)
-    return here.product(jax.nn.silu(gate) * up, down)
-
-
-def norm(x, weight, config: Config):
-    """x / rms(x) * (1 + weight), in float32."""
-    wide = widened(x)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)
-    return (wide * (1 + weight[...].astype(wide.dtype))).astype(x.dtype)
-
-
-# -- one pass, inside the shard_map (or without a mesh) ------------------------------------------
-
-
-def _forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> Output:
-    """A pass over the prompts whose tokens are here, contiguous [B, S / C]; results in natural order again."""
-    del labels
-    model = nnx.merge(graph, nnx.State(params))
-    here, x, left = encode(model, tokens, lengths, segment_ids, ask)
-    logits = cache = hidden = None
-    if ask.logits == "all":
-        logits = _logits(model, here, _natural(x, here))
-    elif ask.logits == "last":
-        last = jnp.full(tokens.shape[:1], ask.seq_len - 1) if lengths is None else lengths - 1
-        at_last = here.order == last[:, None]
-        x = jnp.sum(jnp.where(at_last[..., None], x, jnp.zeros_like(x)), axis=1)
-        logits = here.whole_vocabulary(_logits(model, here, here.sum_context(x)))
-    if ask.cache_room is not None:
-        ranks = 1 if model.sharding is None else model.sharding.context.ranks()
-        G, L, two, B, _, K, H = left.keys.shape
-        new = jnp.zeros((G, L, two, B, -(-ask.cache_room // ranks), K, H), left.keys.dtype)
-        lengths = jnp.full(B, ask.seq_len, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-        (lengths,) = pcast_to((lengths,), here.token_axes(rows_only=True))
-        new = pcast_to(new, here.token_axes() + axis_names(here.tensor))
-        cache = Cache(left.keys, new, left.states, lengths, jnp.zeros((), jnp.int32))
-    if ask.hidden:
-        hidden = _natural(left.hidden, here, seq_axis=2)
-    return Output(logits, cache, hidden, left.stats)
-
-
-def _decode(params, tokens, cache: Cache, graph):
-    """One token for each row, on this rank's shards of the cache: logits, and what of the cache is new. The prompt's keys
-    are not handed through: that would copy them at every step."""
-    model = nnx.merge(graph, nnx.State(params))
-    sharding, shard, rank, ranks = model.sharding, None, 0, 1
-    if sharding is not None:
-        ranks = sharding.context.ranks()
-        shard = sharding.context.shard(cache.prompt.shape[4] * ranks)
-        rank = shard.rank()
-    here = Step(sharding, cache.positions[:, None], shard, cache.lengths, cache.count)
-    x = _embed(model, here, tokens[:, None])
-    x, left = _walk(model, x, here, (cache.prompt, cache.new, cache.gdn), hidden=False, stats=False)
-    logits = here.whole_vocabulary(_logits(model, here, x[:, 0]))
-    return logits, append(cache, left.keys, rank, ranks), left.states
-
-
-def encode(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
-    """(how the tokens lie, the last layer's output [B, T here, D] in layout order, what the layers leave)."""
-    tokens, here = _lay_out(model, tokens, lengths, segment_ids, ask)
-    x, left = _walk(model, _embed(model, here, tokens), here, None, hidden=ask.hidden, stats=ask.stats)
-    return here, x, left
-
-
-def _lay_out(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
-    """The tokens in the order of the layout, and all that depends on it: once for all layers."""
-    sharding, (batch, length) = model.sharding, tokens.shape
-    mask: Mask = causal()
-    if lengths is not None:
-        mask &= lengths_mask(lengths, lengths)
-    if segment_ids is not None:
-        mask &= documents(segment_ids=segment_ids)
-    if sharding is None:
-        order = jnp.arange(length, dtype=jnp.int32)
-        start, end = mask.interval(order, q_len=length, kv_len=length)
-        resolved: Any = tuple(jnp.broadcast_to(x, tokens.shape) for x in (start, end))
-        padded = False
-    else:
-        context = sharding.context
-        tokens = context.to_layout(tokens)
-        shard = context.shard(length * context.ranks())
-        order, resolved, padded = shard.positions(), context.resolve(mask, ask.seq_len), shard.length != ask.seq_len
-        start = resolved.start
-    positions, ids = order, None
-    if segment_ids is not None:
-        ids = jnp.take(segment_ids, order, axis=1).astype(jnp.int32)
-        positions = jnp.maximum(order - start, 0)  # each document begins at 0
-    elif lengths is not None or padded:
-        limit = jnp.full((batch, 1), ask.seq_len) if lengths is None else lengths[:, None]
-        ids = jnp.where(order < limit, 0, segments.PADDING)
-    return tokens, Prompt(sharding, positions, order, resolved, ids, model.implementation)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Left:
-    """What the layers leave behind, stacked over groups: packed keys and values, GDN caches, hidden states
-    [layers, B, T, D], router statistics of all."""
-
-    keys: Array
-    states: gdn.GDNCache
-    hidden: Array | None
-    stats: RouterStats | None
-
-
-def _walk(model: Qwen3_5, x, here: Any, caches, *, hidden: bool, stats: bool):
-    """All layers. caches: (prompt keys, new keys, GDN caches), stacked over groups; None to begin."""
-    config = model.config
-    graph, groups = nnx.split(model.groups)
-
-    def group(x, operands):
-        values, caches = operands
-        layers = list(nnx.merge(graph, nnx.State(values)).layers)
-        keys, states, hiddens, sums = [], [], [], []
-        for kind, run in itertools.groupby(layers, key=lambda layer: layer.kind):
-            if kind == LINEAR:
-                x, left, found, total = _linear_run(list(run), x, caches, len(states), here, hidden, stats)
-                states += left
-                hiddens += found
-                sums += total
-                continue
-            for layer in run:
-                own = None if caches is None else (caches[0][len(keys)], caches[1][len(keys)])
-                x, left, routed = layer(x, own, here, None, here.valid)
-                keys.append(left)
-                hiddens += [x] if hidden else []
-                sums += [here.sum_context(routed)] if stats else []
-        stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
-        return x, Left(
-            jnp.stack(keys),
-            jax.tree.map(stack, *states),
-            jnp.stack(hiddens) if hidden else None,
-            jax.tree.map(lambda *s: sum(s[1:], s[0]), *sums) if stats else None,
-        )
-
-    body = group
-    if model.remat is not None:
-        saved = ("ring_jax_out", "ring_jax_lse") if model.remat == "attention" else ()
-        body = jax.checkpoint(group, policy=jax.checkpoint_policies.save_only_these_names(*saved), prevent_cse=False)
-    x, left = jax.lax.scan(body, x, (nnx.to_pure_dict(groups), caches))
-    hiddens = None if left.hidden is None else left.hidden.reshape(config.num_layers, *left.hidden.shape[2:])
-    total = None if left.stats is None else here.sum_rows(jax.tree.map(lambda s: s.sum(axis=0), left.stats))
-    return x, Left(left.keys, left.states, hiddens, total)
-
-
-def _linear_run(layers: list[Layer], x, caches, first: int, here: Any, hidden: bool, stats: bool):
-    """Neighbouring GDN layers, spread over the ranks as one run."""
-    config = layers[0].config
-    own = None
-    if caches is not None:
-        own = [jax.tree.map(lambda c, i=first + i: c[i], caches[2]) for i in range(len(layers))]
-
-    def run(x, caches, spread):
-        valid = None if spread.segment_ids is None else spread.segment_ids >= 0
-        left, hiddens, sums = [], [], []
-        for i, layer in enumerate(layers):
-            x, cache, routed = layer(x, None if caches is None else caches[i], here, spread, valid)
-            left.append(cache)
-            hiddens += [x] if hidden else []
-            sums += [routed] if stats else []
-        return (x, hiddens), left, sums
-
-    heads = config.linear.share(here.tensor_ranks)
-    shape = gdn.GDNShape(0, 0, heads, config.hidden_size, config.conv_width, len(layers), x.dtype.itemsize)
-    (x, hiddens), left, sums = here.run(run, x, own, shape)
-    return x, left, hiddens, sums
-
-
-def _embed(model: Qwen3_5, here: Any, tokens):
-    x = here.rows(model.embed[...], tokens, model.config.hidden_size).astype(model.dtype)
-    return pcast_to(x, here.token_axes())
-
-
-def head(model: Qwen3_5):
-    return model.embed[...].T if model.lm_head is None else model.lm_head[...]
-
-
-def _logits(model: Qwen3_5, here: Local, x):
-    return here.product(norm(x, model.final_norm, model.config), head(model), jnp.float32)
-
-
-def _natural(x, here: Local, seq_axis: int = 1):
-    return x if here.sharding is None else here.sharding.context.from_layout(x, seq_axis=seq_axis)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ring_jax._vma import pcast_to
-from ring_jax.models.qwen3_5.modeling import Ask, encode, head, norm
+from ring_jax.models.qwen3_5.layers import norm
+from ring_jax.models.qwen3_5.passes import Ask, encode, head
 from ring_jax.moe import load_balance_loss
 
 

@@ -1,0 +1,230 @@
+"""One pass of the model, inside the shard_map (or without a mesh): over prompts, or a decoded token.
+
+Tokens are laid out once, a scan walks the groups of layers, and what the layers leave becomes the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ring_jax import gdn
+from ring_jax._vma import pcast_to
+from ring_jax.context.shard import axis_names
+from ring_jax.gdn import segments
+from ring_jax.mask import Mask, causal, documents
+from ring_jax.mask import lengths as lengths_mask
+from ring_jax.models.qwen3_5.cache import Cache, append
+from ring_jax.models.qwen3_5.config import LINEAR
+from ring_jax.models.qwen3_5.layers import Layer, norm
+from ring_jax.models.qwen3_5.local import Local, Prompt, Step
+from ring_jax.moe import RouterStats
+
+if TYPE_CHECKING:
+    from ring_jax.models.qwen3_5.modeling import Qwen3_5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a call returns.
+
+    Fields:
+        logits: float32, [B, S, V] of all positions, [B, V] of each row's last one, or None.
+        cache: to decode from, if it was asked for.
+        hidden: [layers, B, S, D], what each layer hands on (before the final norm), if it was asked for.
+        stats: of the routers, summed over tokens and layers, if it was asked for.
+    """
+
+    logits: Float[Array, "B S V"] | Float[Array, "B V"] | None
+    cache: Cache | None = None
+    hidden: Float[Array, "layers B S D"] | None = None
+    stats: RouterStats | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What a pass over prompts is asked for; static."""
+
+    logits: str
+    cache_room: int | None
+    hidden: bool
+    stats: bool
+    seq_len: int
+    chunk: int = 0
+
+
+def forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> Output:
+    """A pass over the prompts whose tokens are here, contiguous [B, S / C]; results in natural order again."""
+    del labels
+    model = nnx.merge(graph, nnx.State(params))
+    here, x, left = encode(model, tokens, lengths, segment_ids, ask)
+    logits = cache = hidden = None
+    if ask.logits == "all":
+        logits = _logits(model, here, _natural(x, here))
+    elif ask.logits == "last":
+        last = jnp.full(tokens.shape[:1], ask.seq_len - 1) if lengths is None else lengths - 1
+        at_last = here.order == last[:, None]
+        x = jnp.sum(jnp.where(at_last[..., None], x, jnp.zeros_like(x)), axis=1)
+        logits = here.whole_vocabulary(_logits(model, here, here.sum_context(x)))
+    if ask.cache_room is not None:
+        ranks = 1 if model.sharding is None else model.sharding.context.ranks()
+        G, L, two, B, _, K, H = left.keys.shape
+        new = jnp.zeros((G, L, two, B, -(-ask.cache_room // ranks), K, H), left.keys.dtype)
+        lengths = jnp.full(B, ask.seq_len, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        (lengths,) = pcast_to((lengths,), here.token_axes(rows_only=True))
+        new = pcast_to(new, here.token_axes() + axis_names(here.tensor))
+        cache = Cache(left.keys, new, left.states, lengths, jnp.zeros((), jnp.int32))
+    if ask.hidden:
+        hidden = _natural(left.hidden, here, seq_axis=2)
+    return Output(logits, cache, hidden, left.stats)
+
+
+def decode(params, tokens, cache: Cache, graph):
+    """One token for each row, on this rank's shards of the cache: logits, and what of the cache is new. The prompt's keys
+    are not handed through: that would copy them at every step."""
+    model = nnx.merge(graph, nnx.State(params))
+    sharding, shard, rank, ranks = model.sharding, None, 0, 1
+    if sharding is not None:
+        ranks = sharding.context.ranks()
+        shard = sharding.context.shard(cache.prompt.shape[4] * ranks)
+        rank = shard.rank()
+    here = Step(sharding, cache.positions[:, None], shard, cache.lengths, cache.count)
+    x = _embed(model, here, tokens[:, None])
+    x, left = _walk(model, x, here, (cache.prompt, cache.new, cache.gdn), hidden=False, stats=False)
+    logits = here.whole_vocabulary(_logits(model, here, x[:, 0]))
+    return logits, append(cache, left.keys, rank, ranks), left.states
+
+
+def encode(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
+    """(how the tokens lie, the last layer's output [B, T here, D] in layout order, what the layers leave)."""
+    tokens, here = _lay_out(model, tokens, lengths, segment_ids, ask)
+    x, left = _walk(model, _embed(model, here, tokens), here, None, hidden=ask.hidden, stats=ask.stats)
+    return here, x, left
+
+
+def _lay_out(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
+    """The tokens in the order of the layout, and all that depends on it: once for all layers."""
+    sharding, (batch, length) = model.sharding, tokens.shape
+    mask: Mask = causal()
+    if lengths is not None:
+        mask &= lengths_mask(lengths, lengths)
+    if segment_ids is not None:
+        mask &= documents(segment_ids=segment_ids)
+    if sharding is None:
+        order = jnp.arange(length, dtype=jnp.int32)
+        start, end = mask.interval(order, q_len=length, kv_len=length)
+        resolved: Any = tuple(jnp.broadcast_to(x, tokens.shape) for x in (start, end))
+        padded = False
+    else:
+        context = sharding.context
+        tokens = context.to_layout(tokens)
+        shard = context.shard(length * context.ranks())
+        order, resolved, padded = shard.positions(), context.resolve(mask, ask.seq_len), shard.length != ask.seq_len
+        start = resolved.start
+    positions, ids = order, None
+    if segment_ids is not None:
+        ids = jnp.take(segment_ids, order, axis=1).astype(jnp.int32)
+        positions = jnp.maximum(order - start, 0)  # each document begins at 0
+    elif lengths is not None or padded:
+        limit = jnp.full((batch, 1), ask.seq_len) if lengths is None else lengths[:, None]
+        ids = jnp.where(order < limit, 0, segments.PADDING)
+    return tokens, Prompt(sharding, positions, order, resolved, ids, model.implementation)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """What the layers leave behind, stacked over groups: packed keys and values, GDN caches, hidden states
+    [layers, B, T, D], router statistics of all."""
+
+    keys: Array
+    states: gdn.GDNCache
+    hidden: Array | None
+    stats: RouterStats | None
+
+
+def _walk(model: Qwen3_5, x, here: Any, caches, *, hidden: bool, stats: bool):
+    """All layers. caches: (prompt keys, new keys, GDN caches), stacked over groups; None to begin."""
+    config = model.config
+    graph, groups = nnx.split(model.groups)
+
+    def group(x, operands):
+        values, caches = operands
+        layers = list(nnx.merge(graph, nnx.State(values)).layers)
+        keys, states, hiddens, sums = [], [], [], []
+        for kind, run in itertools.groupby(layers, key=lambda layer: layer.kind):
+            if kind == LINEAR:
+                x, left, found, total = _linear_run(list(run), x, caches, len(states), here, hidden, stats)
+                states += left
+                hiddens += found
+                sums += total
+                continue
+            for layer in run:
+                own = None if caches is None else (caches[0][len(keys)], caches[1][len(keys)])
+                x, left, routed = layer(x, own, here, None, here.valid)
+                keys.append(left)
+                hiddens += [x] if hidden else []
+                sums += [here.sum_context(routed)] if stats else []
+        stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
+        return x, Left(
+            jnp.stack(keys),
+            jax.tree.map(stack, *states),
+            jnp.stack(hiddens) if hidden else None,
+            jax.tree.map(lambda *s: sum(s[1:], s[0]), *sums) if stats else None,
+        )
+
+    body = group
+    if model.remat is not None:
+        saved = ("ring_jax_out", "ring_jax_lse") if model.remat == "attention" else ()
+        body = jax.checkpoint(group, policy=jax.checkpoint_policies.save_only_these_names(*saved), prevent_cse=False)
+    x, left = jax.lax.scan(body, x, (nnx.to_pure_dict(groups), caches))
+    hiddens = None if left.hidden is None else left.hidden.reshape(config.num_layers, *left.hidden.shape[2:])
+    total = None if left.stats is None else here.sum_rows(jax.tree.map(lambda s: s.sum(axis=0), left.stats))
+    return x, Left(left.keys, left.states, hiddens, total)
+
+
+def _linear_run(layers: list[Layer], x, caches, first: int, here: Any, hidden: bool, stats: bool):
+    """Neighbouring GDN layers, spread over the ranks as one run."""
+    config = layers[0].config
+    own = None
+    if caches is not None:
+        own = [jax.tree.map(lambda c, i=first + i: c[i], caches[2]) for i in range(len(layers))]
+
+    def run(x, caches, spread):
+        valid = None if spread.segment_ids is None else spread.segment_ids >= 0
+        left, hiddens, sums = [], [], []
+        for i, layer in enumerate(layers):
+            x, cache, routed = layer(x, None if caches is None else caches[i], here, spread, valid)
+            left.append(cache)
+            hiddens += [x] if hidden else []
+            sums += [routed] if stats else []
+        return (x, hiddens), left, sums
+
+    heads = config.linear.share(here.tensor_ranks)
+    shape = gdn.GDNShape(0, 0, heads, config.hidden_size, config.conv_width, len(layers), x.dtype.itemsize)
+    (x, hiddens), left, sums = here.run(run, x, own, shape)
+    return x, left, hiddens, sums
+
+
+def _embed(model: Qwen3_5, here: Any, tokens):
+    x = here.rows(model.embed[...], tokens, model.config.hidden_size).astype(model.dtype)
+    return pcast_to(x, here.token_axes())
+
+
+def head(model: Qwen3_5):
+    return model.embed[...].T if model.lm_head is None else model.lm_head[...]
+
+
+def _logits(model: Qwen3_5, here: Local, x):
+    return here.product(norm(x, model.final_norm, model.config), head(model), jnp.float32)
+
+
+def _natural(x, here: Local, seq_axis: int = 1):
+    return x if here.sharding is None else here.sharding.context.from_layout(x, seq_axis=seq_axis)
