@@ -113,6 +113,9 @@ def _block_bwd(spec, saved, cotangents):
 
 block.defvjp(_block_fwd, _block_bwd)
 
+# Called eagerly a block would compile at every call, operation by operation.
+_jitted_block = jax.jit(block, static_argnums=0)
+
 
 def flash_attention(
     query: Float[Array, "B T N H"],
@@ -179,7 +182,7 @@ def flash_attention(
     if S == 0 or T == 0:
         return carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
     query, kv, start, end, carry = align(query, kv, start, end, carry)
-    return block(spec, query, kv, start, end, carry)
+    return _jitted_block(spec, query, kv, start, end, carry)
 
 
 def _whole(key_start, key_end, T: int, S: int) -> str | None:

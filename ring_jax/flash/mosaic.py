@@ -32,7 +32,7 @@ def unsupported(query: jax.Array, kv: jax.Array, logits_soft_cap: float | None =
 
 def halves_suffice(query: jax.Array, kv: jax.Array) -> bool:
     """Whether the kernels keep the device busy on half of the KV heads at a time."""
-    return mosaic_update.AVAILABLE and kv.shape[-2] > 1 and mosaic_hopper_backward.halves_suffice(query, kv)
+    return mosaic_update.AVAILABLE and mosaic_hopper_backward.halves_suffice(query, kv)
 
 
 def forward(

@@ -283,11 +283,6 @@ def span_of(table, b, tile):
     return first, last, u, lax.clamp(u, v, last)
 
 
-def ring_slot(i, slots):
-    """i mod slots, for i >= 0."""
-    return i & (slots - 1) if slots & (slots - 1) == 0 else lax.rem(i, slots)
-
-
 def program(batch, heads, tiles, *, descending):
     """(batch, head, tile) of this program: heads fastest, so that neighbours share tiles in L2; the longest first."""
     p = lax.axis_index("program")

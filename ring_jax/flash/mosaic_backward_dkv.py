@@ -23,13 +23,13 @@ from ring_jax.flash.mosaic_backward_common import (
     product,
     program,
     read,
-    ring_slot,
     softmax,
     span_of,
     splits_by_role,
     store,
 )
 from ring_jax.flash.mosaic_config import REGISTERS
+from ring_jax.flash.mosaic_schedule import ring_slot
 
 
 def dkv(problem, query, kv, dout, stats, bounds, table, into=None):

@@ -17,11 +17,11 @@ from ring_jax.flash.mosaic_backward_common import (
     Value,
     drain,
     program,
-    ring_slot,
     softmax,
     store,
 )
 from ring_jax.flash.mosaic_config import REGISTERS
+from ring_jax.flash.mosaic_schedule import ring_slot
 
 
 def dq(problem, query, kv, dout, stats, bounds, table, total=None):

@@ -34,7 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.flash import mosaic_compat, mosaic_wgmma
 from ring_jax.flash.mosaic_config import ForwardConfig
-from ring_jax.flash.mosaic_schedule import Problem, part_steps_of, steps_of, work_item
+from ring_jax.flash.mosaic_schedule import Problem, part_steps_of, ring_slot, steps_of, work_item
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -129,7 +129,7 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
                 value_columns = (pl.ds(problem.head_size, problem.value_size),)
 
             def load(step, part, tile, at, columns, smem, full, free):
-                slot = _slot(config, step)
+                slot = ring_slot(step, config.stages)
                 if part is not None:
                     at += (part + problem.first_part) * (problem.batch * (2 if problem.packed else 1))
                 keys = pl.ds(tile * config.block_kv, config.block_kv)
@@ -168,12 +168,6 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
                 *(free.at[slot] for slot in range(config.stages) for free in (k_free, v_free)),
             ):
                 plgpu.barrier_wait(barrier)
-
-
-def _slot(config: ForwardConfig, step: jax.Array) -> jax.Array:
-    if config.stages & (config.stages - 1) == 0:
-        return step & (config.stages - 1)
-    return lax.rem(step, config.stages)
 
 
 def _turns(config: ForwardConfig, warpgroup: jax.Array, turn):
@@ -231,7 +225,7 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
     dtype = q_smem.dtype
 
     def slot_of(step):
-        return _slot(config, jnp.int32(step))
+        return ring_slot(jnp.int32(step), config.stages)
 
     def rescale(acc, m, m_new):
         alpha = jnp.exp2(m - m_new)

@@ -43,7 +43,8 @@ from ring_jax.flash.mosaic_backward_common import (
 from ring_jax.flash.mosaic_backward_dkv import dkv as dkv_kernel
 from ring_jax.flash.mosaic_backward_dq import dq as dq_kernel
 
-_PROGRAMS = 3 * 132  # thread blocks that keep an H200's multiprocessors evenly busy
+# Thread blocks that keep the 132 multiprocessors of an H200 evenly busy, and that come near to giving each one.
+_PROGRAMS, _ONE_EACH = 3 * 132, 128
 
 
 def unsupported_reason(query, kv, *, heads=None, **_) -> str | None:
@@ -163,10 +164,10 @@ def backward(
 
 def halves_suffice(query, kv) -> bool:
     """Whether half of the KV heads of one block are programs enough for the multiprocessors."""
-    batch, _, heads, head_size = query.shape
+    batch, _, heads, H = query.shape
     kv_len, kv_heads = kv.shape[-3:-1]
-    rows = ROWS if splits_by_role(head_size, packed.value_size(kv, head_size)) else WGS * ROWS
-    return batch * (kv_heads // 2) * min(2, heads // kv_heads) * pl.cdiv(kv_len, rows) >= _PROGRAMS // 3 - 4
+    tiles = pl.cdiv(kv_len, _keys_of_a_program(H, packed.value_size(kv, H)))
+    return batch * (kv_heads // 2) * _splits(heads // kv_heads, fused=False)[-1] * tiles >= _ONE_EACH
 
 
 def _adds_in_memory() -> bool:
@@ -182,10 +183,18 @@ def _split(problem, fused: bool) -> int:
     """
     if not _adds_in_memory():
         return 1
-    tiles = pl.cdiv(problem.S, ROWS if splits_by_role(problem.H, problem.Hv) else WGS * ROWS)
+    tiles = pl.cdiv(problem.S, _keys_of_a_program(problem.H, problem.Hv))
     programs = problem.K * problem.B * tiles * max(1, problem.parts - 1)  # of a ring's parts, a rank's own is empty
-    splits = [n for n in range(1, problem.G + 1) if problem.G % n == 0 and (fused or n <= 2)]
+    splits = _splits(problem.G, fused)
     return next((n for n in splits if programs * n >= _PROGRAMS), splits[-1])
+
+
+def _splits(group: int, fused: bool) -> list[int]:
+    return [n for n in range(1, group + 1) if group % n == 0 and (fused or n <= 2)]
+
+
+def _keys_of_a_program(H: int, Hv: int) -> int:
+    return ROWS if splits_by_role(H, Hv) else WGS * ROWS
 
 
 def _zeros_to_share(problem, kv, dq):
@@ -264,7 +273,7 @@ def _dq_visits(problem, table):
 def _dkv_table(problem, key_start, key_end):
     """[P B, KV tiles, 4] int32, of the query tiles: how many end before a KV tile, start before its end, do not reach its
     end, start before it. `mosaic_backward_common.span_of` makes of them what the kernel visits. One reduction in all."""
-    block = ROWS if splits_by_role(problem.H, problem.Hv) else WGS * ROWS
+    block = _keys_of_a_program(problem.H, problem.Hv)
     first_start, last_start, first_end, last_end = _edges(key_start, key_end, problem.config.block_q_dkv)
     edges = jnp.stack([last_end, first_start, first_end, last_start], axis=-1)
     low = np.arange(pl.cdiv(problem.S, block), dtype=np.int32) * block

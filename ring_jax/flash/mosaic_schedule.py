@@ -64,6 +64,11 @@ class Problem:
         return min(self.config.multiprocessors, self.items) if self.config.persistent else self.items
 
 
+def ring_slot(step: Any, slots: int) -> Any:
+    """step mod slots, for step >= 0."""
+    return step & (slots - 1) if slots & (slots - 1) == 0 else lax.rem(step, slots)
+
+
 def work_item(problem: Problem, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(batch, head, first query row) of a work item: sections of heads whose KV fits L2, in each the last rows first.
 

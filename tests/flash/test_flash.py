@@ -263,3 +263,19 @@ def test_errors(args, kwargs, error, message):
 def test_packed_forms():
     assert pack(X, X).shape == (2, 1, 4, 2, 8)
     assert pack(X, X[..., :4]).shape == (1, 4, 2, 12)
+
+
+def test_eager_calls_share_one_program(caplog):
+    """In a notebook: an eager call used to compile at every call, operation by operation."""
+    bounds = jnp.zeros((1, 24), jnp.int32), jnp.arange(1, 25)[None]
+
+    def call(seed):
+        query, key, value = jax.random.normal(jax.random.key(seed), (3, 1, 24, 2, 8))
+        return jax.grad(lambda query: ring_jax.flash_attention(query, key, value, *bounds)[0].sum())(query)
+
+    with jax.log_compiles():
+        call(0)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        call(1)
+        assert "Compiling" not in caplog.text

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -93,6 +94,23 @@ def test_lowers_for_cuda(H):
     assert lowered(case, forward).count("stablehlo.custom_call @mosaic_gpu") == 2
     # Two more in the repeatable form, of two kernels.
     assert lowered(case, backward).count("stablehlo.custom_call @mosaic_gpu") == (2 if H == 128 else 4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_size", "length", "suffice"),
+    [
+        (32, 8, 128, 2048, True),  # 8K over four ranks
+        (32, 8, 128, 1024, False),
+        (32, 2, 256, 2048, False),
+        (32, 2, 256, 4096, True),
+        (24, 8, 128, 2048, False),  # three query heads are not halved
+        (8, 1, 128, 1 << 20, False),
+    ],
+)
+def test_halves_of_short_shards_are_too_few_programs(heads, kv_heads, head_size, length, suffice):
+    query = jax.ShapeDtypeStruct((1, length, heads, head_size), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, 1, length, kv_heads, head_size), jnp.bfloat16)
+    assert mosaic.halves_suffice(query, kv) == (suffice and mosaic_compat.INTERPRET_AVAILABLE)
 
 
 GPU_CASES = [
