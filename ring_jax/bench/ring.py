@@ -3,7 +3,8 @@
 Checks every strategy against the float32 reference first. Then times causal zigzag attention, forward and forward +
 backward, in a scan over layers with keys and values of their own (dispatch is amortised, nothing is merged across
 layers), on one GPU and on all of them, and reports the speed-up over one GPU with the same block. With --alone one GPU
-suffices: it does what one rank would, without the transfer, which is how fast the ranks could be at best.
+suffices: it does what one rank would, without the transfer (so its results are wrong, and not checked), which is how fast the
+ranks could be at best.
 """
 
 import argparse
@@ -113,6 +114,15 @@ def milliseconds(f, args, layers: int, repeats: int, queued: int = 3) -> float:
     return 1e3 * statistics.median(times)
 
 
+def _copies(shard: Shard, ranks: int, x: jax.Array, along: int | None = None) -> jax.Array:
+    copies = [x] * ranks
+    return jax.lax.optimization_barrier(jnp.stack(copies) if along is None else jnp.concatenate(copies, along))
+
+
+def _share(shard: Shard, ranks: int, x: jax.Array, along: int | None = None) -> jax.Array:
+    return x[1] if along is None else jnp.split(x, ranks, along)[1]
+
+
 @contextlib.contextmanager
 def no_transfer(alone: int | None = None):
     """Programs traced inside rotate nothing: their results are wrong, their time is that of the blocks alone.
@@ -126,8 +136,8 @@ def no_transfer(alone: int | None = None):
             (ring_jax.ContextParallel, "ranks", lambda self, *_: alone),
             # Not a constant, or XLA would know the bounds.
             (Shard, "rank", lambda self: jax.lax.optimization_barrier(jnp.int32(1))),
-            (Shard, "gather", lambda self, x: jax.lax.optimization_barrier(jnp.broadcast_to(x, (alone, *x.shape)))),
-            (Shard, "sum_scatter", lambda self, x: x[1]),
+            (Shard, "gather", functools.partialmethod(_copies, alone)),
+            (Shard, "sum_scatter", functools.partialmethod(_share, alone)),
         ]
     try:
         with contextlib.ExitStack() as stack:
@@ -157,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alone",
         action="store_true",
-        help="on one GPU, time what one of --ranks does without transfer (ring and all_gather)",
+        help="on one GPU, time what one of --ranks does without transfer (ring and all_gather; nothing is checked)",
     )
     parser.add_argument(
         "--profile", action="store_true", help="trace one run of each: transfer hidden, longest kernels"
@@ -172,12 +182,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def unavailable(args: argparse.Namespace) -> str | None:
     """Why this host cannot run the benchmark, or None."""
-    devices, needed = jax.devices(), 1 if args.alone else 2
-    if devices[0].platform != "gpu" or len(devices) < needed:
-        hint = "" if args.alone else " (one suffices for --alone)"
-        return f"needs at least {('one GPU', 'two GPUs')[needed - 1]}{hint}, found {len(devices)} x {devices[0].device_kind}"
-    if args.alone and (not args.ranks or not {*args.strategies} <= {"ring", "all_gather"}):
-        return "--alone needs --ranks, of how many to time one, and --strategies of ring and all_gather"
+    devices = jax.devices()
+    found = f"found {len(devices)} x {devices[0].device_kind}"
+    if devices[0].platform != "gpu":
+        return f"needs GPUs, {found}"
+    if args.alone:
+        if not args.ranks or args.table or not {*args.strategies} <= {"ring", "all_gather", "auto"}:
+            return "--alone needs --ranks, of how many to time one, no --table, and of --strategies ring, all_gather or auto"
+    elif len(devices) < 2:
+        return f"needs at least two GPUs (one suffices for --alone), {found}"
     return None
 
 

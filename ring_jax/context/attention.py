@@ -16,7 +16,7 @@ from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, ru
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import STRATEGIES, check_strategy, choose
 from ring_jax.flash.api import make_spec, static_scalars
-from ring_jax.flash.backends import check_inputs
+from ring_jax.flash.backends import check_inputs, why_not
 from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.packed import pack
 from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
@@ -111,6 +111,8 @@ def ring_attention(
     resolved = isinstance(mask, ResolvedMask)
     if not isinstance(mask, ResolvedMask):
         call = dataclasses.replace(call, whole=_whole(call, mask, query_offset))
+        if "auto" == (context.strategy if strategy is None else strategy) and call.strategy == "all_gather":
+            call = _ring_for_cudnn(call, mask, query_offset, query, key, value)
     where = mask if resolved else (mask, per_row("query_offset", query_offset))
     if context.is_manual:
         out, lse = call(query, key, value, where, sinks)
@@ -174,6 +176,16 @@ def _whole(call: _Call, mask: Mask, query_offset) -> str | None:
     offset = concrete(query_offset)
     plain = mask.parts == causal().parts and offset is not None and not np.any(offset)
     return "causal" if plain and (natural or cut) else None
+
+
+def _ring_for_cudnn(call: _Call, mask: Mask, query_offset, query, key, value) -> _Call:
+    """`call` as a ring where cuDNN would then be the block: it takes no causal mask over gathered keys."""
+    ring = dataclasses.replace(call, strategy="ring")
+    ring = dataclasses.replace(ring, whole=_whole(ring, mask, query_offset))
+    inputs = query, jax.eval_shape(pack, key, value), call.logits_soft_cap, ring.whole, call.deterministic
+    runs = call.whole is None and ring.whole is not None and why_not("cudnn", *inputs) is None
+    picked = call.implementation == "cudnn" or (call.implementation is None and why_not("mosaic", *inputs) is not None)
+    return ring if runs and picked else call
 
 
 def _sharded(call: _Call, context: ContextParallel, query, key, value, mask, sinks):

@@ -3,9 +3,10 @@
     start gathering KV;  the rank's own keys, which need no transfer;  resume on those of all other ranks, in rank order
 
 On a balanced layout that is balanced work without hops. Costs O(S) memory for KV on every rank. One all-gather forward;
-backward one again (KV is not kept), behind the gradients of the rank's own keys in half of the heads, and one
-reduce-scatter of float32 dKV, behind those in the other half. Where shards are so short that the gather outlasts a rank's own
-keys, halves of the heads are gathered one after the other: the second travels while the first is worked on.
+backward one again (KV is not kept) and one reduce-scatter of float32 dKV, which hides behind the gradients of the rank's own
+keys. Blocks that take halves of the heads (`Backend.takes_halves`) get the own keys at both ends, so that the gather hides, too;
+and where shards are so short that it outlasts a rank's own keys, halves of the heads are gathered one after the other: the second
+travels while the first is worked on.
 
 Source: Llama 3, arXiv 2407.21783, section 3.3.2.
 """
@@ -48,7 +49,7 @@ def _shares(spec: Spec, shard: Shard, query, kv) -> list[tuple[Heads | None, jax
     own keys (of which a causal mask leaves half), else all at once."""
     travel = (shard.ranks - 1) * kv.shape[-2] * kv.dtype.itemsize * _FLOPS_PER_BYTE
     work = query.shape[1] * query.shape[2]
-    return packed.halves(kv) if travel > work and spec.backend.heads(query, kv) else [(None, kv)]
+    return packed.halve_heads(kv) if travel > work and spec.backend.takes_halves(query, kv) else [(None, kv)]
 
 
 def _gather(shard: Shard, shares, own: Callable[[], T]) -> tuple[list[jax.Array], T]:
@@ -70,8 +71,7 @@ def all_gather(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial |
 def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
     own = shard.local_bounds(start, end, shard.rank())
     if _in_one_call(spec, shard):
-        kv = lax.all_gather(kv, shard.axis, axis=seq_axis(kv), tiled=True)
-        return spec.forward(query, kv, *own, carry, query.dtype)
+        return spec.forward(query, shard.gather(kv, seq_axis(kv)), *own, carry, query.dtype)
     shares = _shares(spec, shard, query, kv)
     gathered, carry = _gather(shard, shares, lambda: spec.forward(query, kv, *own, carry))
     others = _others(shard, start, end)
@@ -92,11 +92,9 @@ def _all_gather_bwd(spec, shard, saved, cotangents):
     kv, (dout, dlse) = lax.optimization_barrier((kv, cotangents))
     rows = lse, delta_of(out, dout, dlse), dout
     own = shard.local_bounds(start, end, shard.rank())
-    axis = seq_axis(kv)
     if _in_one_call(spec, shard):
-        gathered = lax.all_gather(kv, shard.axis, axis=axis, tiled=True)
-        dq, dkv = spec.backward(query, gathered, *own, *rows)
-        dkv = lax.psum_scatter(dkv, shard.axis, scatter_dimension=axis, tiled=True)
+        dq, dkv = spec.backward(query, shard.gather(kv, seq_axis(kv)), *own, *rows)
+        dkv = shard.sum_scatter(dkv, seq_axis(kv))
     else:
         dq, dkv = _gradients(spec, shard, query, kv, own, _others(shard, start, end), rows)
     dcarry = None if carry is None else carry_gradient(carry, *rows)
@@ -107,25 +105,25 @@ def _gradients(spec: Spec, shard: Shard, query, kv, own: Bounds, others: Bounds,
     """dq and dkv, float32. The rank's own keys come at both ends if they can be halved, else last: to sum what belongs to the
     others takes twice as long as to gather their keys."""
     lse, delta, dout = rows
-    *first, last = packed.halves(kv) if spec.backend.heads(query, kv) else [(None, kv)]
+    *early, late = packed.halve_heads(kv) if spec.backend.takes_halves(query, kv) else [(None, kv)]
 
-    def own_keys(dq, halves):
-        parts = []
-        for heads, kv in halves:
-            dq, dkv = spec.backward(query, kv, *own, lse, delta, dout, dq, heads)
-            parts.append(dkv)
-        return dq, parts
+    def own_keys(dq, shares):
+        found = []
+        for heads, share in shares:
+            dq, dkv = spec.backward(query, share, *own, lse, delta, dout, dq, heads)
+            found.append(dkv)
+        return dq, found
 
     shares = _shares(spec, shard, query, kv)
-    gathered, (dq, dkv_own) = _gather(shard, shares, lambda: own_keys(None, first))
+    gathered, (dq, dkv_early) = _gather(shard, shares, lambda: own_keys(None, early))
     home: list[jax.Array] = []
-    for (heads, _), kv in zip(shares, gathered, strict=True):
-        dq, dkv = spec.backward(query, kv, *others, lse, delta, dout, dq, heads)
+    for (heads, _), share in zip(shares, gathered, strict=True):
+        dq, dkv = spec.backward(query, share, *others, lse, delta, dout, dq, heads)
         if home:  # see `_gather`
             dkv, home = lax.optimization_barrier((dkv, home))
         home.append(shard.sum_scatter(dkv))
-    dq, dkv = own_keys(dq, [last])
-    return dq, jnp.concatenate(home, axis=-2) + jnp.concatenate(dkv_own + dkv, axis=-2)
+    dq, dkv_late = own_keys(dq, [late])
+    return dq, jnp.concatenate(home, axis=-2) + jnp.concatenate(dkv_early + dkv_late, axis=-2)
 
 
 all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)

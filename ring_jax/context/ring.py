@@ -5,7 +5,7 @@
 Forward C - 1 permutes of KV. The backward is one rule around the whole ring, from the final out and
 LSE: KV travels again and its float32 gradients follow and come home, C - 1 permutes each, dQ stays. A rank's own
 keys come half of their heads first, where they hide the first permute of KV, and half last, where they hide the gradients'
-way home; all last where halves are too little work.
+way home; all last where halves are too little work, or the block takes none.
 
 Source: Liu, Zaharia and Abbeel, Ring Attention with Blockwise Transformers, arXiv 2310.01889.
 """
@@ -31,8 +31,9 @@ def ring(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None)
 
 def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
     whole = spec.backend.whole == "causal"
-    # Bounds before the first permute, which would otherwise run beside them and nothing else.
-    kv, own_bounds = lax.optimization_barrier((kv, shard.local_bounds(start, end, shard.rank())))
+    if not whole:
+        # Bounds before the first permute, which would otherwise run beside them and nothing else.
+        kv, own_bounds = lax.optimization_barrier((kv, shard.local_bounds(start, end, shard.rank())))
 
     def hop(kv, partial, source, own, final):
         if whole:
@@ -55,7 +56,7 @@ def _ring_bwd(spec, shard, saved, cotangents):
     kv, (dout, dlse) = lax.optimization_barrier((kv, cotangents))
     delta = delta_of(out, dout, dlse)
     whole = spec.backend.whole == "causal"
-    both_ends = shard.ranks > 1 and spec.backend.heads(query, kv)
+    both_ends = shard.ranks > 1 and spec.backend.takes_halves(query, kv)
 
     def hop(kv, stay, source, own, final):
         dq, early = stay
@@ -66,7 +67,7 @@ def _ring_bwd(spec, shard, saved, cotangents):
         if not (own and both_ends):
             dq, dkv = spec.backward(query, kv, *here, lse, delta, dout, dq)
             return (dq, early), dkv
-        heads, kv = packed.halves(kv)[1 if final else 0]
+        heads, kv = packed.halve_heads(kv)[1 if final else 0]
         dq, dkv = spec.backward(query, kv, *here, lse, delta, dout, dq, heads=heads)
         return (dq, None if final else dkv), jnp.concatenate([early, dkv], axis=-2) if final else None
 

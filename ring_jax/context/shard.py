@@ -53,13 +53,13 @@ class Shard:
         ring = [(r, (r + 1) % self.ranks) for r in range(self.ranks)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, ring), tree)
 
-    def gather(self, x: jax.Array) -> jax.Array:
-        """What all ranks have, [C, ...]."""
-        return lax.all_gather(x, self.axis)
+    def gather(self, x: jax.Array, along: int | None = None) -> jax.Array:
+        """What all ranks have: [C, ...], or one after the other along an axis of x."""
+        return lax.all_gather(x, self.axis, axis=along or 0, tiled=along is not None)
 
-    def sum_scatter(self, x: jax.Array) -> jax.Array:
-        """Of [C, ...], an entry for each rank, this rank's summed over all ranks."""
-        return lax.psum_scatter(x, self.axis)
+    def sum_scatter(self, x: jax.Array, along: int | None = None) -> jax.Array:
+        """This rank's share of what `gather` would give, summed over all ranks."""
+        return lax.psum_scatter(x, self.axis, scatter_dimension=along or 0, tiled=along is not None)
 
 
 def rotate(

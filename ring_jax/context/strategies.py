@@ -25,8 +25,9 @@ STRATEGIES: dict[str, Callable] = {
     "ring_ulysses": ring_ulysses,
 }
 
-# Up to this many keys per rank, two long calls beat several short hops (measured, BUILD_NOTES.md).
-_SHORT_SHARD = 8192
+# Up to this many keys per rank, two or three long calls beat several short hops (BUILD_NOTES.md), and up to this many in all
+# every rank can hold them: KV of 8 heads of 128 then takes 1 GiB, and its float32 gradients 2.
+_SHORT_SHARD, _GATHERED = 8192, 2**18
 
 
 def check_strategy(strategy: str) -> None:
@@ -50,10 +51,10 @@ def choose(
     """
     if isinstance(axis, tuple):
         return "ring_ulysses", "the sequence is spread over two mesh axes"
-    if ranks > 2 and key_len // ranks <= _SHORT_SHARD:
+    if ranks > 2 and key_len // ranks <= _SHORT_SHARD and key_len <= _GATHERED:
         return (
             "all_gather",
-            f"{key_len // ranks} keys per rank <= {_SHORT_SHARD}: two balanced calls beat {ranks} short hops",
+            f"{key_len // ranks} keys per rank <= {_SHORT_SHARD}: few balanced calls beat {ranks} short hops",
         )
     # Elements per hop in units of two bytes: KV once, against queries, and float32 partials one hop behind.
     pass_kv = key_len * kv_heads * 2 * head_size
@@ -61,5 +62,5 @@ def choose(
     if 2 * pass_query < pass_kv:
         return "pass_q", f"queries and their partials are {pass_query / pass_kv:.2f} of the bytes of KV"
     if ranks <= 2:
-        return "ring", "two ranks: one hop, which is all that gathering would do, too"
+        return "ring", f"{ranks} rank{'s' * (ranks > 1)}: at most one hop, which is all that gathering would do, too"
     return "ring", f"{key_len // ranks} keys per rank: long enough to hide the rotation of KV"

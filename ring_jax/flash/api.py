@@ -38,6 +38,8 @@ class Spec:
     def forward(self, query, kv, start, end, carry, out_dtype=None, heads=None, into=None) -> Partial:
         """(out, lse) of one block, of keys in parts where bounds are [P, B, T] (`flash.parts`). `heads` and `into`, of backends
         that take them, as in `flash.backends`."""
+        assert heads is None or self._takes_heads, f"{self.backend.name} takes no share of the heads"
+        assert into is None or heads is not None
         if start.ndim == 3 and not self.backend.parts:
             return parts.forward(self.forward, query, kv, start, end, carry, out_dtype)
         share = {} if heads is None else {"heads": heads, "into": into}
@@ -45,6 +47,7 @@ class Spec:
 
     def backward(self, query, kv, start, end, lse, delta, dout, dq=None, heads=None) -> Partial:
         """(dq, dkv) of one block, float32; adds to `dq` where that is given. Keys in parts, and `heads`, as in `forward`."""
+        assert heads is None or self._takes_heads, f"{self.backend.name} takes no share of the heads"
         if start.ndim == 3 and not self.backend.parts:
             return parts.backward(self.backward, query, kv, start, end, lse, delta, dout, dq)
         operands, options = (query, kv, start, end, lse, delta, dout), self._options
@@ -53,6 +56,10 @@ class Spec:
             return self.backend.backward(*operands, dq, **share, **options)
         own, dkv = self.backend.backward(*operands, **options)
         return own if dq is None else dq + own, dkv
+
+    @property
+    def _takes_heads(self) -> bool:
+        return self.backend.parts and self.backend.adds
 
     @property
     def _options(self) -> dict[str, float | None]:

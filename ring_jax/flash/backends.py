@@ -13,9 +13,9 @@ strategies in `ring_jax.context` put the derivative rules around them.
 Backends with `parts` also take keys in P parts: kv with an axis before all others, and bounds [P, B, T], an interval of
 each part. For the others `flash.parts` goes from part to part.
 
-Backends with `heads` also take kv of a share of the KV heads, `heads=packed.Heads(first, total)`: `forward` computes the query
-heads of that share and writes them `into=(out, lse)` (None: new arrays, whose other heads are undefined); `backward` adds to
-those of dq.
+Backends with `takes_halves` (and with `parts` and `adds`, below) also take kv of a share of the KV heads,
+`heads=packed.Heads(first, total)`: `forward` computes the query heads of that share and writes them `into=(out, lse)` (None: new
+arrays, whose other heads are undefined); `backward` adds to those of dq.
 
 To add one: write the two functions, give `unsupported` a reason for what it cannot do, add it to
 `BACKENDS`, and add its name to the harness in tests/flash.
@@ -49,8 +49,8 @@ class Backend:
     adds: bool = False
     # Whether both functions take keys in parts.
     parts: bool = False
-    # Whether both functions take `heads`, and halves of these heads keep the device busy. Takes (query, kv).
-    heads: Callable[[jax.Array, jax.Array], bool] = lambda query, kv: False
+    # Whether both functions take `heads`, and half of all heads keep the device busy. Takes (query, kv).
+    takes_halves: Callable[[jax.Array, jax.Array], bool] = lambda query, kv: False
 
 
 def _cudnn(whole: str) -> Backend:
@@ -72,7 +72,7 @@ def _mosaic(deterministic: bool | None) -> Backend:
         unsupported=mosaic.unsupported,
         adds=True,
         parts=True,
-        heads=mosaic.halves_suffice,
+        takes_halves=mosaic.halves_suffice,
     )
 
 

@@ -29,6 +29,11 @@ def splits_by_role(H: int, Hv: int) -> bool:
     return H + Hv > 256
 
 
+def keys_of_a_program(H: int, Hv: int) -> int:
+    """Of dkv and fused: the rows of dK and dV that one thread block owns."""
+    return ROWS if splits_by_role(H, Hv) else WGS * ROWS
+
+
 @dataclass(frozen=True)
 class BackwardConfig:
     """Tile sizes and pipeline depths.
@@ -79,7 +84,7 @@ class BackwardConfig:
     def check(self, H: int, Hv: int) -> None:
         """Raises ValueError where the tiles do not fit shared memory."""
         by_role = splits_by_role(H, Hv)
-        rows = ROWS if by_role else WGS * ROWS
+        rows = keys_of_a_program(H, Hv)
         staging = WGS * ROWS * STAGE_COLUMNS * 4
         dkv = 2 * (H + Hv) * (rows + self.stages * self.block_q_dkv) + 16 * self.stages * self.block_q_dkv + staging
         dkv += 2 * 2 * ROWS * self.block_q_dkv if by_role else 0
@@ -157,10 +162,6 @@ class Problem:
         """Whether a warpgroup computes, and whether it feeds the others; what would only add zeros does neither."""
         compute, feed = wg < WGS, wg == WGS
         return (compute, feed) if self.split == 1 else (compute & (span[1] > span[0]), feed & (span[1] > span[0]))
-
-    def query_head(self, head):
-        """Where the query head `head` in [0, N) lies in the arrays of queries."""
-        return head + self.first_head if self.first_head else head
 
     def kv_head(self, head):
         """The KV head of a program head."""

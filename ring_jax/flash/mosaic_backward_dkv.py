@@ -18,6 +18,7 @@ from ring_jax.flash.mosaic_backward_common import (
     Value,
     accumulate,
     drain,
+    keys_of_a_program,
     loop,
     masked,
     product,
@@ -36,7 +37,7 @@ def dkv(problem, query, kv, dout, stats, bounds, table, into=None):
     """dkv, added to `into` in its own buffer where that is given: it must be where programs share a KV tile."""
     H, Hv, config = problem.H, problem.Hv, problem.config
     by_role = splits_by_role(H, Hv)
-    rows = ROWS if by_role else WGS * ROWS
+    rows = keys_of_a_program(H, Hv)
     tiles, block, stages = table.shape[1], config.block_q_dkv, config.stages
     scratch = dict(
         k_smem=compat.tiled_smem((rows // ROWS, ROWS, H), problem.dtype),
@@ -133,7 +134,7 @@ def query_of(problem, span, head, t):
     first, last = span[:2]
     g = lax.div(t, last - first)
     block = problem.config.block_q_dkv
-    return pl.ds((first + t - g * (last - first)) * block, block), problem.query_head(head * problem.share + g)
+    return pl.ds((first + t - g * (last - first)) * block, block), problem.first_head + head * problem.share + g
 
 
 def load_query(problem, span, b, head, query, dout, stats, bounds, t, *, wait, q_smem, do_smem, stats_smem, bounds_smem,

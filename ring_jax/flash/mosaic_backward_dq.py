@@ -65,7 +65,7 @@ def _body(problem, tiles, add, query, kv, dout, stats, bounds, table, dq_ref, *,
           q_smem, do_smem, slots, rows_full, done, **barriers):  # fmt: skip
     wg = lax.axis_index("wg")
     b, program_head, tile = program(problem.B, problem.N, tiles, descending=True)
-    head = problem.query_head(program_head)
+    head = problem.first_head + program_head
     visits = _Visits(problem, table, b, tile)
     (k_slots, v_slots), staging = slots
     wgs = problem.config.warpgroups_dq

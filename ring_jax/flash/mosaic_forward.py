@@ -95,7 +95,7 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
 
         def tile_body(steps, batch, head, row):
             rows = pl.ds(row + warpgroup * 64, 64)
-            head = problem.query_head(head)
+            head += problem.first_head
             outputs = (out_ref.at[batch, rows, head], lse_ref.at[batch, rows, head])
             carry = tuple(ref.at[batch, rows, head] for ref in carry_refs)
             staged = (carry_smem.at[warpgroup], carry_full.at[warpgroup], carry_free) if problem.stages_carry else None
@@ -119,7 +119,7 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
     def _memory():
         def tile_body(steps, batch, head, row):
             kv_head = lax.div(head, problem.heads // problem.kv_heads)
-            head = problem.query_head(head)
+            head += problem.first_head
             key_at, value_at = batch, batch
             key_columns, value_columns = (), ()
             if problem.packed:

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ring_jax.flash import mosaic_compat, mosaic_forward, mosaic_update
 from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 from ring_jax.flash.mosaic_schedule import MAX_PARTS, Problem
-from ring_jax.flash.packed import Heads, fold_parts, value_size
+from ring_jax.flash.packed import Heads, check_heads, fold_parts, value_size
 
 
 def unsupported_reason(
@@ -83,8 +83,9 @@ def forward(
 
     Raises:
         NotImplementedError: if `unsupported_reason` gives one.
-        ValueError: kv does not have as many parts as the bounds.
+        ValueError: kv does not have as many parts as the bounds; heads that are not all there; `into` of other dtypes.
     """
+    check_heads(kv, heads)
     kv, (key_start, key_end), parts = fold_parts(kv, (key_start, key_end))
     options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "out_dtype": out_dtype, "heads": heads}
     reason = unsupported_reason(query, kv, **options)
@@ -93,6 +94,8 @@ def forward(
     head_size, value_size = _head_sizes(query, kv)
     query_len = query.shape[1]
     config = config or forward_config(_round_up(head_size, 64), _round_up(value_size, 64))
+    if into is not None and (into[0].dtype, into[1].dtype) != (jnp.dtype(out_dtype), jnp.float32):
+        raise ValueError(f"into must be {jnp.dtype(out_dtype)} and float32, got {into[0].dtype} and {into[1].dtype}")
     into = _padded_rows(into, query, kv, config)
     query, kv, key_start, key_end, carry = _padded(query, kv, key_start, key_end, carry, config)
     calls = pl.cdiv(parts, MAX_PARTS)

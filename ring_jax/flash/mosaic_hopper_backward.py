@@ -38,7 +38,7 @@ from ring_jax.flash.mosaic_backward_common import (
     BackwardConfig,
     Problem,
     default_config,
-    splits_by_role,
+    keys_of_a_program,
 )
 from ring_jax.flash.mosaic_backward_dkv import dkv as dkv_kernel
 from ring_jax.flash.mosaic_backward_dq import dq as dq_kernel
@@ -105,8 +105,9 @@ def backward(
 
     Raises:
         NotImplementedError: see `unsupported_reason`.
-        ValueError: the config does not fit.
+        ValueError: the config does not fit; heads that are not all there.
     """
+    packed.check_heads(kv, heads)
     kv_shape = kv.shape
     kv, bounds, parts = packed.fold_parts(kv, (key_start, key_end))
     # For kernels, bounds and tables each part is as many batch entries.
@@ -152,10 +153,11 @@ def backward(
             dq = dq_kernel(problem, *operands_dq, dq)
         else:
             part = dq_kernel(problem, *operands_dq)
-            if heads is not None:  # of the others it is undefined
+            if heads is None:
+                dq = part if dq is None else dq + part
+            else:  # of the others it is undefined
                 mine = slice(problem.first_head, problem.first_head + problem.N)
-                part = jnp.zeros_like(part).at[:, :, mine].set(part[:, :, mine])
-            dq = part if dq is None else dq + part
+                dq = dq.at[:, :, mine].add(part[:, :, mine])  # type: ignore[union-attr]
         dq, into = _zeros_to_share(problem, operands[1], dq)
         dkv = dkv_kernel(problem, *operands, table, into)
     dkv = lax.slice_in_dim(dkv.reshape(kv.shape), 0, kv_length, axis=kv.ndim - 3)
@@ -166,7 +168,7 @@ def halves_suffice(query, kv) -> bool:
     """Whether half of the KV heads of one block are programs enough for the multiprocessors."""
     batch, _, heads, H = query.shape
     kv_len, kv_heads = kv.shape[-3:-1]
-    tiles = pl.cdiv(kv_len, _keys_of_a_program(H, packed.value_size(kv, H)))
+    tiles = pl.cdiv(kv_len, keys_of_a_program(H, packed.value_size(kv, H)))
     return batch * (kv_heads // 2) * _splits(heads // kv_heads, fused=False)[-1] * tiles >= _ONE_EACH
 
 
@@ -183,7 +185,7 @@ def _split(problem, fused: bool) -> int:
     """
     if not _adds_in_memory():
         return 1
-    tiles = pl.cdiv(problem.S, _keys_of_a_program(problem.H, problem.Hv))
+    tiles = pl.cdiv(problem.S, keys_of_a_program(problem.H, problem.Hv))
     programs = problem.K * problem.B * tiles * max(1, problem.parts - 1)  # of a ring's parts, a rank's own is empty
     splits = _splits(problem.G, fused)
     return next((n for n in splits if programs * n >= _PROGRAMS), splits[-1])
@@ -191,10 +193,6 @@ def _split(problem, fused: bool) -> int:
 
 def _splits(group: int, fused: bool) -> list[int]:
     return [n for n in range(1, group + 1) if group % n == 0 and (fused or n <= 2)]
-
-
-def _keys_of_a_program(H: int, Hv: int) -> int:
-    return ROWS if splits_by_role(H, Hv) else WGS * ROWS
 
 
 def _zeros_to_share(problem, kv, dq):
@@ -273,7 +271,7 @@ def _dq_visits(problem, table):
 def _dkv_table(problem, key_start, key_end):
     """[P B, KV tiles, 4] int32, of the query tiles: how many end before a KV tile, start before its end, do not reach its
     end, start before it. `mosaic_backward_common.span_of` makes of them what the kernel visits. One reduction in all."""
-    block = _keys_of_a_program(problem.H, problem.Hv)
+    block = keys_of_a_program(problem.H, problem.Hv)
     first_start, last_start, first_end, last_end = _edges(key_start, key_end, problem.config.block_q_dkv)
     edges = jnp.stack([last_end, first_start, first_end, last_start], axis=-1)
     low = np.arange(pl.cdiv(problem.S, block), dtype=np.int32) * block

@@ -47,10 +47,6 @@ class Problem:
         used = self.config.shared_memory_bytes(self.head_size, self.value_size)
         return self.carry and used + 4 * self.config.block_q * self.value_size <= SHARED_MEMORY_BYTES
 
-    def query_head(self, head: jax.Array) -> jax.Array:
-        """Where the query head `head` in [0, heads) lies in the arrays of queries."""
-        return head + self.first_head if self.first_head else head
-
     @property
     def query_tiles(self) -> int:
         return pl.cdiv(self.query_len, self.config.block_q)

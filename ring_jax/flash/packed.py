@@ -18,7 +18,13 @@ class Heads(NamedTuple):
     total: int
 
 
-def halves(kv: jax.Array) -> list[tuple[Heads | None, jax.Array]]:
+def check_heads(kv: jax.Array, heads: Heads | None) -> None:
+    """Raises ValueError where kv has more heads than there are from `heads.first` on."""
+    if heads is not None and not 0 <= heads.first <= heads.total - kv.shape[-2]:
+        raise ValueError(f"kv has {kv.shape[-2]} heads from {heads.first} on, of {heads.total} in all: too many")
+
+
+def halve_heads(kv: jax.Array) -> list[tuple[Heads | None, jax.Array]]:
     """kv in two arrays, each of about half of the heads."""
     total = kv.shape[-2]
     return [(Heads(a, total), kv[..., a:b, :]) for a, b in ((0, total // 2), (total // 2, total))]

@@ -72,11 +72,12 @@ def test_alone_says_what_it_takes(monkeypatch):
     reasons = {
         "": "at least two GPUs (one suffices for --alone), found 1 x NVIDIA H200",
         "--alone": "--alone needs --ranks",
-        "--alone --ranks 4 --strategies auto": "--strategies of ring and all_gather",
+        "--alone --ranks 4 --strategies pass_q": "of --strategies ring, all_gather or auto",
+        "--alone --ranks 4 --table pr39875": "no --table",
     }
     for flags, reason in reasons.items():
         assert reason in ring.unavailable(parser.parse_args(flags.split()))
-    assert ring.unavailable(parser.parse_args("--alone --ranks 4 --strategies ring".split())) is None
+    assert ring.unavailable(parser.parse_args("--alone --ranks 4".split())) is None
 
 
 def test_attention_bench_reports_every_case(monkeypatch, tmp_path, capsys):
@@ -114,10 +115,18 @@ def test_ring_bench_over_emulated_devices(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "worst relative error" in out and "one GPU" in out and "no transfer" in out
     assert (tmp_path / "rows.json").stat().st_size > 0
-    alone = [*flags.split()[:-1], "--alone", "--strategies", "ring", "all_gather"]
+    alone = [
+        *flags.replace("--ranks 2", "--ranks 4").split()[:-3],
+        "--alone",
+        "--strategies",
+        "ring",
+        "all_gather",
+        "auto",
+    ]
     assert ring.run(parser.parse_args(alone)) == 0
     out = capsys.readouterr().out
-    assert "one of 2 GPU(s), ring, no transfer" in out and "one of 2 GPU(s), all_gather, no transfer" in out
+    assert all(f"one of 4 GPU(s), {name}, no transfer" in out for name in ("ring", "all_gather", "auto"))
+    assert "forward+backward" in out
     # Left as it was found: the next program rotates again.
     text = jax.jit(ring.stack(ring.make_context(2, "ring"), True, 1, False)).lower(
         *ring.draw(ring.make_context(2, "ring"), 64, 2, 1, 16, 1)

@@ -106,16 +106,21 @@ def expected(x, start, end, *, cap=None, gradients=True):
     )
 
 
-def in_shares(backend):
-    """`backend` (of keys in one piece) as one that also takes shares of the heads, by slicing. For emulated devices."""
+def in_shares(backend, asked=None):
+    """`backend` (of keys in one piece) as one that also takes shares of the heads, by slicing. For emulated devices.
 
-    def of(query, kv, heads):
+    `asked` gets, at every call, "f" or "b" and the first KV head of the share ("" for all of them).
+    """
+
+    def of(query, kv, heads, what):
+        if asked is not None:
+            asked.append(what + (str(heads.first) if heads else ""))
         group = query.shape[2] // (heads.total if heads else kv.shape[-2])
         first = heads.first * group if heads else 0
         return slice(first, first + kv.shape[-2] * group)
 
     def forward(query, kv, start, end, carry, *, heads=None, into=None, out_dtype, **options):
-        mine = of(query, kv, heads)
+        mine = of(query, kv, heads, "f")
         carry = None if carry is None else (carry[0][:, :, mine], carry[1][:, :, mine])
         one = functools.partial(backend.forward, **options)
         args = (query[:, :, mine], kv, start, end, carry)
@@ -134,7 +139,7 @@ def in_shares(backend):
         return into[0].at[:, :, mine].set(out), into[1].at[:, :, mine].set(lse)
 
     def backward(query, kv, start, end, lse, delta, dout, dq=None, *, heads=None, **options):
-        mine = of(query, kv, heads)
+        mine = of(query, kv, heads, "b")
         one = functools.partial(backend.backward, **options)
         args = [query[:, :, mine], kv, start, end, *(x[:, :, mine] for x in (lse, delta, dout))]
         if start.ndim == 3:
@@ -148,4 +153,4 @@ def in_shares(backend):
         return dq.at[:, :, mine].add(part), dkv
 
     takes = lambda query, kv: kv.shape[-2] > 1  # noqa: E731
-    return dataclasses.replace(backend, forward=forward, backward=backward, adds=True, parts=True, heads=takes)
+    return dataclasses.replace(backend, forward=forward, backward=backward, adds=True, parts=True, takes_halves=takes)

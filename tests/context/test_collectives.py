@@ -40,13 +40,23 @@ def unrolled(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "xla", dataclasses.replace(backends.BACKENDS["xla"], unroll=8))
 
 
-def programs(context, mesh, heads=K):
+@pytest.fixture
+def in_halves(monkeypatch):
+    """A backend "in halves", which takes halves of the heads; its calls, in order."""
+    jax.clear_caches()  # traces of an equal call would not call it
+    asked: list[str] = []
+    backend = dataclasses.replace(in_shares(backends.BACKENDS["reference"], asked), unroll=8)
+    monkeypatch.setitem(backends.BACKENDS, "in halves", backend)
+    return asked
+
+
+def programs(context, mesh, heads=K, implementation=None):
     """Forward and VJP, compiled apart."""
     sharding = NamedSharding(mesh, P(context.batch_axis, "context"))
     q, kv = (jax.ShapeDtypeStruct((B, S, n, H), jnp.float32, sharding=sharding) for n in (N, heads))
 
     def attend(q, k, v):
-        return ring_jax.ring_attention(q, k, v, is_causal=True, context=context)
+        return ring_jax.ring_attention(q, k, v, is_causal=True, context=context, implementation=implementation)
 
     forward = jax.jit(attend).lower(q, kv, kv).compile()
     # The pullback is a pytree of residuals: compile with the shardings that the forward leaves them in.
@@ -89,13 +99,36 @@ def test_kinds_and_numbers(strategy, forward, backward, data, unrolled):
         ("all_gather", {"all-gather": 2}, {"all-gather": 2, "reduce-scatter": 2}),
     ],
 )
-def test_halves_of_the_heads_travel_one_after_the_other(strategy, forward, backward, monkeypatch):
-    monkeypatch.setitem(
-        backends.BACKENDS, "xla", dataclasses.replace(in_shares(backends.BACKENDS["reference"]), unroll=8)
-    )
+def test_halves_of_the_heads_travel_one_after_the_other(strategy, forward, backward, in_halves):
     mesh = make_mesh(context=C)
-    compiled = programs(ContextParallel("context", layout="zigzag", mesh=mesh, strategy=strategy), mesh)
+    context = ContextParallel("context", layout="zigzag", mesh=mesh, strategy=strategy)
+    compiled = programs(context, mesh, implementation="in halves")
     assert (count(compiled[0]), count(compiled[1])) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    "strategy, order, barriers",
+    [
+        # The rank's own keys at both ends. Barriers: ahead of the forward's first permute, of every other hop, of the last
+        # own keys, and one on the cotangent.
+        ("ring", ["f"] * C + ["b0"] + ["b"] * (C - 1) + ["b2"], 2 * (C - 1) + 3),
+        # Forward own, then the others' halves. Barriers ahead of each second collective, and one on the cotangent.
+        ("all_gather", ["f", "f0", "f2", "b0", "b0", "b2", "b2"], 4),
+    ],
+)
+def test_order_of_the_halves(strategy, order, barriers, in_halves):
+    context = ContextParallel("context", layout="zigzag", mesh=make_mesh(context=C), strategy=strategy)
+    q, kv = (jax.ShapeDtypeStruct((B, S, n, H), jnp.float32) for n in (N, K))
+
+    def gradients(q, k, v, d):
+        attend = functools.partial(ring_jax.ring_attention, is_causal=True, context=context, implementation="in halves")
+        return jax.vjp(attend, q, k, v)[1](d)
+
+    in_halves.clear()
+    lowered = jax.jit(gradients).lower(q, kv, kv, q)
+    # custom_vjp traces its primal function for the shapes, too.
+    assert in_halves[-len(order) :] == order
+    assert lowered.as_text().count("stablehlo.optimization_barrier") == barriers
 
 
 def test_the_ring_rotates_one_packed_array(unrolled):

@@ -27,7 +27,7 @@ def halves(monkeypatch):
     """The kernels take halves of the heads, also where shards are short."""
     jax.clear_caches()
     for deterministic, backend in backends.MOSAIC.items():
-        backend = dataclasses.replace(backend, heads=lambda query, kv: True)
+        backend = dataclasses.replace(backend, takes_halves=lambda query, kv: True)
         monkeypatch.setitem(backends.MOSAIC, deterministic, backend)
     yield
     jax.clear_caches()

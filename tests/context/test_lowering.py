@@ -101,6 +101,26 @@ def test_repeatable_gradients_or_the_fastest(hopper, deterministic):
     assert ("flash_backward_fused" in text) == (deterministic is not True and mosaic_compat.INTERPRET_AVAILABLE)
 
 
+@pytest.mark.parametrize("implementation", [None, "cudnn"])
+def test_auto_takes_the_ring_where_cudnn_needs_one(implementation):
+    """cuDNN takes no causal mask over gathered keys: on other GPUs than Hopper that would leave XLA."""
+    device = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", platform="gpu", num_cores=108)
+    mesh = AbstractMesh((4,), ("context",), axis_types=(AxisType.Auto,), abstract_device=device)
+    context = ring_jax.ContextParallel("context", layout="zigzag")
+    x = jax.ShapeDtypeStruct((1, 4096, 4, 128), jnp.bfloat16)
+
+    def text(is_causal):
+        attend = functools.partial(
+            ring_jax.ring_attention, is_causal=is_causal, context=context, implementation=implementation
+        )
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.jit(attend).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+
+    causal, full = text(True), text(False)
+    assert "cudnn" in causal and "collective_permute" in causal and "all_gather" not in causal
+    assert "cudnn" in full and "collective_permute" not in full
+
+
 def test_cudnn_does_not_promise_to_repeat(hopper):
     query, kv = jnp.zeros((1, 64, 2, 128), jnp.bfloat16), jnp.zeros((2, 1, 64, 2, 128), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="need not repeat bit by bit"):

@@ -2,11 +2,13 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ring_jax
+from ring_jax.context import gather
 from ring_jax.context.strategies import STRATEGIES, choose
 from ring_jax.flash import backends
 from tests import oracle
@@ -62,17 +64,26 @@ def test_every_mask(ranks, strategy, layout):
 
 
 @pytest.mark.parametrize(
-    "ranks, strategy, kv_heads",
-    [(2, "ring", 2), (4, "all_gather", 4), (4, "ring", 3), pytest.param(3, "all_gather", 3, marks=pytest.mark.slow)],
+    "ranks, strategy, kv_heads, short",
+    [
+        (2, "ring", 2, True),
+        (4, "ring", 3, True),
+        (4, "all_gather", 4, True),
+        (2, "all_gather", 2, False),
+        pytest.param(3, "all_gather", 3, True, marks=pytest.mark.slow),
+    ],
 )
-def test_halves_of_the_heads_at_a_time(ranks, strategy, kv_heads, monkeypatch):
-    """Of a backend that takes shares of the heads: a rank's own keys at both ends, halves gathered in turn."""
-    monkeypatch.setitem(backends.BACKENDS, "reference", in_shares(backends.BACKENDS["reference"]))
+def test_halves_of_the_heads_at_a_time(ranks, strategy, kv_heads, short, monkeypatch):
+    """Of a backend that takes shares of the heads: a rank's own keys at both ends, and of short shards halves gathered in
+    turn."""
+    jax.clear_caches()
+    monkeypatch.setitem(backends.BACKENDS, "in halves", in_shares(backends.BACKENDS["reference"]))
+    monkeypatch.setattr(gather, "_FLOPS_PER_BYTE", 3700 if short else 0)
     x = inputs(B, S, S, 2 * kv_heads, kv_heads, H=8)
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=make_mesh(context=ranks), strategy=strategy)
     for mask in (ring_jax.causal(), ring_jax.Mask()):
         start, end = (np.broadcast_to(b, (B, S)) for b in mask.interval(q_len=S, kv_len=S))
-        got = run(x, start, end, context=context, implementation="reference")
+        got = run(x, start, end, context=context, implementation="in halves")
         oracle.assert_close(got, expected(x, start, end), TOLERANCE)
 
 
@@ -149,7 +160,15 @@ def check_half_precision(heads, dtype, length, documents, causal=(True, False), 
 def test_choose_gives_reasons():
     common = {"query_heads": 8, "kv_heads": 8, "head_size": 128}
     assert choose(query_len=8192, key_len=8192, ranks=4, **common)[0] == "all_gather"
-    assert choose(query_len=8192, key_len=8192, ranks=2, **common)[0] == "ring"
+    for ranks, length, name in (
+        (1, 8192, "ring"),
+        (2, 8192, "ring"),
+        (4, 4 * 8192, "all_gather"),
+        (4, 4 * 8192 + 8, "ring"),
+        (64, 64 * 4096, "all_gather"),
+        (64, 64 * 8192, "ring"),
+    ):
+        assert choose(query_len=length, key_len=length, ranks=ranks, **common)[0] == name
     assert choose(query_len=1 << 20, key_len=1 << 20, ranks=8, **common)[0] == "ring"
     name, reason = choose(query_len=1024, key_len=1 << 20, ranks=8, **common)
     assert name == "pass_q" and "bytes of KV" in reason

@@ -24,7 +24,7 @@ def forward_by_heads(forward, **fixed):
 
     def both(query, kv, start, end, carry, *, out_dtype, scale, logits_soft_cap):
         result, options = None, {"scale": scale, "logits_soft_cap": logits_soft_cap, "out_dtype": out_dtype} | fixed
-        for heads, share in packed.halves(kv):
+        for heads, share in packed.halve_heads(kv):
             result = forward(query, share, start, end, carry, heads=heads, into=result, **options)
         return result
 
@@ -35,7 +35,7 @@ def backward_by_heads(backward, **fixed):
     def both(query, kv, start, end, lse, delta, dout, *, scale, logits_soft_cap):
         options = {"scale": scale, "logits_soft_cap": logits_soft_cap} | fixed
         dq, dkv = None, []
-        for heads, share in packed.halves(kv):
+        for heads, share in packed.halve_heads(kv):
             dq, part = backward(query, share, start, end, lse, delta, dout, dq, heads=heads, **options)
             dkv.append(part)
         return dq, jnp.concatenate(dkv, axis=-2)
@@ -49,6 +49,7 @@ def backward_by_heads(backward, **fixed):
     [
         Case(P=2, T=130, N=4, K=2, mask="holes", carried=True),
         pytest.param(Case(P=2, T=70, N=3, K=3, H=40, Hv=40, mask="causal"), marks=pytest.mark.slow),
+        pytest.param(Case(P=9, T=64, S=16, N=4, K=2, mask="causal", carried=True), marks=pytest.mark.slow),
     ],
     ids=str,
 )
