@@ -1,6 +1,7 @@
 """The Hopper kernels on a share of the heads at a time: the same as on all of them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tests.flash.test_mosaic_parts import (
     interpreted,
     jitted,
     lowered,
+    packed_parts,
 )
 
 
@@ -137,3 +139,23 @@ def test_gpu_forward(case, dtype):
 def test_gpu_backward(case, deterministic):
     case = dataclasses.replace(case, carried=False)
     check_backward(case, jitted(backward_by_heads(mosaic.backward, deterministic=deterministic)), part_by_part=False)
+
+
+def both_shares(query, first, second, start, end, carry, *, scale, logits_soft_cap):
+    """Of arrays that hold half of the heads each."""
+    result, options = None, {"scale": scale, "logits_soft_cap": logits_soft_cap}
+    for i, share in enumerate((first, second)):
+        heads = packed.Heads(i * share.shape[-2], 2 * share.shape[-2])
+        result = mosaic_hopper.forward(query, share, start, end, carry, heads=heads, into=result, **options)
+    return result
+
+
+@pytest.mark.gpu
+def test_gpu_nothing_is_copied_to_write_into_an_array():
+    case = Case(P=2, T=256, S=256, N=8, K=2, H=128, Hv=128, mask="full", carried=True)
+    query, key, value, bounds, carry = case.inputs()
+    kv = packed_parts(key, value)
+    compiled = jax.jit(functools.partial(both_shares, **case.options)).lower(query, kv, kv, *bounds, carry).compile()
+    text = compiled.as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 2
+    assert " copy(" not in text and "fusion(" not in text
