@@ -16,7 +16,7 @@ from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, ru
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import STRATEGIES, check_strategy, choose
 from ring_jax.flash.api import make_spec, static_scalars
-from ring_jax.flash.backends import check_inputs, why_not
+from ring_jax.flash.backends import check_inputs, select
 from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.packed import pack
 from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
@@ -98,6 +98,7 @@ def ring_attention(
     mask = _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset)
     if isinstance(mask, ResolvedMask):
         seq_len, key_value_seq_len = _resolved_lengths(mask, context, seq_len, key_value_seq_len)
+    strategy = context.strategy if strategy is None else strategy
     call = _plan(
         query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
     )
@@ -111,7 +112,7 @@ def ring_attention(
     resolved = isinstance(mask, ResolvedMask)
     if not isinstance(mask, ResolvedMask):
         call = dataclasses.replace(call, whole=_whole(call, mask, query_offset))
-        if "auto" == (context.strategy if strategy is None else strategy) and call.strategy == "all_gather":
+        if strategy == "auto" and call.strategy == "all_gather":
             call = _ring_for_cudnn(call, mask, query_offset, query, key, value)
     where = mask if resolved else (mask, per_row("query_offset", query_offset))
     if context.is_manual:
@@ -182,10 +183,11 @@ def _ring_for_cudnn(call: _Call, mask: Mask, query_offset, query, key, value) ->
     """`call` as a ring where cuDNN would then be the block: it takes no causal mask over gathered keys."""
     ring = dataclasses.replace(call, strategy="ring")
     ring = dataclasses.replace(ring, whole=_whole(ring, mask, query_offset))
+    if ring.whole == call.whole:
+        return call
     inputs = query, jax.eval_shape(pack, key, value), call.logits_soft_cap, ring.whole, call.deterministic
-    runs = call.whole is None and ring.whole is not None and why_not("cudnn", *inputs) is None
-    picked = call.implementation == "cudnn" or (call.implementation is None and why_not("mosaic", *inputs) is not None)
-    return ring if runs and picked else call
+    implementation = select(None, *inputs).name if call.implementation is None else call.implementation
+    return ring if implementation == "cudnn" else call
 
 
 def _sharded(call: _Call, context: ContextParallel, query, key, value, mask, sinks):
@@ -230,7 +232,6 @@ def _plan(
     for name, given, length in (("seq_len", q_len, query_len), ("key_value_seq_len", kv_len, key_len)):
         if not 0 <= given <= length:
             raise ValueError(f"{name}={given} is not in [0, {length}], the length of the array")
-    strategy = context.strategy if strategy is None else strategy
     check_strategy(strategy)
     if (strategy == "ring_ulysses") != isinstance(context.axis, tuple) and strategy != "auto":
         raise ValueError(

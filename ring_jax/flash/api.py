@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,28 +39,29 @@ class Spec:
     def forward(self, query, kv, start, end, carry, out_dtype=None, heads=None, into=None) -> Partial:
         """(out, lse) of one block, of keys in parts where bounds are [P, B, T] (`flash.parts`). `heads` and `into`, of backends
         that take them, as in `flash.backends`."""
-        assert heads is None or self._takes_heads, f"{self.backend.name} takes no share of the heads"
-        assert into is None or heads is not None
+        share = self._share(heads, into=into)
         if start.ndim == 3 and not self.backend.parts:
             return parts.forward(self.forward, query, kv, start, end, carry, out_dtype)
-        share = {} if heads is None else {"heads": heads, "into": into}
         return self.backend.forward(query, kv, start, end, carry, out_dtype=out_dtype, **share, **self._options)
 
     def backward(self, query, kv, start, end, lse, delta, dout, dq=None, heads=None) -> Partial:
         """(dq, dkv) of one block, float32; adds to `dq` where that is given. Keys in parts, and `heads`, as in `forward`."""
-        assert heads is None or self._takes_heads, f"{self.backend.name} takes no share of the heads"
+        share = self._share(heads)
         if start.ndim == 3 and not self.backend.parts:
             return parts.backward(self.backward, query, kv, start, end, lse, delta, dout, dq)
         operands, options = (query, kv, start, end, lse, delta, dout), self._options
         if self.backend.adds:
-            share = {} if heads is None else {"heads": heads}
             return self.backend.backward(*operands, dq, **share, **options)
         own, dkv = self.backend.backward(*operands, **options)
         return own if dq is None else dq + own, dkv
 
-    @property
-    def _takes_heads(self) -> bool:
-        return self.backend.parts and self.backend.adds
+    def _share(self, heads, **more) -> dict[str, Any]:
+        """The options that only backends of shares of the heads take; none for all heads."""
+        if heads is None:
+            assert not any(x is not None for x in more.values())
+            return {}
+        assert self.backend.parts and self.backend.adds, f"{self.backend.name} takes no share of the heads"
+        return {"heads": heads, **more}
 
     @property
     def _options(self) -> dict[str, float | None]:

@@ -5,7 +5,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ring_jax._device import target
 from ring_jax._vma import pcast_to, varying_axes
@@ -44,8 +43,7 @@ def forward(
     options |= {"heads": heads, "into": into}
     with jax.enable_x64(False):  # the kernels compute indices in int32
         partial = mosaic_hopper.forward(query, kv, key_start, key_end, carry, **options)
-    # In a scan that also stacks a result as residual, XLA would clone the whole kernel into a fusion that writes the stack.
-    return pcast_to(lax.optimization_barrier(partial), axes)
+    return pcast_to(partial, axes)
 
 
 def backward(
@@ -75,8 +73,8 @@ def backward(
         dq = None if dq is None else _pad_heads(dq)
     operands = (query, kv, key_start, key_end, lse, delta, dout.astype(query.dtype), dq)
     with jax.enable_x64(False):
-        options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "deterministic": deterministic}
-        dq, dkv = mosaic_hopper_backward.backward(*operands, heads=heads, **options)
+        options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "deterministic": deterministic, "heads": heads}
+        dq, dkv = mosaic_hopper_backward.backward(*operands, **options)
     if padded:
 
         def cut(dkv):

@@ -126,16 +126,15 @@ def backward(
     dtype = jnp.dtype(query.dtype)
     # A padded row sees nothing.
     key_start = jnp.where(jnp.arange(T) < length, key_start, key_end) if T != length else key_start
-    problem = Problem(B, T, S, N, K, H, Hv, kv.ndim == 4, dtype, float(scale), logits_soft_cap, config, parts)
-    if heads is not None:
-        group = N // heads.total
-        problem = dataclasses.replace(problem, N=K * group, first_head=heads.first * group)
+    first, total = heads or (0, K)
+    group = N // total
+    problem = Problem(B, T, S, K * group, K, H, Hv, kv.ndim == 4, dtype, float(scale), logits_soft_cap, config, parts)
     fused = (
         config.fused
         and not deterministic
         and mosaic_backward_fused.unsupported_reason(H, Hv, config.block_q_dkv) is None
     )
-    problem = dataclasses.replace(problem, split=_split(problem, fused))
+    problem = dataclasses.replace(problem, split=_split(problem, fused), first_head=first * group)
     rows = _prepare_rows(problem, key_start, key_end, lse, delta)
     operands = (query, kv.reshape(-1, S, K, kv.shape[-1]), dout.astype(dtype), *rows)
     table = _dkv_table(problem, key_start, key_end)

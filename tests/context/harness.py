@@ -125,8 +125,7 @@ def in_shares(backend, asked=None):
         one = functools.partial(backend.forward, **options)
         args = (query[:, :, mine], kv, start, end, carry)
         if start.ndim == 3:
-            args = (lambda *x: one(*x[:-1], out_dtype=x[-1]), *args, out_dtype)
-            out, lse = parts.forward(*args)
+            out, lse = parts.forward(lambda *x: one(*x[:-1], out_dtype=x[-1]), *args, out_dtype)
         else:
             out, lse = one(*args, out_dtype=out_dtype)
         if heads is None:
@@ -143,7 +142,12 @@ def in_shares(backend, asked=None):
         one = functools.partial(backend.backward, **options)
         args = [query[:, :, mine], kv, start, end, *(x[:, :, mine] for x in (lse, delta, dout))]
         if start.ndim == 3:
-            add = lambda *x: (lambda dq, dkv: (dq if x[-1] is None else dq + x[-1], dkv))(*one(*x[:-1]))  # noqa: E731
+
+            def add(*operands):
+                *operands, before = operands
+                part, dkv = one(*operands)
+                return part if before is None else before + part, dkv
+
             part, dkv = parts.backward(add, *args)
         else:
             part, dkv = one(*args)

@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 import ring_jax
 from ring_jax.flash import mosaic_compat
 from ring_jax.flash.backends import select
+from tests.marks import in_place
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_strategies_lower_for_cuda(hopper, strategy, blocks):
     assert kernels(gradients, query, key, key, query) >= 2 * blocks
 
 
-@pytest.mark.skipif(not mosaic_compat.INTERPRET_AVAILABLE, reason="kernels write into arrays from jax 0.11 on")
+@in_place
 @pytest.mark.parametrize("strategy, kernels", [("ring", 4 + 5), ("all_gather", 3 + 4)])
 def test_own_keys_at_both_ends_and_short_shards_in_halves(hopper, strategy, kernels):
     context = ring_jax.ContextParallel("context", layout="zigzag", strategy=strategy)

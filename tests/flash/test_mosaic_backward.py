@@ -12,11 +12,9 @@ from ring_jax.flash import mosaic_compat
 from ring_jax.flash import mosaic_hopper_backward as hopper
 from ring_jax.flash.mosaic_backward_common import Problem, default_config, span_of
 from ring_jax.flash.packed import pack, unpack
+from tests.marks import interpreted
 
 Config = hopper.BackwardConfig
-needs_interpret = pytest.mark.skipif(
-    not mosaic_compat.INTERPRET_AVAILABLE, reason="Mosaic GPU interpret mode needs jax 0.11 or later"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +240,7 @@ PIPELINED = Config(
 )
 
 
-@needs_interpret
+@interpreted
 @pytest.mark.parametrize(
     "case",
     [
@@ -309,7 +307,7 @@ def test_rows_that_see_nothing_get_zeros():
         assert not np.asarray(x).any()
 
 
-@needs_interpret  # before jax 0.11 no kernel adds to a buffer
+@interpreted  # before jax 0.11 no kernel adds to a buffer
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "keys", "fused", "split"),
     [

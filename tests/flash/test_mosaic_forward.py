@@ -14,10 +14,7 @@ import ring_jax
 from ring_jax.flash import mosaic_compat, mosaic_hopper, mosaic_update, packed, reference
 from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 from ring_jax.flash.mosaic_schedule import Problem
-
-interpreted = pytest.mark.skipif(
-    not mosaic_compat.INTERPRET_AVAILABLE, reason="Mosaic GPU interpret mode needs jax 0.11 or later"
-)
+from tests.marks import interpreted
 
 
 def bounds(kind: str, batch: int, length: int, kv_length: int, rng) -> tuple[jax.Array, jax.Array]:

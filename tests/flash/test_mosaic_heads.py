@@ -14,11 +14,11 @@ from tests.flash.test_mosaic_parts import (
     Case,
     check_backward,
     check_forward,
-    interpreted,
     jitted,
     lowered,
     packed_parts,
 )
+from tests.marks import in_place, interpreted
 
 
 def forward_by_heads(forward, **fixed):
@@ -82,7 +82,7 @@ def test_backward_interpreted(case):
         check_backward(case, jitted(backward), part_by_part=False)
 
 
-@pytest.mark.skipif(not mosaic_compat.INTERPRET_AVAILABLE, reason="kernels write into arrays from jax 0.11 on")
+@in_place
 @pytest.mark.parametrize("H", [64, 128, 256])
 def test_lowers_for_cuda(H):
     case = Case(B=2, T=300, S=520, N=8, K=4, H=H, Hv=H, carried=True)

@@ -16,10 +16,7 @@ from ring_jax.flash.merge import merge_partials
 from ring_jax.flash.mosaic_config import ForwardConfig, forward_config
 from ring_jax.flash.mosaic_hopper_backward import BackwardConfig
 from tests import oracle
-
-interpreted = pytest.mark.skipif(
-    not mosaic_compat.INTERPRET_AVAILABLE, reason="Mosaic GPU interpret mode needs jax 0.11 or later"
-)
+from tests.marks import interpreted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ring_jax.flash import mosaic_compat, mosaic_update
-
-needs_refs = pytest.mark.skipif(not mosaic_update.AVAILABLE, reason="kernels that take Refs need jax 0.11 or later")
+from tests.marks import in_place
 
 
 def add_and_copy(x, total):
@@ -37,7 +36,7 @@ def lowered(f, *shapes) -> str:
     return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@needs_refs
+@in_place
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
     mesh = jax.make_mesh((2,), ("c",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
@@ -56,7 +55,7 @@ def test_inside_shard_map(check_vma):
     assert text.count("stablehlo.optimization_barrier") == 2
 
 
-@needs_refs
+@in_place
 def test_under_transformations():
     """`call` may be any function of arrays and Refs, so values can be had without a GPU."""
 
@@ -78,7 +77,7 @@ def test_under_transformations():
     np.testing.assert_array_equal(total, jnp.ones((2, 3)))
 
 
-@needs_refs
+@in_place
 def test_interpreted_leaves_the_callers_array():
     x, total = jnp.full((128, 128), 2.0), jnp.ones((128, 128))
     with mosaic_compat.interpret_mode():
