@@ -2,11 +2,11 @@
 
 import pytest
 
-from ring_jax.flash import mosaic_compat, mosaic_update
+from ring_jax.mosaic import compat, in_place
 
 interpreted = pytest.mark.skipif(
-    not mosaic_compat.INTERPRET_AVAILABLE, reason="Mosaic GPU interpret mode needs jax 0.11 or later"
+    not compat.INTERPRET_AVAILABLE, reason="Mosaic GPU interpret mode needs jax 0.11 or later"
 )
-in_place = pytest.mark.skipif(
-    not mosaic_update.AVAILABLE, reason="kernels that update arrays in place need jax 0.11 or later"
+needs_in_place = pytest.mark.skipif(
+    not in_place.AVAILABLE, reason="kernels that update arrays in place need jax 0.11 or later"
 )

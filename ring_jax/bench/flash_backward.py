@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from ring_jax.bench.flash_forward import Case, materialised, relative_error, seconds
-from ring_jax.flash import mosaic_backward_common as common
-from ring_jax.flash import mosaic_backward_dkv, mosaic_backward_dq, mosaic_hopper, mosaic_hopper_backward
-from ring_jax.flash.mosaic_backward_common import BackwardConfig, default_config
+from ring_jax.flash.hopper import backward_common as common
+from ring_jax.flash.hopper import backward_dkv, backward_dq, backward_launch, forward_launch
+from ring_jax.flash.hopper.backward_common import BackwardConfig, default_config
 
 # What `deterministic` asks for.
 FORMS = {"default": None, "repeatable": True, "fastest": False}
@@ -39,9 +39,9 @@ def both(case: Case, config: BackwardConfig | None, deterministic: bool | None):
     scale = case.head_size**-0.5
 
     def run(query, kv, dout, key_start, key_end):
-        out, lse = mosaic_hopper.forward(query, kv, key_start, key_end, scale=scale)
+        out, lse = forward_launch.forward(query, kv, key_start, key_end, scale=scale)
         delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-        return out, mosaic_hopper_backward.backward(
+        return out, backward_launch.backward(
             query, kv, key_start, key_end, lse, delta, dout, scale=scale, config=config, deterministic=deterministic
         )
 
@@ -102,14 +102,14 @@ def cudnn_call(case: Case, query, kv, dout):
 def parts(case: Case, config: BackwardConfig, operands) -> dict[str, Any]:
     """Calls of the backward's kernels one by one."""
     query, kv, dout, key_start, key_end = operands
-    module = mosaic_hopper_backward
+    module = backward_launch
     B, T, N, H = query.shape
     S, K = kv.shape[-3:-1]
     problem = common.Problem(B, T, S, N, K, H, H, False, jnp.dtype(query.dtype), H**-0.5, None, config)
     lse = jnp.full((B, T, N), 10.0)
     rows = jax.jit(lambda *x: module._prepare_rows(problem, *x))(key_start, key_end, lse, 0.1 * lse)
     found = {}
-    kernels = {"dq": (mosaic_backward_dq.dq, module._dq_table), "dkv": (mosaic_backward_dkv.dkv, module._dkv_table)}
+    kernels = {"dq": (backward_dq.dq, module._dq_table), "dkv": (backward_dkv.dkv, module._dkv_table)}
     for name, (kernel, table) in kernels.items():
         full = (query, kv.reshape(-1, S, K, H), dout, *rows, jax.jit(partial(table, problem))(key_start, key_end))
         compiled = jax.jit(lambda *x, kernel=kernel: kernel(problem, *x)).lower(*full).compile()

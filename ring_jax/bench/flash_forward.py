@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ring_jax.flash import mosaic_hopper
-from ring_jax.flash.mosaic_config import ForwardConfig, forward_config
+from ring_jax.flash.hopper import forward_launch
+from ring_jax.flash.hopper.config import ForwardConfig, forward_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def check(case: Case, dtype, config: ForwardConfig | None) -> tuple[float, float
     scale = case.head_size**-0.5
     expected, expected_lse = jax.jit(materialised, static_argnums=(4, 5))(query, kv, *bounds, scale, jnp.float32)
     same, _ = jax.jit(materialised, static_argnums=(4, 5))(query, kv, *bounds, scale, dtype)
-    out, lse = jax.jit(lambda q, kv, s, e: mosaic_hopper.forward(q, kv, s, e, scale=scale, config=config))(
+    out, lse = jax.jit(lambda q, kv, s, e: forward_launch.forward(q, kv, s, e, scale=scale, config=config))(
         query, kv, *bounds
     )
     error, allowed = relative_error(out, expected), relative_error(same, expected)
@@ -172,7 +172,7 @@ def measure(
         row = rows[name]
         if checked:
             row["error"], row["same_precision_error"] = check(case, dtype, configs[name])
-        attend = functools.partial(mosaic_hopper.forward, scale=case.head_size**-0.5, config=configs[name])
+        attend = functools.partial(forward_launch.forward, scale=case.head_size**-0.5, config=configs[name])
         if case.is_hop:
             return resumed(attend, query, kv, *bounds)
         attend = functools.partial(attend, out_dtype=out_dtype)

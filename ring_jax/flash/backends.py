@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ring_jax.flash import cudnn, mosaic, reference, xla
+from ring_jax.flash import cudnn, reference, xla
+from ring_jax.flash.hopper import backend as mosaic
 
 
 @dataclass(frozen=True)

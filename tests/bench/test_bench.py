@@ -11,7 +11,7 @@ import pytest
 
 from ring_jax.bench import attention, flash_backward, ring, trace
 from ring_jax.cli import main
-from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES
+from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES
 
 NCCL, PEER, KERNEL = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "MemcpyP2P", "flash_attention_forward"
 

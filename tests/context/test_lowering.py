@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import ring_jax
-from ring_jax.flash import mosaic_compat
 from ring_jax.flash.backends import select
-from tests.marks import in_place
+from ring_jax.mosaic import compat
+from tests.marks import needs_in_place
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_strategies_lower_for_cuda(hopper, strategy, blocks):
     assert kernels(gradients, query, key, key, query) >= 2 * blocks
 
 
-@in_place
+@needs_in_place
 @pytest.mark.parametrize("strategy, kernels", [("ring", 4 + 5), ("all_gather", 3 + 4)])
 def test_own_keys_at_both_ends_and_short_shards_in_halves(hopper, strategy, kernels):
     context = ring_jax.ContextParallel("context", layout="zigzag", strategy=strategy)
@@ -99,7 +99,7 @@ def test_repeatable_gradients_or_the_fastest(hopper, deterministic):
 
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     # At this head size repeating costs more than 10%, so it has to be asked for.
-    assert ("flash_backward_fused" in text) == (deterministic is not True and mosaic_compat.INTERPRET_AVAILABLE)
+    assert ("flash_backward_fused" in text) == (deterministic is not True and compat.INTERPRET_AVAILABLE)
 
 
 @pytest.mark.parametrize("implementation", [None, "cudnn"])

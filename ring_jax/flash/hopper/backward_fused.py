@@ -1,11 +1,11 @@
 """The fused Hopper backward: one kernel, five matrix products, dQ added up in global memory.
 
-Algorithm: FlashAttention-3 (arXiv 2407.08608), appendix B.1. It is the dkv kernel of `mosaic_hopper_backward`, except that
+Algorithm: FlashAttention-3 (arXiv 2407.08608), appendix B.1. It is the dkv kernel of `backward_launch`, except that
 the two compute warpgroups also leave dS^T in shared memory, and the third warpgroup, which feeds shared memory, turns it
 into dQ += dS K of the query tile and adds that to dq in global memory by TMA reduction. Float32 additions from different
 programs arrive in any order, so dq does not repeat bit by bit; nor do dK and dV of more than two programs (`_split`).
 
-dq enters as what there is to add to (`mosaic_update`): zeros, or the sum over a ring's hops so far.
+dq enters as what there is to add to (`in_place`): zeros, or the sum over a ring's hops so far.
 """
 
 from functools import partial
@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ring_jax.flash import mosaic_compat as compat
-from ring_jax.flash import mosaic_update
-from ring_jax.flash.mosaic_backward_common import ROWS, STAGE_COLUMNS, WGS, program, span_of
-from ring_jax.flash.mosaic_backward_dkv import load_keys, load_query, query_of, rows_of_keys, target
+from ring_jax.flash.hopper.backward_common import ROWS, STAGE_COLUMNS, WGS, program, span_of
+from ring_jax.flash.hopper.backward_dkv import load_keys, load_query, query_of, rows_of_keys, target
+from ring_jax.mosaic import compat, in_place
 
 _COLUMNS = 64  # of dQ at a time: all of them would take registers that dK and dV need
 
@@ -36,13 +35,13 @@ def unsupported_reason(H: int, Hv: int, block_q: int) -> str | None:
         return f"needs block_q_dkv = {ROWS}, got {block_q}"
     if compat.interpreting():
         return "TMA reductions have no interpreter"
-    if not mosaic_update.AVAILABLE:
+    if not in_place.AVAILABLE:
         return "needs Refs as kernel arguments, jax 0.11 or later"
     return None
 
 
 def fused(problem, query, kv, dout, stats, bounds, table, dq, into=None):
-    """(dq, dkv) as `mosaic_hopper_backward` has them before it cuts off padding; adds to `dq`, and to `into` as `dkv` does."""
+    """(dq, dkv) as `backward_launch` has them before it cuts off padding; adds to `dq`, and to `into` as `dkv` does."""
     H, Hv, stages = problem.H, problem.Hv, problem.config.stages
     block = ROWS
     tiles = table.shape[1]
@@ -76,9 +75,9 @@ def fused(problem, query, kv, dout, stats, bounds, table, dq, into=None):
         thread_name="wg",
     )
     if into is None:
-        dkv, dq = mosaic_update.update(call, outputs, operands, (dq,))
+        dkv, dq = in_place.update(call, outputs, operands, (dq,))
         return dq, dkv
-    return tuple(mosaic_update.update(call, outputs, operands, (dq, into)))
+    return tuple(in_place.update(call, outputs, operands, (dq, into)))
 
 
 def _body(

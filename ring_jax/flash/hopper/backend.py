@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from ring_jax._device import target
 from ring_jax._vma import pcast_to, varying_axes
-from ring_jax.flash import mosaic_hopper, mosaic_hopper_backward, mosaic_update
+from ring_jax.flash.hopper import backward_launch, forward_launch
 from ring_jax.flash.packed import pack, unpack
+from ring_jax.mosaic import in_place
 
 _HEAD_MULTIPLE = 64
 
@@ -26,12 +27,12 @@ def device_reason() -> str | None:
 
 def unsupported(query: jax.Array, kv: jax.Array, logits_soft_cap: float | None = None) -> str | None:
     """Why the kernels cannot run these inputs here, or None."""
-    return device_reason() or mosaic_hopper.unsupported_reason(query, kv, logits_soft_cap=logits_soft_cap)
+    return device_reason() or forward_launch.unsupported_reason(query, kv, logits_soft_cap=logits_soft_cap)
 
 
 def halves_suffice(query: jax.Array, kv: jax.Array) -> bool:
     """Whether the kernels keep the device busy on half of the KV heads at a time."""
-    return mosaic_update.AVAILABLE and mosaic_hopper_backward.halves_suffice(query, kv)
+    return in_place.AVAILABLE and backward_launch.halves_suffice(query, kv)
 
 
 def forward(
@@ -42,7 +43,7 @@ def forward(
     options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "out_dtype": out_dtype or jnp.float32}
     options |= {"heads": heads, "into": into}
     with jax.enable_x64(False):  # the kernels compute indices in int32
-        partial = mosaic_hopper.forward(query, kv, key_start, key_end, carry, **options)
+        partial = forward_launch.forward(query, kv, key_start, key_end, carry, **options)
     return pcast_to(partial, axes)
 
 
@@ -74,7 +75,7 @@ def backward(
     operands = (query, kv, key_start, key_end, lse, delta, dout.astype(query.dtype), dq)
     with jax.enable_x64(False):
         options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "deterministic": deterministic, "heads": heads}
-        dq, dkv = mosaic_hopper_backward.backward(*operands, **options)
+        dq, dkv = backward_launch.backward(*operands, **options)
     if padded:
 
         def cut(dkv):

@@ -1,11 +1,11 @@
-"""Hopper matrix products (wgmma) of the attention kernels, as PTX.
+"""Hopper matrix products (wgmma) as PTX.
 
 `plgpu.wgmma` cannot express what an overlapped softmax needs: it moves a register operand at the moment of issue, and ptxas
 then serialises whatever product is already in flight (C7513); it also spends one move a register on zeroing an accumulator
 that the first instruction could overwrite, and takes key tiles in steps of 64 only. Here one asm block issues S = Q K^T
 and acc += P V back to back, and `wait` ties the registers to the instruction that makes them readable.
 
-Operands in shared memory are in `mosaic_compat.tiled_smem` layout: 8 x 64 tiles of 1024 bytes, 128-byte swizzle (PTX
+Operands in shared memory are in `compat.tiled_smem` layout: 8 x 64 tiles of 1024 bytes, 128-byte swizzle (PTX
 ISA, "Asynchronous warpgroup level matrix shared memory layout"). A register array in `Layout.WGMMA` lists its registers in the order
 of wgmma's own fragments. None of this can be interpreted, so in interpret mode the same products are `lax.dot`.
 """
@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
-from ring_jax.flash import mosaic_compat
+from ring_jax.mosaic import compat
 
 _WGMMA = plgpu.Layout.WGMMA
 _SMEM = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
@@ -55,7 +55,7 @@ def start_products(*products: tuple[jax.Array | None, Any, Any]) -> tuple[jax.Ar
 
     a is an array or a slice of a Ref of 64 rows, b a slice of a Ref.
     """
-    if mosaic_compat.interpreting():
+    if compat.interpreting():
         return tuple(_product(*product) for product in products)
     operands = [x for product in products for x in product if x is not None]
     shapes = [(a.shape[0], b.shape[0]) if acc is None else acc.shape for acc, a, b in products]
@@ -80,7 +80,7 @@ def _product(acc, a, b) -> jax.Array:
 
 def wait(pending: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays, once at most `pending` of the products issued last are still in flight; none is used earlier."""
-    if mosaic_compat.interpreting():
+    if compat.interpreting():
         return arrays
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA,) * len(arrays), return_type=tuple(_float32(*x.shape) for x in arrays))
@@ -98,7 +98,7 @@ def hold_back(l: jax.Array, smem: Any) -> None:
     ptxas moves arithmetic freely across wgmma waits, and so would run the softmax after the products that it is to
     hide. It does not move stores; this one, to `smem`, depends on l and never happens (l is not negative).
     """
-    if mosaic_compat.interpreting():
+    if compat.interpreting():
         return
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, _SMEM))
@@ -123,7 +123,7 @@ def mask(scores: jax.Array, low: jax.Array, high: jax.Array, hidden: float = -ma
     Written out because each register's column is its thread's offset plus a constant: with the offset moved over to the
     bounds, two comparisons with constants are left, and no column indices that fill registers across the loop.
     """
-    if mosaic_compat.interpreting():
+    if compat.interpreting():
         column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         visible = (column >= low[:, None]) & (column < high[:, None])
         return jnp.where(visible, scores, hidden)
@@ -155,7 +155,7 @@ def mask(scores: jax.Array, low: jax.Array, high: jax.Array, hidden: float = -ma
 
 def rescale(acc: jax.Array, alpha: jax.Array) -> jax.Array:
     """acc [64, n] times alpha [64] per row; a warp whose alphas are all 1 skips the multiplications."""
-    if mosaic_compat.interpreting():
+    if compat.interpreting():
         return acc * alpha[:, None]
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, plgpu.Layout.WGMMA.reduce(1)), return_type=_float32(*acc.shape))
@@ -186,7 +186,7 @@ def rounded(p: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     Written out because casts there and back, element by element, end in one slow conversion each; two at a time, and
     unpacked from their register by shifts, they are a quarter of the work.
     """
-    if mosaic_compat.interpreting():
+    if compat.interpreting():
         return p.astype(dtype), p.astype(dtype).astype(jnp.float32)
     bfloat16 = jnp.dtype(dtype) == jnp.bfloat16
 
@@ -213,31 +213,6 @@ def rounded(p: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
         return _array_of(narrow, p.shape), _array(wide, p.shape)
 
     return convert(p)
-
-
-def take_turn(warpgroup: jax.Array) -> None:
-    """Waits until another warpgroup has called `pass_turn` for this one."""
-    _named_barrier("sync", warpgroup)
-
-
-def pass_turn(warpgroup: jax.Array) -> None:
-    _named_barrier("arrive", warpgroup)
-
-
-def _named_barrier(operation: str, warpgroup: jax.Array) -> None:
-    """bar.sync / bar.arrive of two warpgroups: cheaper than an mbarrier. Mosaic itself uses the low barrier numbers."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    def barrier(_, number):
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [number.registers[()]],
-            f"bar.{operation} $0, 256;",
-            "r",
-            has_side_effects=True,
-        )
-
-    barrier(warpgroup + 8)
 
 
 def _float32(rows: int, columns: int) -> Any:

@@ -1,6 +1,6 @@
 """What the Hopper backward kernels share: their configuration, the static problem, and steps written once.
 
-The algorithm and its symbols are in `mosaic_hopper_backward`.
+The algorithm and its symbols are in `backward_launch`.
 """
 
 import math
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ring_jax.flash import mosaic_compat as compat
-from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES
+from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES
+from ring_jax.mosaic import compat
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # one warpgroup's wgmma rows

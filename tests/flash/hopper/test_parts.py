@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from ring_jax.flash import backends, mosaic, mosaic_compat, mosaic_hopper, mosaic_hopper_backward, packed, reference
+from ring_jax.flash import backends, packed, reference
 from ring_jax.flash.api import Spec
+from ring_jax.flash.hopper import backend as mosaic
+from ring_jax.flash.hopper import backward_launch, forward_launch
+from ring_jax.flash.hopper.backward_launch import BackwardConfig
+from ring_jax.flash.hopper.config import ForwardConfig, forward_config
 from ring_jax.flash.merge import merge_partials
-from ring_jax.flash.mosaic_config import ForwardConfig, forward_config
-from ring_jax.flash.mosaic_hopper_backward import BackwardConfig
+from ring_jax.mosaic import compat
 from tests import oracle
 from tests.marks import interpreted
 
@@ -262,7 +265,7 @@ def test_lowers_for_cuda(H, Hv):
 def test_fused_form_lowers_for_cuda():
     case = Case(B=2, T=300, S=512, N=4, K=2, H=128, Hv=128)
     text = lowered(case, backward_of(case, False))
-    assert ("flash_backward_fused" in text) == mosaic_compat.INTERPRET_AVAILABLE
+    assert ("flash_backward_fused" in text) == compat.INTERPRET_AVAILABLE
 
 
 def test_odd_head_sizes_lower_for_cuda():
@@ -291,7 +294,7 @@ def test_shapes_that_do_not_fit():
     case = Case()
     query, key, value, (start, end), _ = case.inputs()
     with pytest.raises(ValueError, match=r"in parts need kv \[P, 2, B, S, K, H\].*got \(2, 2, 1, 104, 1, 64\)"):
-        mosaic_hopper.forward(query, packed_parts(key, value)[:2], start, end, scale=1.0)
+        forward_launch.forward(query, packed_parts(key, value)[:2], start, end, scale=1.0)
 
 
 # Interpreted on the CPU.
@@ -315,8 +318,8 @@ IN_TURN = ForwardConfig(block_kv=32, stages=3, overlap=False, warpgroups=1, pers
     ids=lambda x: str(x) if isinstance(x, Case) else "",
 )
 def test_forward_interpreted(case, config):
-    with mosaic_compat.interpret_mode():
-        check_forward(case, jitted(mosaic_hopper.forward, config=config))
+    with compat.interpret_mode():
+        check_forward(case, jitted(forward_launch.forward, config=config))
 
 
 SMALL_BACKWARD = BackwardConfig(block_q_dkv=64, stages=2, block_kv_dq=64, slots=3)
@@ -335,8 +338,8 @@ SMALL_BACKWARD = BackwardConfig(block_q_dkv=64, stages=2, block_kv_dq=64, slots=
     ids=lambda x: str(x) if isinstance(x, Case) else "",
 )
 def test_backward_interpreted(case, config):
-    with mosaic_compat.interpret_mode():
-        backward = jitted(mosaic_hopper_backward.backward, config=config)
+    with compat.interpret_mode():
+        backward = jitted(backward_launch.backward, config=config)
         check_backward(case, backward, part_by_part=case.mask == "causal")
 
 
@@ -344,7 +347,7 @@ def test_backward_interpreted(case, config):
 @pytest.mark.slow
 def test_odd_head_sizes_interpreted():
     case = Case(P=2, T=64, S=40, H=40, Hv=56)
-    with mosaic_compat.interpret_mode():
+    with compat.interpret_mode():
         check_forward(case, jitted(mosaic.forward))
         check_backward(case, jitted(mosaic.backward))
 
@@ -387,7 +390,7 @@ def test_gpu_backward(case, deterministic):
 def test_gpu_forward_configs(H, persistent, overlap):
     config = dataclasses.replace(forward_config(H, H), persistent=persistent, overlap=overlap)
     case = gpu_case(6, H, mask="random", T=1200, N=16)
-    check_forward(case, jitted(mosaic_hopper.forward, config=config))
+    check_forward(case, jitted(forward_launch.forward, config=config))
 
 
 @pytest.mark.gpu
@@ -397,7 +400,7 @@ def test_gpu_natural_order_cut_in_parts(H):
     case = Case(P=8, T=1000, S=512, N=8, K=2, H=H, Hv=H, mask="causal")
     query, key, value, (start, end), _ = case.inputs()
     kv = packed_parts(key, value)
-    forward = jax.jit(functools.partial(mosaic_hopper.forward, **case.options))
+    forward = jax.jit(functools.partial(forward_launch.forward, **case.options))
     out, lse = forward(query, kv, start, end)
     for _ in range(3):
         jax.tree.map(np.testing.assert_array_equal, (out, lse), forward(query, kv, start, end))
@@ -413,6 +416,6 @@ def test_gpu_kv_is_not_copied():
     case = Case(P=8, T=256, S=256, H=128, Hv=128, mask="full")
     query, key, value, (start, end), _ = case.inputs()
     arguments = query, packed_parts(key, value), start, end
-    text = jax.jit(functools.partial(mosaic_hopper.forward, **case.options)).lower(*arguments).compile().as_text()
+    text = jax.jit(functools.partial(forward_launch.forward, **case.options)).lower(*arguments).compile().as_text()
     assert text.count('custom_call_target="mosaic_gpu') == 1
     assert " copy(" not in text and "fusion(" not in text

@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels need and jax spells differently from version to version.
+"""What Mosaic GPU kernels need and jax spells differently from version to version.
 
 Nothing here knows about attention. The kernels use *lane* semantics (register layouts are written out by hand) in every
 jax version; the default changed to warpgroup semantics in jax 0.11.

@@ -16,10 +16,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ring_jax.flash import mosaic_compat
+from ring_jax.mosaic import compat
 
 # Before jax 0.11 a Mosaic GPU kernel takes no Refs.
-AVAILABLE = mosaic_compat.INTERPRET_AVAILABLE
+AVAILABLE = compat.INTERPRET_AVAILABLE
 
 
 def update(
@@ -28,7 +28,7 @@ def update(
     """`call(*operands, *refs)`, with a Ref for each array of `updated`.
 
     Args:
-        call: a `mosaic_compat.kernel` whose `out_type` are the `outputs`.
+        call: a `compat.kernel` whose `out_type` are the `outputs`.
         outputs: shapes and dtypes of what the kernel returns.
         operands: what it only reads.
         updated: what it reads and writes.
@@ -38,7 +38,7 @@ def update(
     """
     if not AVAILABLE:
         raise NotImplementedError(f"kernels that update in place need jax 0.11 or later, this is {jax.__version__}")
-    if mosaic_compat.interpreting():  # its callbacks have effects, which a primitive would have to name
+    if compat.interpreting():  # its callbacks have effects, which a primitive would have to name
         return _run(*operands, *updated, call=call, updated=len(updated))
     shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in (*outputs, *updated))
     return _update_p.bind(*operands, *updated, call=call, updated=len(updated), shapes=shapes)

@@ -16,7 +16,7 @@ Which keys: row t sees [key_start[t], key_end[t]), both monotone, so the first a
 it. Key tiles outside [start[first], end[last]) are never loaded. Key tiles that are not inside
 [start[last], end[first]) are masked and come first; the others follow and pay nothing for the mask. Keys may come in parts,
 as an all-gather leaves them: then all this holds in each part, masked tiles of all parts come first, and a part of which
-no row sees a key costs a load of its bounds. They are in `mosaic_schedule`.
+no row sees a key costs a load of its bounds. They are in `schedule`.
 
 Names: a *step* is one key tile of one query tile. Step i uses slot i mod stages, whatever the query tile, so that slots follow
 from a loop counter; every load waits for its slot to be free, and all slots are declared free at first. m starts at a
@@ -32,9 +32,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ring_jax.flash import mosaic_compat, mosaic_wgmma
-from ring_jax.flash.mosaic_config import ForwardConfig
-from ring_jax.flash.mosaic_schedule import Problem, part_steps_of, ring_slot, steps_of, work_item
+from ring_jax.flash.hopper.config import ForwardConfig
+from ring_jax.flash.hopper.schedule import Problem, part_steps_of, steps_of, work_item
+from ring_jax.mosaic import compat, pipeline, wgmma
+from ring_jax.mosaic.pipeline import ring_slot
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -102,7 +103,7 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
 
             def bounds(part):
                 at = (batch, rows) if part is None else (part + problem.first_part, batch, rows)
-                return tuple(mosaic_compat.load(ref.at[at], _ROWS) for ref in (start_ref, end_ref))
+                return tuple(compat.load(ref.at[at], _ROWS) for ref in (start_ref, end_ref))
 
             @pl.when(steps.total > 0)
             def _():
@@ -159,7 +160,7 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
                         plgpu.copy_gmem_to_smem(carry_refs[0].at[batch, rows, head], carry_smem.at[w], carry_full.at[w])
 
         walk(tile_body, lambda: plgpu.set_max_registers(config.registers[1], action="decrease"))
-        if mosaic_compat.interpreting():
+        if compat.interpreting():
             # The interpreter wants every phase of a barrier to be seen.
             staged = (carry_free,) if problem.stages_carry else ()
             for barrier in (
@@ -175,9 +176,9 @@ def _turns(config: ForwardConfig, warpgroup: jax.Array, turn):
     following = lax.rem(warpgroup + 1, config.warpgroups)
     if not config.ping_pong:
         return (lambda: None), (lambda: None)
-    if mosaic_compat.interpreting():
+    if compat.interpreting():
         return (lambda: plgpu.barrier_wait(turn.at[warpgroup])), (lambda: plgpu.barrier_arrive(turn.at[following]))
-    return (lambda: mosaic_wgmma.take_turn(warpgroup)), (lambda: mosaic_wgmma.pass_turn(following))
+    return (lambda: pipeline.take_turn(warpgroup)), (lambda: pipeline.pass_turn(following))
 
 
 def _across(rows: jax.Array, columns: int) -> jax.Array:
@@ -206,7 +207,7 @@ def _softmax(problem: Problem, scores, window, m, l):
         e2x = jnp.exp2(scores * (2 * _LOG2E * problem.scale / problem.logits_soft_cap))
         scores = 1.0 - 2.0 / (1.0 + e2x)
     if window is not None:
-        scores = mosaic_wgmma.mask(scores, *window())
+        scores = wgmma.mask(scores, *window())
     m_new = jnp.maximum(m, _fold(scores, jnp.maximum).max(axis=1) * factor)
     if problem.config.lazy_rescale:
         # A stale maximum is as good a reference while exp2 of what exceeds it stays small (FlashAttention-4).
@@ -230,23 +231,23 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
     def rescale(acc, m, m_new):
         alpha = jnp.exp2(m - m_new)
         if config.lazy_rescale:
-            return mosaic_wgmma.rescale(acc, alpha)
+            return wgmma.rescale(acc, alpha)
         return acc * _across(alpha, problem.value_size)
 
     def scores_of(step, when_issued=None):
         slot = slot_of(step)
         plgpu.barrier_wait(k_full.at[slot])
-        scores = mosaic_wgmma.start_scores(q_smem, k_smem.at[slot])
+        scores = wgmma.start_scores(q_smem, k_smem.at[slot])
         if when_issued is not None:
             when_issued()
-        (scores,) = mosaic_wgmma.wait(0, scores)
+        (scores,) = wgmma.wait(0, scores)
         plgpu.barrier_arrive(k_free.at[slot])
         return scores
 
     def add_values(step, acc, p):
         slot = slot_of(step)
         plgpu.barrier_wait(v_full.at[slot])
-        (acc,) = mosaic_wgmma.wait(0, mosaic_wgmma.start_values(acc, p, v_smem.at[slot]))
+        (acc,) = wgmma.wait(0, wgmma.start_values(acc, p, v_smem.at[slot]))
         plgpu.barrier_arrive(v_free.at[slot])
         return acc
 
@@ -257,13 +258,13 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         plgpu.barrier_wait(k_full.at[slot])
         plgpu.barrier_wait(v_full.at[previous])
         take_turn()
-        scores, acc = mosaic_wgmma.start(q_smem, k_smem.at[slot], acc, p, v_smem.at[previous])
+        scores, acc = wgmma.start(q_smem, k_smem.at[slot], acc, p, v_smem.at[previous])
         pass_turn()
-        (scores,) = mosaic_wgmma.wait(1, scores)
+        (scores,) = wgmma.wait(1, scores)
         plgpu.barrier_arrive(k_free.at[slot])
         p, m_new, l = _softmax(problem, scores, window, m, l)
-        mosaic_wgmma.hold_back(l, q_smem)
-        acc, p = mosaic_wgmma.wait(0, acc, p)
+        wgmma.hold_back(l, q_smem)
+        acc, p = wgmma.wait(0, acc, p)
         plgpu.barrier_arrive(v_free.at[previous])
         return rescale(acc, m, m_new), m_new, l, p.astype(dtype)
 
@@ -272,7 +273,7 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         acc, m, l = state
         p, m_new, l = _softmax(problem, scores_of(step, pass_turn), window, m, l)
         acc = rescale(acc, m, m_new)
-        mosaic_wgmma.hold_back(l, q_smem)
+        wgmma.hold_back(l, q_smem)
         take_turn()
         return add_values(step, acc, p.astype(dtype)), m_new, l
 
@@ -303,9 +304,9 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
 def _resume(problem: Problem, lse_ref, staged, acc, m, l):
     """(acc, m, l) joined with the carry, which has come to shared memory meanwhile."""
     out_smem, full, free = staged
-    lse = mosaic_compat.load(lse_ref, _ROWS)
+    lse = compat.load(lse_ref, _ROWS)
     plgpu.barrier_wait(full)
-    out = mosaic_compat.load(out_smem, _TILE)
+    out = compat.load(out_smem, _TILE)
     plgpu.barrier_arrive(free)
     empty = lse <= _NO_KEY_YET  # so that a NaN stays one
     m_carry = jnp.where(empty, _NO_KEY_YET, lse * _LOG2E)
@@ -323,13 +324,13 @@ def _initial(problem: Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
         m = plgpu.layout_cast(jnp.full((64,), _NO_KEY_YET, jnp.float32), _ROWS)
         return acc, m, plgpu.layout_cast(jnp.zeros((64, 8), jnp.float32), _TILE)
     out_ref, lse_ref = carry
-    lse = mosaic_compat.load(lse_ref, _ROWS)
+    lse = compat.load(lse_ref, _ROWS)
     empty = lse <= _NO_KEY_YET  # so that a NaN stays one
     # m is finite at all times: a NaN goes on in l and out.
     m = jnp.where(empty | (lse != lse), _NO_KEY_YET, lse * _LOG2E)
     # An eighth in each of the eight columns: their sum is l = 1.
     l = _across(jnp.where(empty, 0.0, jnp.where(lse != lse, lse, 0.125)), 8)
-    out = mosaic_compat.load(out_ref, _TILE)
+    out = compat.load(out_ref, _TILE)
     return jnp.where(_across(empty, problem.value_size), 0.0, out), m, plgpu.layout_cast(l, _TILE)
 
 
@@ -337,8 +338,8 @@ def _store(problem: Problem, outputs, acc, m, l):
     out_ref, lse_ref = outputs
     visible = l != 0.0  # a NaN stays visible
     inverse = jnp.where(visible, 1.0 / l, 0.0)
-    mosaic_compat.store(out_ref, (acc * _across(inverse, problem.value_size)).astype(out_ref.dtype))
-    mosaic_compat.store(lse_ref, jnp.where(visible, m * _LN2 + jnp.log(l), -jnp.inf))
+    compat.store(out_ref, (acc * _across(inverse, problem.value_size)).astype(out_ref.dtype))
+    compat.store(lse_ref, jnp.where(visible, m * _LN2 + jnp.log(l), -jnp.inf))
 
 
 def _pass_through(problem: Problem, carry, outputs):
@@ -348,7 +349,7 @@ def _pass_through(problem: Problem, carry, outputs):
     out_ref, lse_ref = outputs
     acc, m, l = _initial(problem, carry)
     if problem.carry:
-        mosaic_compat.store(lse_ref, mosaic_compat.load(carry[1], _ROWS))
+        compat.store(lse_ref, compat.load(carry[1], _ROWS))
     else:
-        mosaic_compat.store(lse_ref, plgpu.layout_cast(jnp.full((64,), -jnp.inf, jnp.float32), _ROWS))
-    mosaic_compat.store(out_ref, acc.astype(out_ref.dtype))
+        compat.store(lse_ref, plgpu.layout_cast(jnp.full((64,), -jnp.inf, jnp.float32), _ROWS))
+    compat.store(out_ref, acc.astype(out_ref.dtype))

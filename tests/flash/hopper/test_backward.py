@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from ring_jax.flash import mosaic_compat
-from ring_jax.flash import mosaic_hopper_backward as hopper
-from ring_jax.flash.mosaic_backward_common import Problem, default_config, span_of
+from ring_jax.flash.hopper import backward_launch as hopper
+from ring_jax.flash.hopper.backward_common import Problem, default_config, span_of
 from ring_jax.flash.packed import pack, unpack
+from ring_jax.mosaic import compat
 from tests.marks import interpreted
 
 Config = hopper.BackwardConfig
@@ -156,7 +156,7 @@ def test_fused_form_lowers_for_cuda(H):
     case = Case(B=2, T=300, S=515, N=4, K=2, H=H, Hv=H)
     text = lower(case, lambda *x: hopper.backward(*x, scale=0.1, deterministic=False, config=FUSED))
     # Refs as kernel arguments need jax 0.11; before that the two kernels stand in.
-    assert ("flash_backward_fused" in text) == mosaic_compat.INTERPRET_AVAILABLE
+    assert ("flash_backward_fused" in text) == compat.INTERPRET_AVAILABLE
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -175,8 +175,8 @@ def test_lowers_inside_shard_map(check_vma, H, N):
     text = lower(Case(B=2, T=256, S=256, N=N, K=2, H=H, Hv=H), wrapped, mesh_axis="context")
     # dq is added to in its own buffer, by the form that is the default at this head size; so is dkv, where two programs
     # share a tile.
-    assert text.count("output_operand_alias<") == (N // 2 if mosaic_compat.INTERPRET_AVAILABLE else 0)
-    assert ("flash_backward_fused" in text) == (H == 128 and mosaic_compat.INTERPRET_AVAILABLE)
+    assert text.count("output_operand_alias<") == (N // 2 if compat.INTERPRET_AVAILABLE else 0)
+    assert ("flash_backward_fused" in text) == (H == 128 and compat.INTERPRET_AVAILABLE)
 
 
 def lower(case, f, mesh_axis=None):
@@ -252,7 +252,7 @@ PIPELINED = Config(
     ids=str,
 )
 def test_interpreted(case):
-    with mosaic_compat.interpret_mode():
+    with compat.interpret_mode():
         check(case)
 
 

@@ -1,4 +1,4 @@
-"""The dq kernel of the Hopper backward: see `mosaic_hopper_backward`."""
+"""The dq kernel of the Hopper backward: see `backward_launch`."""
 
 from functools import partial
 
@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ring_jax.flash import mosaic_compat as compat
-from ring_jax.flash import mosaic_update, mosaic_wgmma
-from ring_jax.flash.mosaic_backward_common import (
+from ring_jax.flash.hopper.backward_common import (
     ROW,
     ROWS,
     STAGE_COLUMNS,
@@ -20,8 +18,9 @@ from ring_jax.flash.mosaic_backward_common import (
     softmax,
     store,
 )
-from ring_jax.flash.mosaic_config import REGISTERS
-from ring_jax.flash.mosaic_schedule import ring_slot
+from ring_jax.flash.hopper.config import REGISTERS
+from ring_jax.mosaic import compat, in_place, wgmma
+from ring_jax.mosaic.pipeline import ring_slot
 
 
 def dq(problem, query, kv, dout, stats, bounds, table, total=None):
@@ -58,7 +57,7 @@ def dq(problem, query, kv, dout, stats, bounds, table, total=None):
         num_threads=wgs + 1,
         thread_name="wg",
     )
-    return (call(*operands) if total is None else mosaic_update.update(call, (), operands, (total,)))[0]
+    return (call(*operands) if total is None else in_place.update(call, (), operands, (total,)))[0]
 
 
 def _body(problem, tiles, add, query, kv, dout, stats, bounds, table, dq_ref, *,
@@ -155,7 +154,7 @@ def _rows_of_queries(problem, visits, operands, k_slots, v_slots, *, k_full, k_c
         (_, _, u, v), (start, end) = view
 
         def apply():
-            return mosaic_wgmma.mask(p, start - j * block, end - j * block, hidden)
+            return wgmma.mask(p, start - j * block, end - j * block, hidden)
 
         return lax.cond((j < u) | (j >= v), apply, lambda: p)
 
@@ -164,14 +163,14 @@ def _rows_of_queries(problem, visits, operands, k_slots, v_slots, *, k_full, k_c
         key, value = k_slots.at[k_slot], v_slots.at[v_slot]
         plgpu.barrier_wait(k_full.at[k_slot])
         plgpu.barrier_wait(v_full.at[v_slot])
-        s, dp = mosaic_wgmma.start_products((None, q, key), (None, do, value))
-        (s,) = mosaic_wgmma.wait(1, s)
+        s, dp = wgmma.start_products((None, q, key), (None, do, value))
+        (s,) = wgmma.wait(1, s)
         p, derivative = softmax(problem, s, lambda: spread(lse), partial(visible, j, view))
-        (dp,) = mosaic_wgmma.wait(0, dp)
+        (dp,) = wgmma.wait(0, dp)
         plgpu.barrier_arrive(v_consumed.at[v_slot])
         ds = p * (dp - spread(delta))
         ds = (ds if derivative is None else ds * derivative).astype(problem.dtype)
-        (acc,) = mosaic_wgmma.wait(0, *mosaic_wgmma.start_products((acc, ds, key)))
+        (acc,) = wgmma.wait(0, *wgmma.start_products((acc, ds, key)))
         plgpu.barrier_arrive(k_consumed.at[k_slot])
         return acc
 

@@ -1,4 +1,4 @@
-"""The Hopper forward kernel as a function of arrays: what it takes, padding, and the launch. See `mosaic_forward`."""
+"""The Hopper forward kernel as a function of arrays: what it takes, padding, and the launch. See `forward_kernel`."""
 
 import dataclasses
 from typing import Any
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ring_jax.flash import mosaic_compat, mosaic_forward, mosaic_update
-from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
-from ring_jax.flash.mosaic_schedule import MAX_PARTS, Problem
+from ring_jax.flash.hopper import forward_kernel
+from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
+from ring_jax.flash.hopper.schedule import MAX_PARTS, Problem
 from ring_jax.flash.packed import Heads, check_heads, fold_parts, value_size
+from ring_jax.mosaic import compat, in_place
 
 
 def unsupported_reason(
@@ -164,7 +165,7 @@ def _in_place(query_len, carry, out_dtype, config) -> bool:
         carry is not None
         and jnp.dtype(out_dtype) == jnp.float32
         and query_len % config.block_q == 0
-        and mosaic_update.AVAILABLE
+        and in_place.AVAILABLE
     )
 
 
@@ -202,8 +203,8 @@ def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype, int
     operands = (query, kv, key_start, key_end, *(carry or ()))
     rows = query.shape[:3]
     out_type = (
-        mosaic_compat.output_like((*rows, problem.value_size), out_dtype, *operands),
-        mosaic_compat.output_like(rows, jnp.float32, *operands),
+        compat.output_like((*rows, problem.value_size), out_dtype, *operands),
+        compat.output_like(rows, jnp.float32, *operands),
     )
     if problem.in_place:
         operands, into = operands[:4], carry
@@ -216,9 +217,9 @@ def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype, int
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
 
     scratch = dict(
-        q_smem=mosaic_compat.tiled_smem((config.warpgroups, 64, problem.head_size), query.dtype),
-        k_smem=mosaic_compat.tiled_smem((config.stages, config.block_kv, problem.head_size), query.dtype),
-        v_smem=mosaic_compat.tiled_smem((config.stages, config.block_kv, problem.value_size), query.dtype),
+        q_smem=compat.tiled_smem((config.warpgroups, 64, problem.head_size), query.dtype),
+        k_smem=compat.tiled_smem((config.stages, config.block_kv, problem.head_size), query.dtype),
+        v_smem=compat.tiled_smem((config.stages, config.block_kv, problem.value_size), query.dtype),
         q_full=plgpu.Barrier(num_barriers=config.warpgroups),
         q_free=plgpu.Barrier(num_arrivals=config.warpgroups),
         k_full=ring(),
@@ -230,15 +231,15 @@ def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype, int
 
     if problem.stages_carry:
         scratch |= dict(
-            carry_smem=mosaic_compat.tiled_smem((config.warpgroups, 64, problem.value_size), jnp.float32),
+            carry_smem=compat.tiled_smem((config.warpgroups, 64, problem.value_size), jnp.float32),
             carry_full=plgpu.Barrier(num_barriers=config.warpgroups),
             carry_free=plgpu.Barrier(num_arrivals=config.warpgroups),
         )
 
     def body(*refs, **scratch_refs):
-        mosaic_forward.kernel(problem, *refs, **scratch_refs)
+        forward_kernel.kernel(problem, *refs, **scratch_refs)
 
-    call = mosaic_compat.kernel(
+    call = compat.kernel(
         body,
         name="flash_attention_forward",
         out_type=out_type,
@@ -249,6 +250,6 @@ def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype, int
         thread_name="warpgroup",
     )
     if into is not None:
-        return mosaic_update.update(call, (), operands, into)
+        return in_place.update(call, (), operands, into)
     # In a scan that also stacks a result as residual, XLA would clone the whole kernel into a fusion that writes the stack.
     return lax.optimization_barrier(call(*operands))

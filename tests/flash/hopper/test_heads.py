@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ring_jax.flash import mosaic, mosaic_compat, mosaic_hopper, mosaic_hopper_backward, packed
-from tests.flash.test_mosaic_parts import (
+from ring_jax.flash import packed
+from ring_jax.flash.hopper import backend as mosaic
+from ring_jax.flash.hopper import backward_launch, forward_launch
+from ring_jax.mosaic import compat
+from tests.flash.hopper.test_parts import (
     SMALL,
     SMALL_BACKWARD,
     Case,
@@ -18,7 +21,7 @@ from tests.flash.test_mosaic_parts import (
     lowered,
     packed_parts,
 )
-from tests.marks import in_place, interpreted
+from tests.marks import interpreted, needs_in_place
 
 
 def forward_by_heads(forward, **fixed):
@@ -56,15 +59,15 @@ def backward_by_heads(backward, **fixed):
     ids=str,
 )
 def test_interpreted(case):
-    with mosaic_compat.interpret_mode():
+    with compat.interpret_mode():
         check_forward(case, jitted(forward_by_heads(mosaic.forward)))
 
 
 @interpreted
 def test_forward_interpreted_with_few_keys_a_tile():
     case = Case(P=2, T=130, N=4, K=2, mask="random", carried=True)
-    with mosaic_compat.interpret_mode():
-        check_forward(case, jitted(forward_by_heads(mosaic_hopper.forward, config=SMALL)), jnp.bfloat16)
+    with compat.interpret_mode():
+        check_forward(case, jitted(forward_by_heads(forward_launch.forward, config=SMALL)), jnp.bfloat16)
 
 
 @interpreted
@@ -77,12 +80,12 @@ def test_forward_interpreted_with_few_keys_a_tile():
     ids=str,
 )
 def test_backward_interpreted(case):
-    with mosaic_compat.interpret_mode():
-        backward = backward_by_heads(mosaic_hopper_backward.backward, config=SMALL_BACKWARD)
+    with compat.interpret_mode():
+        backward = backward_by_heads(backward_launch.backward, config=SMALL_BACKWARD)
         check_backward(case, jitted(backward), part_by_part=False)
 
 
-@in_place
+@needs_in_place
 @pytest.mark.parametrize("H", [64, 128, 256])
 def test_lowers_for_cuda(H):
     case = Case(B=2, T=300, S=520, N=8, K=4, H=H, Hv=H, carried=True)
@@ -113,7 +116,7 @@ def test_lowers_for_cuda(H):
 def test_halves_of_short_shards_are_too_few_programs(heads, kv_heads, head_size, length, suffice):
     query = jax.ShapeDtypeStruct((1, length, heads, head_size), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, 1, length, kv_heads, head_size), jnp.bfloat16)
-    assert mosaic.halves_suffice(query, kv) == (suffice and mosaic_compat.INTERPRET_AVAILABLE)
+    assert mosaic.halves_suffice(query, kv) == (suffice and compat.INTERPRET_AVAILABLE)
 
 
 GPU_CASES = [
@@ -146,7 +149,7 @@ def both_shares(query, first, second, start, end, carry, *, scale, logits_soft_c
     result, options = None, {"scale": scale, "logits_soft_cap": logits_soft_cap}
     for i, share in enumerate((first, second)):
         heads = packed.Heads(i * share.shape[-2], 2 * share.shape[-2])
-        result = mosaic_hopper.forward(query, share, start, end, carry, heads=heads, into=result, **options)
+        result = forward_launch.forward(query, share, start, end, carry, heads=heads, into=result, **options)
     return result
 
 

@@ -1,4 +1,4 @@
-"""The dkv kernel of the Hopper backward: see `mosaic_hopper_backward`."""
+"""The dkv kernel of the Hopper backward: see `backward_launch`."""
 
 from functools import partial
 
@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ring_jax.flash import mosaic_compat as compat
-from ring_jax.flash import mosaic_update, mosaic_wgmma
-from ring_jax.flash.mosaic_backward_common import (
+from ring_jax.flash.hopper.backward_common import (
     COL,
     ROWS,
     STAGE_COLUMNS,
@@ -29,8 +27,9 @@ from ring_jax.flash.mosaic_backward_common import (
     splits_by_role,
     store,
 )
-from ring_jax.flash.mosaic_config import REGISTERS
-from ring_jax.flash.mosaic_schedule import ring_slot
+from ring_jax.flash.hopper.config import REGISTERS
+from ring_jax.mosaic import compat, in_place, wgmma
+from ring_jax.mosaic.pipeline import ring_slot
 
 
 def dkv(problem, query, kv, dout, stats, bounds, table, into=None):
@@ -71,7 +70,7 @@ def dkv(problem, query, kv, dout, stats, bounds, table, into=None):
         num_threads=WGS + 1,
         thread_name="wg",
     )
-    return (call(*operands) if into is None else mosaic_update.update(call, (), operands, (into,)))[0]
+    return (call(*operands) if into is None else in_place.update(call, (), operands, (into,)))[0]
 
 
 def _body(problem, tiles, query, kv, dout, stats, bounds, table, dkv_ref, *, kv_full, **scratch):
@@ -237,15 +236,15 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
         slot, q, do = buffers(t)
         plgpu.barrier_wait(q_full.at[slot])
         plgpu.barrier_wait(do_full.at[slot])
-        s, dp, *sums = mosaic_wgmma.start_products((None, key, q), (None, value, do), *previous)
+        s, dp, *sums = wgmma.start_products((None, key, q), (None, value, do), *previous)
         lse = None if config.mask_first else lse_of(slot)
-        (s,) = mosaic_wgmma.wait(1 + len(sums), s)
+        (s,) = wgmma.wait(1 + len(sums), s)
         p, derivative = probabilities(i, slot, s, lse)
         delta = delta_of(slot)
-        (dp,) = mosaic_wgmma.wait(len(sums), dp)
+        (dp,) = wgmma.wait(len(sums), dp)
         ds = gradient(p, dp, delta, derivative)
         # Rounded, they take the registers that the products of the last ones read.
-        *sums, p, ds = mosaic_wgmma.wait(0, *sums, p, ds)
+        *sums, p, ds = wgmma.wait(0, *sums, p, ds)
         p, ds = p.astype(problem.dtype), ds.astype(problem.dtype)
         if hand_over is not None:
             hand_over(t, ds)
@@ -267,32 +266,32 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
         lse = None if config.mask_first else lse_of(slot)
         if overlap:
             plgpu.barrier_wait(do_full.at[slot])
-            s, dp = mosaic_wgmma.start_products((None, key, q), (None, value, do))
-            (s,) = mosaic_wgmma.wait(1, s)
+            s, dp = wgmma.start_products((None, key, q), (None, value, do))
+            (s,) = wgmma.wait(1, s)
         else:
-            (s,) = mosaic_wgmma.wait(0, *mosaic_wgmma.start_products((None, key, q)))
+            (s,) = wgmma.wait(0, *wgmma.start_products((None, key, q)))
         p, derivative = probabilities(i, slot, s, lse)
         # To hold the unrounded form, too, would spill.
-        p, wide_p = mosaic_wgmma.rounded(p, problem.dtype)
+        p, wide_p = wgmma.rounded(p, problem.dtype)
         if not overlap:
             plgpu.barrier_wait(do_full.at[slot])
-            (dp,) = mosaic_wgmma.start_products((None, value, do))
-        (dv,) = mosaic_wgmma.start_products((dv, p, do))
+            (dp,) = wgmma.start_products((None, value, do))
+        (dv,) = wgmma.start_products((dv, p, do))
         delta = delta_of(slot)
-        (dp,) = mosaic_wgmma.wait(1, dp)
+        (dp,) = wgmma.wait(1, dp)
         ds = gradient(wide_p, dp, delta, derivative).astype(problem.dtype)
         if hand_over is not None:
             hand_over(t, ds)
-        (dk,) = mosaic_wgmma.start_products((dk, ds, q))
-        (dv,) = mosaic_wgmma.wait(1, dv)
+        (dk,) = wgmma.start_products((dk, ds, q))
+        (dv,) = wgmma.wait(1, dv)
         plgpu.barrier_arrive(do_consumed.at[slot])
-        (dk,) = mosaic_wgmma.wait(0, dk)
+        (dk,) = wgmma.wait(0, dk)
         plgpu.barrier_arrive(q_consumed.at[slot])
         return dv, dk
 
     def pipeline(dv, dk):
         state = _fold_queries(problem, span, pipelined, 1, (dv, dk, *tiles(0, first)))
-        sums = mosaic_wgmma.wait(0, *mosaic_wgmma.start_products(*sums_of(total - 1, *state)))
+        sums = wgmma.wait(0, *wgmma.start_products(*sums_of(total - 1, *state)))
         release(total - 1)
         return sums
 

@@ -13,7 +13,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax.flash.mosaic_config import SHARED_MEMORY_BYTES, ForwardConfig
+from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig
 
 MAX_PARTS = 8  # of one kernel: a list of visits is eight numbers of four bits
 _BITS = 4
@@ -58,11 +58,6 @@ class Problem:
     @property
     def blocks(self) -> int:
         return min(self.config.multiprocessors, self.items) if self.config.persistent else self.items
-
-
-def ring_slot(step: Any, slots: int) -> Any:
-    """step mod slots, for step >= 0."""
-    return step & (slots - 1) if slots & (slots - 1) == 0 else lax.rem(step, slots)
 
 
 def work_item(problem: Problem, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ring_jax.flash import mosaic_compat, mosaic_update
-from tests.marks import in_place
+from ring_jax.mosaic import compat, in_place
+from tests.marks import needs_in_place
 
 
 def add_and_copy(x, total):
@@ -18,7 +18,7 @@ def add_and_copy(x, total):
         copy_ref[...] = x_ref[...]
 
     outputs = (jax.ShapeDtypeStruct(x.shape, x.dtype),)
-    call = mosaic_compat.kernel(
+    call = compat.kernel(
         body,
         name="add_and_copy",
         out_type=outputs,
@@ -28,7 +28,7 @@ def add_and_copy(x, total):
         num_threads=1,
         thread_name="wg",
     )
-    return mosaic_update.update(call, outputs, (x,), (total,))
+    return in_place.update(call, outputs, (x,), (total,))
 
 
 def lowered(f, *shapes) -> str:
@@ -36,7 +36,7 @@ def lowered(f, *shapes) -> str:
     return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@in_place
+@needs_in_place
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
     mesh = jax.make_mesh((2,), ("c",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
@@ -55,7 +55,7 @@ def test_inside_shard_map(check_vma):
     assert text.count("stablehlo.optimization_barrier") == 2
 
 
-@in_place
+@needs_in_place
 def test_under_transformations():
     """`call` may be any function of arrays and Refs, so values can be had without a GPU."""
 
@@ -64,7 +64,7 @@ def test_under_transformations():
         return (2 * x,)
 
     def f(x, total):
-        return mosaic_update.update(call, (jax.ShapeDtypeStruct(x.shape, x.dtype),), (x,), (total,))
+        return in_place.update(call, (jax.ShapeDtypeStruct(x.shape, x.dtype),), (x,), (total,))
 
     x, total = jnp.arange(24.0).reshape(2, 3, 4), jnp.ones((2, 3))
     for g in (f, jax.jit(f), jax.jit(f, donate_argnums=1)):
@@ -77,17 +77,17 @@ def test_under_transformations():
     np.testing.assert_array_equal(total, jnp.ones((2, 3)))
 
 
-@in_place
+@needs_in_place
 def test_interpreted_leaves_the_callers_array():
     x, total = jnp.full((128, 128), 2.0), jnp.ones((128, 128))
-    with mosaic_compat.interpret_mode():
+    with compat.interpret_mode():
         copy, result = add_and_copy(x, total)
     np.testing.assert_array_equal(copy, x)
     np.testing.assert_array_equal(result, jnp.full((128, 128), 3.0))
     np.testing.assert_array_equal(total, jnp.ones((128, 128)))
 
 
-@pytest.mark.skipif(mosaic_update.AVAILABLE, reason="this jax has Refs for kernels")
+@pytest.mark.skipif(in_place.AVAILABLE, reason="this jax has Refs for kernels")
 def test_old_versions_say_what_they_lack():
     with pytest.raises(NotImplementedError, match="need jax 0.11 or later, this is"):
-        mosaic_update.update(None, (), (), ())
+        in_place.update(None, (), (), ())

@@ -1,6 +1,6 @@
 """Flash-attention backward on Hopper in Pallas Mosaic GPU: two kernels of seven matrix products, bitwise repeatable.
 
-The faster form of one kernel and five products is in `mosaic_backward_fused`.
+The faster form of one kernel and five products is in `backward_fused`.
 
     S = scale Q K^T (soft-capped),  P = exp(S - LSE),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),
     dQ = scale dS K,  dK = scale dS^T Q
@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ring_jax.flash import mosaic_backward_fused, mosaic_update, packed
-from ring_jax.flash import mosaic_compat as compat
-from ring_jax.flash.mosaic_backward_common import (
+from ring_jax.flash import packed
+from ring_jax.flash.hopper import backward_fused
+from ring_jax.flash.hopper.backward_common import (
     LOG2E,
     ROWS,
     WGS,
@@ -40,8 +40,9 @@ from ring_jax.flash.mosaic_backward_common import (
     default_config,
     keys_of_a_program,
 )
-from ring_jax.flash.mosaic_backward_dkv import dkv as dkv_kernel
-from ring_jax.flash.mosaic_backward_dq import dq as dq_kernel
+from ring_jax.flash.hopper.backward_dkv import dkv as dkv_kernel
+from ring_jax.flash.hopper.backward_dq import dq as dq_kernel
+from ring_jax.mosaic import compat, in_place
 
 # Thread blocks that keep the 132 multiprocessors of an H200 evenly busy, and that come near to giving each one.
 _PROGRAMS, _ONE_EACH = 3 * 132, 128
@@ -98,7 +99,7 @@ def backward(
         heads: which KV heads `kv` holds, where those are not all: only the query heads that share them get gradients, dq
             of the others is 0 (or what it was).
         config: tile sizes; None takes `default_config`. A `fused` one is followed where the fused form can run
-            (`mosaic_backward_fused.unsupported_reason`) and deterministic is not True.
+            (`backward_fused.unsupported_reason`) and deterministic is not True.
 
     Returns:
         dq [B, T, N, H] and dkv like kv, both float32. Rows that see nothing get zeros (or what they had in dq).
@@ -129,11 +130,7 @@ def backward(
     first, total = heads or (0, K)
     group = N // total
     problem = Problem(B, T, S, K * group, K, H, Hv, kv.ndim == 4, dtype, float(scale), logits_soft_cap, config, parts)
-    fused = (
-        config.fused
-        and not deterministic
-        and mosaic_backward_fused.unsupported_reason(H, Hv, config.block_q_dkv) is None
-    )
+    fused = config.fused and not deterministic and backward_fused.unsupported_reason(H, Hv, config.block_q_dkv) is None
     problem = dataclasses.replace(problem, split=_split(problem, fused), first_head=first * group)
     rows = _prepare_rows(problem, key_start, key_end, lse, delta)
     operands = (query, kv.reshape(-1, S, K, kv.shape[-1]), dout.astype(dtype), *rows)
@@ -144,7 +141,7 @@ def backward(
         dq = jnp.zeros(query.shape, jnp.float32)
     if fused:
         dq, into = _zeros_to_share(problem, operands[1], dq)
-        dq, dkv = mosaic_backward_fused.fused(problem, *operands, table, dq, into)
+        dq, dkv = backward_fused.fused(problem, *operands, table, dq, into)
     else:
         table_dq = _dq_table(problem, key_start, key_end)
         operands_dq = (*operands, table_dq if parts == 1 else _dq_visits(problem, table_dq))
@@ -173,7 +170,7 @@ def halves_suffice(query, kv) -> bool:
 
 def _adds_in_memory() -> bool:
     """Refs came with jax 0.11, and TMA reductions have no interpreter."""
-    return mosaic_update.AVAILABLE and not compat.interpreting()
+    return in_place.AVAILABLE and not compat.interpreting()
 
 
 def _split(problem, fused: bool) -> int:
@@ -269,7 +266,7 @@ def _dq_visits(problem, table):
 
 def _dkv_table(problem, key_start, key_end):
     """[P B, KV tiles, 4] int32, of the query tiles: how many end before a KV tile, start before its end, do not reach its
-    end, start before it. `mosaic_backward_common.span_of` makes of them what the kernel visits. One reduction in all."""
+    end, start before it. `backward_common.span_of` makes of them what the kernel visits. One reduction in all."""
     block = keys_of_a_program(problem.H, problem.Hv)
     first_start, last_start, first_end, last_end = _edges(key_start, key_end, problem.config.block_q_dkv)
     edges = jnp.stack([last_end, first_start, first_end, last_start], axis=-1)
