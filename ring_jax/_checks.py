@@ -1,9 +1,23 @@
-"""Small helpers that errors and checks share."""
+"""One way to check what callers hand in: arrays, counts, numbers, flags and choices.
 
+Every public call uses these, so that bad input gives one kind of error: TypeError for what is of a wrong type (a list where
+an array is due, text where a number is), ValueError for a wrong value (rank, size, dtype, range), with what came, what was
+expected and what to do. Values that are traced cannot be read: what depends on them saturates instead, see `to_int32`.
+"""
+
+import math
 import operator
+from collections.abc import Iterable, MutableMapping
+from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+T = TypeVar("T")
+Kind = Literal["floating", "integer", "signed", "any"]
+
+INT32 = np.iinfo(np.int32)
 
 
 def concrete(x) -> "np.ndarray | None":
@@ -15,12 +29,167 @@ def concrete(x) -> "np.ndarray | None":
     return np.asarray(x)
 
 
-def static_length(name: str, value) -> int:
-    """`value` as a Python int; lengths decide shapes and loops, so they must be known at trace time."""
-    try:
-        return operator.index(value)
-    except TypeError:
+def check_array(
+    name: str,
+    x: Any,
+    axes: str | None = None,
+    sizes: MutableMapping[str, int] | None = None,
+    *,
+    kind: Kind = "floating",
+    advice: str = "",
+) -> None:
+    """Raises unless `x` is an array with these axes.
+
+    Args:
+        name: of the argument, for the message.
+        x: a `jax.Array`, traced or not, or a `numpy.ndarray` (also anything with their shape and dtype, such as
+            `jax.ShapeDtypeStruct`).
+        axes: one word an axis, such as "B T N H"; a word that is a number is that size. None takes any rank.
+        sizes: sizes by axis name. Names that it holds must agree, others are added: handing one dictionary from array to
+            array checks that they fit together.
+        kind: what its dtype must be.
+        advice: what to do, appended to a message about rank or size.
+    """
+    if not is_array(x):
+        raise TypeError(
+            f"{name} must be an array{_of_axes(axes)}, got {describe(x)}: convert it with jnp.asarray, outside of the call"
+        )
+    if not _is_kind(x.dtype, kind):
+        kinds = {"floating": "floating point", "integer": "integers", "signed": "signed integers"}[kind]
+        raise ValueError(f"{name} must be {kinds[kind]}, got {x.dtype}: cast it first")
+    if axes is None:
+        return
+    words = axes.split()
+    if len(words) != len(x.shape):
         raise ValueError(
-            f"{name} must be an integer known at trace time, got {value!r}; lengths that are traced or differ between rows go into "
-            "query_seq_lengths and key_value_seq_lengths"
-        ) from None
+            f"{name} must have {len(words)} axes [{', '.join(words)}], got shape {x.shape}{_advice(advice)}"
+        )
+    known = {} if sizes is None else sizes
+    for axis, (word, size) in enumerate(zip(words, x.shape, strict=True)):
+        expected = int(word) if word.isdigit() else known.setdefault(word, size)
+        if size != expected:
+            shape = ", ".join(w if w.isdigit() or w not in known else f"{w}={known[w]}" for w in words)
+            raise ValueError(f"{name} must have shape [{shape}], got {x.shape}: axis {axis} differs{_advice(advice)}")
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array, or stands for one while a function is traced."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def check_count(name: str, value: Any, low: int = 0, high: int | None = None, *, advice: str = "") -> int:
+    """`value` as a Python int in [low, high], known at trace time.
+
+    Raises TypeError for what is no integer (booleans and floats included), ValueError for one that is traced or out of range.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be known at trace time, got a traced value{_advice(advice)}")
+    if isinstance(value, (bool, np.bool_)) or (is_array(value) and jnp.issubdtype(value.dtype, jnp.bool_)):
+        raise TypeError(f"{name} must be an integer, got {value!r}{_advice(advice)}")
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {describe(value)}{_advice(advice)}") from None
+    if count < low or (high is not None and count > high):
+        expected = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {expected}, got {count}{_advice(advice)}")
+    return count
+
+
+def static_length(name: str, value: Any, high: int | None = None) -> int:
+    """A sequence length as a Python int: lengths decide shapes and loops, so they must be known at trace time."""
+    per_row = "lengths that are traced or differ between rows go into query_seq_lengths and key_value_seq_lengths"
+    return check_count(name, value, 0, high, advice=per_row)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    advice: str = "",
+) -> float:
+    """`value` as a finite Python float, known at trace time: > above, >= low and <= high where these are given."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be one number known at trace time, got a traced value{_advice(advice)}")
+    known = np.asarray(value) if is_array(value) or isinstance(value, (int, float)) else None
+    if known is None or known.ndim or isinstance(value, bool) or not jnp.issubdtype(known.dtype, jnp.number):
+        raise TypeError(f"{name} must be one number, got {describe(value)}{_advice(advice)}")
+    if jnp.issubdtype(known.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be real, got {describe(value)}{_advice(advice)}")
+    number = float(known)
+    wrong = (above is not None and number <= above) or (low is not None and number < low)
+    if not math.isfinite(number) or wrong or (high is not None and number > high):
+        bounds = [f"{sign} {bound}" for sign, bound in ((">", above), (">=", low), ("<=", high)) if bound is not None]
+        raise ValueError(f"{name} must be finite{''.join(' and ' + b for b in bounds)}, got {number}{_advice(advice)}")
+    return number
+
+
+def check_flag(name: str, value: Any, *, optional: bool = False) -> "bool | None":
+    """`value` as a Python bool; with `optional` None passes through."""
+    if value is None and optional:
+        return None
+    if not isinstance(value, (bool, np.bool_)):
+        expected = "True, False or None" if optional else "True or False"
+        raise TypeError(f"{name} must be {expected}, known at trace time, got {describe(value)}")
+    return bool(value)
+
+
+def check_choice(
+    name: str, value: Any, choices: Iterable[str], *, optional: bool = False, advice: str = ""
+) -> "str | None":
+    """`value`, one of the names in `choices`; with `optional` None passes through."""
+    if value is None and optional:
+        return None
+    names = list(choices)
+    expected = f"expected one of {names}" + (" or None" if optional else "")
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a name, got {describe(value)}: {expected}{_advice(advice)}")
+    if value not in names:
+        raise ValueError(f"unknown {name} {value!r}: {expected}{_advice(advice)}")
+    return value
+
+
+def check_instance(
+    name: str, value: Any, kind: "type[T] | tuple[type, ...]", expected: str, *, optional: bool = False
+) -> None:
+    """Raises TypeError unless `value` is of type `kind`, which the message calls `expected`."""
+    if not (optional and value is None) and not isinstance(value, kind):
+        raise TypeError(f"{name} must be {expected}{' or None' if optional else ''}, got {describe(value)}")
+
+
+def to_int32(x: Any) -> Any:
+    """Integers as int32, saturated: a count beyond int32 is the largest int32, not what is left of its low bits.
+
+    A NumPy array stays one, so that masks made at import touch no device. Arithmetic on the result may still overflow: clip
+    to the lengths at hand first, then add.
+    """
+    if x.dtype == np.int32:
+        return x
+    info = jnp.iinfo(x.dtype)
+    low, high = max(int(info.min), int(INT32.min)), min(int(info.max), int(INT32.max))
+    clip = jnp.clip if isinstance(x, jax.Array) else np.clip
+    return clip(x, np.asarray(low, x.dtype), np.asarray(high, x.dtype)).astype(np.int32)
+
+
+def describe(value: Any) -> str:
+    """What came, short enough for a message."""
+    if is_array(value):
+        return f"{value.dtype} {value.shape}"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def _is_kind(dtype: Any, kind: Kind) -> bool:
+    wanted = {"floating": jnp.floating, "integer": jnp.integer, "signed": jnp.signedinteger, "any": np.generic}[kind]
+    return kind == "any" or bool(jnp.issubdtype(dtype, wanted))
+
+
+def _of_axes(axes: str | None) -> str:
+    return "" if axes is None else f" [{', '.join(axes.split())}]"
+
+
+def _advice(advice: str) -> str:
+    return f"; {advice}" if advice else ""
