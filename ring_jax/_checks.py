@@ -55,7 +55,7 @@ def check_array(
             f"{name} must be an array{_of_axes(axes)}, got {describe(x)}: convert it with jnp.asarray, outside of the call"
         )
     if not _is_kind(x.dtype, kind):
-        kinds = {"floating": "floating point", "integer": "integers", "signed": "signed integers"}[kind]
+        kinds = {"floating": "floating point", "integer": "integers", "signed": "signed integers"}
         raise ValueError(f"{name} must be {kinds[kind]}, got {x.dtype}: cast it first")
     if axes is None:
         return
