@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ring_jax import _repr
 from ring_jax.gdn import Heads
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -90,6 +91,7 @@ class Config:
     tie_embeddings: bool = False
     layer_types: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    __repr__ = _repr.of_fields
 
     def __post_init__(self):
         if self.family not in TEXT_ONLY:

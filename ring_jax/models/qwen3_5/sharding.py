@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
+from ring_jax import _repr
 from ring_jax.context import ContextParallel
 from ring_jax.context.parallel import axis_size
 from ring_jax.context.shard import Axis, axis_names
@@ -49,6 +50,7 @@ class Sharding:
     expert: str | None = None
     weights: Axis | None = None
     way: str = "auto"
+    __repr__ = _repr.of_fields
 
     def __post_init__(self):
         if not isinstance(self.context, ContextParallel):
