@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from ring_jax.bench import flash_backward, flash_forward
-from ring_jax.flash.hopper.backend import device_reason
 from ring_jax.flash.hopper.backward_common import BackwardConfig, default_config
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, forward_config
+from ring_jax.flash.hopper.support import device_reason
 
 # What --tune tries, as changes of the checked-in config; what does not fit shared memory is left out.
 FORWARD_CHANGES = [

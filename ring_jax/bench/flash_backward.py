@@ -21,6 +21,7 @@ from ring_jax.bench.flash_forward import Case, materialised, relative_error, sec
 from ring_jax.flash.hopper import backward_common as common
 from ring_jax.flash.hopper import backward_dkv, backward_dq, backward_launch, forward_launch
 from ring_jax.flash.hopper.backward_common import BackwardConfig, default_config
+from ring_jax.flash.operands import BlockOptions, Bounds, RowGradients
 
 # What `deterministic` asks for.
 FORMS = {"default": None, "repeatable": True, "fastest": False}
@@ -39,11 +40,11 @@ def both(case: Case, config: BackwardConfig | None, deterministic: bool | None):
     scale = case.head_size**-0.5
 
     def run(query, kv, dout, key_start, key_end):
-        out, lse = forward_launch.forward(query, kv, key_start, key_end, scale=scale)
+        bounds, options = Bounds(key_start, key_end), BlockOptions(scale, deterministic=deterministic)
+        out, lse = forward_launch.forward(query, kv, bounds, None, options)
         delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-        return out, backward_launch.backward(
-            query, kv, key_start, key_end, lse, delta, dout, scale=scale, config=config, deterministic=deterministic
-        )
+        rows = RowGradients(lse, delta, dout)
+        return out, backward_launch.backward(query, kv, bounds, rows, options, config=config)
 
     return run
 
@@ -105,7 +106,7 @@ def parts(case: Case, config: BackwardConfig, operands) -> dict[str, Any]:
     module = backward_launch
     B, T, N, H = query.shape
     S, K = kv.shape[-3:-1]
-    problem = common.Problem(B, T, S, N, K, H, H, False, jnp.dtype(query.dtype), H**-0.5, None, config)
+    problem = common.Problem(B, T, S, N, K, H, H, False, jnp.dtype(query.dtype), BlockOptions(H**-0.5), config)
     lse = jnp.full((B, T, N), 10.0)
     rows = jax.jit(lambda *x: module._prepare_rows(problem, *x))(key_start, key_end, lse, 0.1 * lse)
     found = {}

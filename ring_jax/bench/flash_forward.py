@@ -22,6 +22,7 @@ import numpy as np
 
 from ring_jax.flash.hopper import forward_launch
 from ring_jax.flash.hopper.config import ForwardConfig, forward_config
+from ring_jax.flash.operands import BlockOptions, Bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +113,8 @@ def check(case: Case, dtype, config: ForwardConfig | None) -> tuple[float, float
     scale = case.head_size**-0.5
     expected, expected_lse = jax.jit(materialised, static_argnums=(4, 5))(query, kv, *bounds, scale, jnp.float32)
     same, _ = jax.jit(materialised, static_argnums=(4, 5))(query, kv, *bounds, scale, dtype)
-    out, lse = jax.jit(lambda q, kv, s, e: forward_launch.forward(q, kv, s, e, scale=scale, config=config))(
-        query, kv, *bounds
-    )
+    attend = functools.partial(forward_launch.forward, carry=None, options=BlockOptions(scale), config=config)
+    out, lse = jax.jit(attend)(query, kv, Bounds(*bounds))
     error, allowed = relative_error(out, expected), relative_error(same, expected)
     lse_error = float(jnp.abs(lse - expected_lse).max())
     if not (error <= 2 * allowed and lse_error < 1e-3):
@@ -172,11 +172,13 @@ def measure(
         row = rows[name]
         if checked:
             row["error"], row["same_precision_error"] = check(case, dtype, configs[name])
-        attend = functools.partial(forward_launch.forward, scale=case.head_size**-0.5, config=configs[name])
+        options = BlockOptions(case.head_size**-0.5)
+        attend = functools.partial(forward_launch.forward, options=options, config=configs[name])
+        bounds_of_rows = Bounds(*bounds)
         if case.is_hop:
-            return resumed(attend, query, kv, *bounds)
-        attend = functools.partial(attend, out_dtype=out_dtype)
-        return functools.partial(jax.jit(attend).lower(query, kv, *bounds).compile(), query, kv, *bounds)
+            return resumed(attend, query, kv, bounds_of_rows)
+        attend = functools.partial(attend, carry=None, out_dtype=out_dtype)
+        return functools.partial(jax.jit(attend).lower(query, kv, bounds_of_rows).compile(), query, kv, bounds_of_rows)
 
     # Compilation is most of a search's time, and runs beside itself.
     with ThreadPoolExecutor() as pool:
@@ -203,14 +205,14 @@ def measure(
     return list(rows.values())
 
 
-def resumed(attend, query, kv, *bounds) -> Callable[[], Any]:
+def resumed(attend, query, kv, bounds) -> Callable[[], Any]:
     """Calls that each resume the last one's float32 result in its own buffers, as a ring's hops do."""
     out = jnp.zeros(query.shape, jnp.float32)
     state = [(out, jnp.zeros(query.shape[:3]))]
-    compiled = jax.jit(attend, donate_argnums=4).lower(query, kv, *bounds, state[0]).compile()
+    compiled = jax.jit(attend, donate_argnums=3).lower(query, kv, bounds, state[0]).compile()
 
     def call():
-        state[0] = compiled(query, kv, *bounds, state[0])
+        state[0] = compiled(query, kv, bounds, state[0])
         return state[0][1] + 0  # the next call takes the buffers themselves
 
     return call

@@ -29,7 +29,8 @@ from ring_jax.bench.flash_forward import relative_error
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import STRATEGIES
 from ring_jax.flash import reference
-from ring_jax.flash.packed import pack
+from ring_jax.flash.kv import pack
+from ring_jax.flash.operands import BlockOptions, Bounds
 
 
 def stack(context, is_causal: bool, layers: int, gradients: bool, implementation: str | None = None):
@@ -92,7 +93,8 @@ def check(
     def theirs(query, key, value):
         start, end = ring_jax.causal().interval(q_len=length, kv_len=length)
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-        return reference.forward(query, pack(key, value), start, end, None, scale=head_size**-0.5)[0]
+        options = BlockOptions(head_size**-0.5)
+        return reference.forward(query, pack(key, value), Bounds(start, end), None, options)[0]
 
     @functools.partial(jax.jit, static_argnums=0)
     def everything(f, query, key, value, dout):

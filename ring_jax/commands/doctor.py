@@ -69,22 +69,23 @@ def print_choices() -> None:
     """Which block implementation=None picks here, and why none before it."""
     import jax
 
-    from ring_jax.flash.backends import PREFERENCE, select, why_not
+    from ring_jax.flash.backends import PREFERENCE, FixedMask, select, unsupported_reason
+    from ring_jax.flash.operands import BlockOptions
 
     print("implementation=None picks")
-    cases = [
+    cases: list[tuple[str, int, FixedMask | None]] = [
         ("bfloat16", 128, "causal"),
         ("bfloat16", 256, "full"),
         ("bfloat16", 128, None),
         ("float32", 128, "causal"),
     ]
-    for dtype, head_size, whole in cases:
+    for dtype, head_size, fixed_mask in cases:
         shapes: list[Any] = [jax.ShapeDtypeStruct((*n, 64, 2, head_size), dtype) for n in ((1,), (2, 1))]
-        query, kv = shapes
-        chosen = select(None, query, kv, None, whole).name
+        inputs = *shapes, BlockOptions(head_size**-0.5), fixed_mask
+        chosen = select(None, *inputs).name
         passed = PREFERENCE[: PREFERENCE.index(chosen)]
-        reasons = "; ".join(f"{name} {why_not(name, query, kv, None, whole)}" for name in passed)
-        mask = whole or "any other mask"
+        reasons = "; ".join(f"{name} {unsupported_reason(name, *inputs)}" for name in passed)
+        mask = fixed_mask or "any other mask"
         print(f"  {dtype}, head size {head_size}, {mask}: {chosen}" + (f" ({reasons})" if reasons else ""))
 
 

@@ -9,16 +9,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ring_jax._checks import concrete, static_length
-from ring_jax._vma import pcast_to, varying_axes
-from ring_jax.context import halves
+from ring_jax._checks import check_array, check_instance, concrete, static_length
+from ring_jax.context.call import Call
 from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, run_sharded
 from ring_jax.context.shard import Shard
-from ring_jax.context.strategies import STRATEGIES, check_strategy, choose
-from ring_jax.flash.api import make_spec, static_scalars
-from ring_jax.flash.backends import check_inputs, select
+from ring_jax.context.strategies import check_strategy
+from ring_jax.flash.backends import FixedMask, check_inputs
 from ring_jax.flash.merge import partial_dtype
-from ring_jax.flash.packed import pack
+from ring_jax.flash.operands import BlockOptions
 from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
 
 
@@ -44,6 +42,8 @@ def ring_attention(
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     deterministic: bool | None = None,
+    carry: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]] | None = None,
+    return_partial: bool = False,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Exact attention over a sequence sharded across a context-parallel mesh axis.
 
@@ -74,9 +74,16 @@ def ring_attention(
         sinks: float [N], one extra logit per head that takes part in the softmax but has no value. The LSE includes it.
         deterministic: True for gradients that repeat bit by bit, False for the fastest, None as the implementation likes;
             see `flash_attention`.
+        carry: (out, lse) of the same queries over other keys, to resume from: float32 (float64 for float64 inputs), as
+            return_partial gives it.
+        return_partial: return (out, lse) with out in float32 (float64), which another call can resume from, or
+            `merge_partials` join, without a bit lost. Cached keys and a new chunk are two calls:
+
+                partial = ring_attention(query, old_key, old_value, context=cp, return_partial=True)
+                out = ring_attention(query, key, value, is_causal=True, context=cp, carry=partial)
 
     Returns:
-        out [B, T, N, Hv] in the query's dtype; with return_residual also lse [B, T, N], float32, natural log. A query
+        out [B, T, N, Hv] in the query's dtype; with return_residual or return_partial also lse [B, T, N], float32, natural log. A query
         that sees no key gives out 0 and lse -inf (or its sink), with zero gradients; jax.nn gives the mean of V there.
 
     Raises:
@@ -99,120 +106,85 @@ def ring_attention(
     if isinstance(mask, ResolvedMask):
         seq_len, key_value_seq_len = _resolved_lengths(mask, context, seq_len, key_value_seq_len)
     strategy = context.strategy if strategy is None else strategy
-    call = _plan(
-        query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
-    )
-    call = dataclasses.replace(call, deterministic=deterministic)
-    if sinks is not None:
-        sinks = jnp.asarray(sinks)
-        if sinks.shape != (query.shape[2],) or not jnp.issubdtype(sinks.dtype, jnp.floating):
-            raise ValueError(
-                f"sinks must be floating point of shape [N] = {(query.shape[2],)} (one per query head), got {sinks.dtype} {sinks.shape}"
-            )
-    resolved = isinstance(mask, ResolvedMask)
-    if not isinstance(mask, ResolvedMask):
-        call = dataclasses.replace(call, whole=_whole(call, mask, query_offset))
-        if strategy == "auto" and call.strategy == "all_gather":
-            call = _ring_for_cudnn(call, mask, query_offset, query, key, value)
-    where = mask if resolved else (mask, per_row("query_offset", query_offset))
+    options = BlockOptions.of_call(query.shape[-1], scale, logits_soft_cap, deterministic)
+    call = _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implementation, options)
+    fixed_mask = None if isinstance(mask, ResolvedMask) else _fixed_mask(call, mask, query_offset)
+    call = dataclasses.replace(call, fixed_mask=fixed_mask, returns_partial=return_partial)
+    sinks = _check_sinks(sinks, carry, query)
+    carry = _check_carry(carry, query, value)
+    where = mask if isinstance(mask, ResolvedMask) else (mask, per_row("query_offset", query_offset))
+    operands = query, key, value, where, sinks, carry
     if context.is_manual:
-        out, lse = call(query, key, value, where, sinks)
+        out, lse = call(*operands)
     else:
-        out, lse = _sharded(call, context, query, key, value, where, sinks)
-    return (out, lse) if return_residual else out
+        mesh = context.resolve_mesh(query)
+        in_specs, out_specs = _specs(context, mesh, *operands)
+        out, lse = run_sharded(call, mesh, in_specs, out_specs, operands)
+    return (out, lse) if return_residual or return_partial else out
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """The static part of one call, and what one rank does in it."""
-
-    queries: Shard
-    keys: Shard
-    q_len: int
-    kv_len: int
-    strategy: str
-    scale: float | None
-    logits_soft_cap: float | None
-    implementation: str | None
-    whole: str | None = None
-    deterministic: bool | None = None
-
-    def __call__(self, query, key, value, mask, sinks):
-        """On local shards, inside a shard_map that is manual over the context axis."""
-        B, T, N, _ = query.shape
-        kv = pack(key, value)
-        choice = self.implementation, self.whole, self.deterministic
-        spec = make_spec(query, kv, self.scale, self.logits_soft_cap, *choice)
-        if isinstance(mask, ResolvedMask):
-            start, end = mask.start, mask.end
-            if start.shape[1] != T or start.shape[0] not in (1, B):
-                raise ValueError(
-                    f"the resolved mask has local shape {start.shape}, the queries are [{B}, {T}]: resolve it with this seq_len and batch"
-                )
-        else:
-            start, end = self.queries.bounds(mask[0], self.q_len, self.kv_len, mask[1])
-        start, end = (jnp.broadcast_to(x, (B, T)) for x in (start, end))
-        # Replicated inputs become varying before the custom VJP: their psum is the transpose of this cast.
-        axes = varying_axes(query, kv, start, sinks, self.queries.rank())
-        query, kv, start, end, sinks = pcast_to((query, kv, start, end, sinks), axes)
-        carry, acc_dtype = None, partial_dtype(query.dtype)
-        if T == 0 or key.shape[1] == 0:
-            sinks = jnp.full(N, -jnp.inf, acc_dtype) if sinks is None else sinks.astype(acc_dtype)
-            nothing = jnp.zeros((B, T, N, value.shape[-1]), query.dtype), jnp.broadcast_to(sinks, (B, T, N))
-            return pcast_to(nothing, axes)
-        if sinks is not None:
-            lse = jnp.broadcast_to(sinks.astype(acc_dtype), (B, T, N))
-            carry = (pcast_to(jnp.zeros((B, T, N, value.shape[-1]), acc_dtype), axes), lse)
-        return STRATEGIES[self.strategy](spec, self.keys, query, kv, start, end, carry)
+def _check_sinks(sinks, carry, query):
+    if sinks is None:
+        return None
+    if carry is not None:
+        raise ValueError("sinks belong into the first call over a row's keys; the carry's LSE includes them already")
+    sinks = jnp.asarray(sinks)
+    if sinks.shape != (query.shape[2],) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(
+            f"sinks must be floating point of shape [N] = {(query.shape[2],)} (one per query head), got {sinks.dtype} {sinks.shape}"
+        )
+    return sinks
 
 
-def _whole(call: _Call, mask: Mask, query_offset) -> str | None:
-    """Which whole mask the blocks see, for backends that cannot read bounds."""
+def _check_carry(carry, query, value):
+    """The carry in the dtype of partial results."""
+    if carry is None:
+        return None
+    check_instance("carry", carry, tuple, "a pair (out, lse) as return_partial=True gives it")
+    out, lse = carry
+    dtype, rows = partial_dtype(query.dtype), query.shape[:3]
+    for name, x, shape in (("carry's out", out, (*rows, value.shape[-1])), ("carry's lse", lse, rows)):
+        check_array(name, x)
+        if x.shape != shape or x.dtype != dtype:
+            raise ValueError(
+                f"{name} must be {dtype} {shape}, as return_partial=True gives it, got {x.dtype} {x.shape}"
+            )
+    return out, lse
+
+
+def _fixed_mask(call: Call, mask: Mask, query_offset) -> FixedMask | None:
+    """Which fixed mask the call has, for backends that cannot read bounds."""
     if (call.q_len, call.kv_len) != (call.queries.length, call.keys.length):
         return None
     if not mask.parts:
         return "full"
-    natural = call.keys.ranks == 1 or call.strategy == "ulysses"
-    cut = call.strategy in ("ring", "ring_ulysses") and halves.serves(call.keys.layout) and call.q_len == call.kv_len
     offset = concrete(query_offset)
     plain = mask.parts == causal().parts and offset is not None and not np.any(offset)
-    return "causal" if plain and (natural or cut) else None
+    return "causal" if plain else None
 
 
-def _ring_for_cudnn(call: _Call, mask: Mask, query_offset, query, key, value) -> _Call:
-    """`call` as a ring where cuDNN would then be the block: it takes no causal mask over gathered keys."""
-    ring = dataclasses.replace(call, strategy="ring")
-    ring = dataclasses.replace(ring, whole=_whole(ring, mask, query_offset))
-    if ring.whole == call.whole:
-        return call
-    inputs = query, jax.eval_shape(pack, key, value), call.logits_soft_cap, ring.whole, call.deterministic
-    implementation = select(None, *inputs).name if call.implementation is None else call.implementation
-    return ring if implementation == "cudnn" else call
-
-
-def _sharded(call: _Call, context: ContextParallel, query, key, value, mask, sinks):
-    mesh = context.resolve_mesh(query)
+def _specs(context: ContextParallel, mesh, query, key, value, mask, sinks, carry):
+    """(in_specs, out_specs) of a call's operands."""
     batch, heads = context.free(context.batch_axis), context.free(context.head_axis)
     _check_divides("batch", query.shape[0], mesh, batch)
     _check_divides("query heads", query.shape[2], mesh, heads)
     _check_divides("key-value heads", key.shape[2], mesh, heads)
     spec = P(batch, context.axis, heads, None)
+    partial = spec, P(*spec[:3])
     if isinstance(mask, ResolvedMask):
         rows = P(batch if mask.start.shape[0] > 1 else None, context.axis)
         mask_spec: Any = jax.tree.map(lambda _: rows, mask)
     else:
         mask_spec = mask_specs(mask, query.shape[0], batch)
-    in_specs = (spec, spec, spec, mask_spec, None if sinks is None else P(heads))
-    return run_sharded(call, mesh, in_specs, (spec, P(*spec[:3])), (query, key, value, mask, sinks))
+    in_specs = spec, spec, spec, mask_spec, None if sinks is None else P(heads), None if carry is None else partial
+    return in_specs, partial
 
 
-def _plan(
-    query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
-) -> _Call:
-    """Lengths, shards and strategy of a call; everything that can be checked before tracing."""
+def _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implementation, options) -> Call:
+    """Lengths and shards of a call; everything that can be checked before tracing."""
     ranks = context.ranks(query)
-    whole = ranks if context.is_manual else 1
-    query_len, key_len = query.shape[1] * whole, key.shape[1] * whole
+    local_to_global = ranks if context.is_manual else 1
+    query_len, key_len = query.shape[1] * local_to_global, key.shape[1] * local_to_global
     for name, length in (("query", query_len), ("key", key_len)):
         if context.layout.padded_length(length, ranks) != length:
             raise ValueError(
@@ -232,21 +204,9 @@ def _plan(
     for name, given, length in (("seq_len", q_len, query_len), ("key_value_seq_len", kv_len, key_len)):
         if not 0 <= given <= length:
             raise ValueError(f"{name}={given} is not in [0, {length}], the length of the array")
-    check_strategy(strategy)
-    if (strategy == "ring_ulysses") != isinstance(context.axis, tuple) and strategy != "auto":
-        raise ValueError(
-            f"strategy {strategy!r} does not fit context axis {context.axis!r}: 'ring_ulysses' takes two mesh axes (outer, inner), "
-            "the others one"
-        )
-    if strategy == "auto":
-        head_ranks = 1 if context.is_manual else axis_size(context.resolve_mesh(query), context.free(context.head_axis))
-        strategy, _ = choose(
-            query_len=query_len, key_len=key_len, ranks=ranks, axis=context.axis, head_size=query.shape[3],
-            query_heads=query.shape[2] // head_ranks, kv_heads=key.shape[2] // head_ranks,
-        )  # fmt: skip
-    scale, logits_soft_cap = static_scalars(scale, logits_soft_cap)
+    check_strategy(strategy, context.axis)
     queries, keys = (Shard(context.axis, ranks, context.layout, length) for length in (query_len, key_len))
-    return _Call(queries, keys, q_len, kv_len, strategy, scale, logits_soft_cap, implementation)
+    return Call(queries, keys, q_len, kv_len, strategy, implementation, options, None, False)
 
 
 def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset):

@@ -12,15 +12,12 @@ Source: Yang et al., Context Parallelism for Scalable Million-Token Inference, a
 there partials return in one all-to-all, here they ride the ring, which needs O(1) buffers).
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ring_jax.context.shard import Shard, rotate
-from ring_jax.flash.api import Partial, Spec, delta_of, named
-from ring_jax.flash.merge import carry_gradient, merge_partials
+from ring_jax.flash.block import Block, differentiable
+from ring_jax.flash.merge import merge_partials
+from ring_jax.flash.operands import Bounds, Partial, RowGradients
 
 
 def _join(out, lse):
@@ -31,53 +28,36 @@ def _split(partial) -> Partial:
     return partial[..., :-1], partial[..., -1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def pass_q(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
-    """(out in the query's dtype, float32 lse) of the local queries; start, end are global key bounds."""
-    return _forward(spec, shard, query, kv, start, end, carry)
-
-
-def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
+def _forward(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
     def hop(travel, stay, source, own, final):
-        query, (start, end) = travel
-        here = shard.local_bounds(start, end, shard.rank())
-        return stay, _join(*spec.forward(query, kv, *here, None))
+        query, bounds = travel
+        here = shard.local_bounds(Bounds(*bounds), shard.rank())
+        return stay, _join(*block.backend.forward(query, kv, here, None, block.options))
 
     def merge(a, b):
         return _join(*merge_partials(*_split(a), *_split(b)))
 
-    travel = (query, jnp.stack([start, end]))
-    _, partial = rotate(shard, spec.backend.unroll, hop, travel, (), merge)
+    travel = (query, jnp.stack(bounds))
+    _, partial = rotate(shard, block.backend.unroll, hop, travel, (), merge)
     out, lse = _split(partial) if carry is None else merge_partials(*_split(partial), *carry)
-    return out.astype(query.dtype), lse
+    return out.astype(block.out_dtype(query)), lse
 
 
-def _pass_q_fwd(spec, shard, query, kv, start, end, carry):
-    out, lse = named(*_forward(spec, shard, query, kv, start, end, carry))
-    return (out, lse), (query, kv, start, end, carry, out, lse)
-
-
-def _pass_q_bwd(spec, shard, saved, cotangents):
-    query, kv, start, end, carry, out, lse = saved
-    query, (dout, dlse) = lax.optimization_barrier((query, cotangents))
-    delta = delta_of(out, dout, dlse)
+def _gradients(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowGradients):
     head_size = query.shape[-1]
 
     def hop(travel, dkv, source, own, final):
-        query_dout, (lse, delta), (start, end) = travel
+        query_dout, (lse, delta), bounds = travel
         query, dout = query_dout[..., :head_size], query_dout[..., head_size:]
-        here = shard.local_bounds(start, end, shard.rank())
-        dq, part = spec.backward(query, kv, *here, lse, delta, dout)
+        here = shard.local_bounds(Bounds(*bounds), shard.rank())
+        dq, part = block.backend.backward(query, kv, here, RowGradients(lse, delta, dout), block.options)
         return part if dkv is None else dkv + part, dq
 
-    travel = (
-        jnp.concatenate([query, dout.astype(query.dtype)], axis=-1),
-        jnp.stack([lse, delta]),
-        jnp.stack([start, end]),
-    )
-    dkv, dq = rotate(shard, spec.backend.unroll, hop, travel, None, jnp.add)
-    dcarry = None if carry is None else carry_gradient(carry, lse, delta, dout)
-    return dq.astype(query.dtype), dkv.astype(kv.dtype), None, None, dcarry
+    query_dout = jnp.concatenate([query, rows.dout], axis=-1)
+    travel = (query_dout, jnp.stack([rows.lse, rows.delta]), jnp.stack(bounds))
+    dkv, dq = rotate(shard, block.backend.unroll, hop, travel, None, jnp.add)
+    return dq, dkv
 
 
-pass_q.defvjp(_pass_q_fwd, _pass_q_bwd)
+# (out in `Block.out_dtype`, float32 lse) of the local queries; bounds are of global key positions.
+pass_q = differentiable(_forward, _gradients, tie="query")

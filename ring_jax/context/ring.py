@@ -10,70 +10,54 @@ way home; all last where halves are too little work, or the block takes none.
 Source: Liu, Zaharia and Abbeel, Ring Attention with Blockwise Transformers, arXiv 2310.01889.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax.context import halves
+from ring_jax.context import cudnn_ring
 from ring_jax.context.shard import Shard, rotate
-from ring_jax.flash import packed
-from ring_jax.flash.api import Partial, Spec, delta_of, named
-from ring_jax.flash.merge import carry_gradient
+from ring_jax.flash.block import Block, differentiable
+from ring_jax.flash.kv import halve_heads
+from ring_jax.flash.operands import Bounds, Partial, RowGradients
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def ring(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
-    """(out in the query's dtype, float32 lse) of the local queries; start, end are global key bounds."""
-    return _forward(spec, shard, query, kv, start, end, carry)
-
-
-def _forward(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
-    whole = spec.backend.whole == "causal"
-    if not whole:
+def _forward(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
+    in_halves = block.backend.fixed_mask == "causal"
+    if not in_halves:
         # Bounds before the first permute, which would otherwise run beside them and nothing else.
-        kv, own_bounds = lax.optimization_barrier((kv, shard.local_bounds(start, end, shard.rank())))
+        kv, own_bounds = lax.optimization_barrier((kv, shard.local_bounds(bounds, shard.rank())))
 
     def hop(kv, partial, source, own, final):
-        if whole:
-            return halves.forward(spec, shard, query, kv, start, end, partial, source, own), None
-        here = own_bounds if own else shard.local_bounds(start, end, source)
-        return spec.forward(query, kv, *here, partial, query.dtype if final else None), None
+        if in_halves:
+            return cudnn_ring.forward(block, shard, query, kv, bounds, partial, source, own), None
+        here = own_bounds if own else shard.local_bounds(bounds, source)
+        out_dtype = block.out_dtype(query) if final else None
+        return block.backend.forward(query, kv, here, partial, block.options, out_dtype=out_dtype), None
 
-    (out, lse), _ = rotate(shard, spec.backend.unroll, hop, kv, carry)
-    return out.astype(query.dtype), lse
-
-
-def _ring_fwd(spec, shard, query, kv, start, end, carry):
-    out, lse = named(*_forward(spec, shard, query, kv, start, end, carry))
-    return (out, lse), (query, kv, start, end, carry, out, lse)
+    (out, lse), _ = rotate(shard, block.backend.unroll, hop, kv, carry)
+    return out.astype(block.out_dtype(query)), lse
 
 
-def _ring_bwd(spec, shard, saved, cotangents):
-    query, kv, start, end, carry, out, lse = saved
-    # Tied to the cotangent, or XLA would merge this rotation with the forward's and keep all of KV alive.
-    kv, (dout, dlse) = lax.optimization_barrier((kv, cotangents))
-    delta = delta_of(out, dout, dlse)
-    whole = spec.backend.whole == "causal"
-    both_ends = shard.ranks > 1 and spec.backend.takes_halves(query, kv)
+def _gradients(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowGradients):
+    in_halves = block.backend.fixed_mask == "causal"
+    both_ends = shard.ranks > 1 and block.backend.can_split_heads(query, kv)
 
     def hop(kv, stay, source, own, final):
         dq, early = stay
-        if whole:
-            part, dkv = halves.backward(spec, shard, query, kv, start, end, lse, delta, dout, source, own)
+        if in_halves:
+            part, dkv = cudnn_ring.backward(block, shard, query, kv, bounds, rows, source, own)
             return (part if dq is None else dq + part, None), dkv
-        here = shard.local_bounds(start, end, source)
+        here = shard.local_bounds(bounds, source)
         if not (own and both_ends):
-            dq, dkv = spec.backward(query, kv, *here, lse, delta, dout, dq)
+            dq, dkv = block.backend.backward(query, kv, here, rows, block.options, dq=dq)
             return (dq, early), dkv
-        heads, kv = packed.halve_heads(kv)[1 if final else 0]
-        dq, dkv = spec.backward(query, kv, *here, lse, delta, dout, dq, heads=heads)
+        first_half, last_half = halve_heads(kv)
+        heads, kv = last_half if final else first_half
+        dq, dkv = block.backend.backward(query, kv, here, rows, block.options, dq=dq, heads=heads)
         return (dq, None if final else dkv), jnp.concatenate([early, dkv], axis=-2) if final else None
 
-    (dq, _), dkv = rotate(shard, spec.backend.unroll, hop, kv, (None, None), jnp.add, both_ends)
-    dcarry = None if carry is None else carry_gradient(carry, lse, delta, dout)
-    return dq.astype(query.dtype), dkv.astype(kv.dtype), None, None, dcarry
+    (dq, _), dkv = rotate(shard, block.backend.unroll, hop, kv, (None, None), jnp.add, both_ends)
+    return dq, dkv
 
 
-ring.defvjp(_ring_fwd, _ring_bwd)
+# (out in `Block.out_dtype`, float32 lse) of the local queries; bounds are of global key positions.
+ring = differentiable(_forward, _gradients, tie="kv")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax.flash.operands import Bounds
 from ring_jax.layout import Layout
 from ring_jax.mask import Mask
 
@@ -39,14 +40,13 @@ class Shard:
         """Global positions of this rank's local indices, int32 [length / ranks]."""
         return self.layout.positions(self.rank(), self.length, self.ranks)
 
-    def bounds(self, mask: Mask, q_len: int, kv_len: int, query_offset) -> tuple[jax.Array, jax.Array]:
+    def bounds(self, mask: Mask, q_len: int, kv_len: int, query_offset) -> Bounds:
         """Global key bounds of this rank's queries under `mask`, int32 [B or 1, length / ranks] each."""
-        return mask.interval(self.positions(), q_len=q_len, kv_len=kv_len, query_offset=query_offset)
+        return Bounds(*mask.interval(self.positions(), q_len=q_len, kv_len=kv_len, query_offset=query_offset))
 
-    def local_bounds(self, start: jax.Array, end: jax.Array, source: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def local_bounds(self, bounds: Bounds, source: jax.Array) -> Bounds:
         """Global key bounds as bounds on the local key indices of rank `source`."""
-        below = self.layout.count_below
-        return below(start, source, self.length, self.ranks), below(end, source, self.length, self.ranks)
+        return Bounds(*(self.layout.count_below(x, source, self.length, self.ranks) for x in bounds))
 
     def shift(self, tree: T) -> T:
         """Every array of `tree` sent to the next rank of the ring."""

@@ -1,23 +1,32 @@
-"""The strategies by name, and the rule behind strategy="auto".
+"""The strategies by name, and the one place where strategy and backend of a call are chosen.
 
 A strategy is one function, called inside a shard_map that is manual over the context axis:
 
-    strategy(spec, shard, query, kv, start, end, carry) -> (out, lse)
+    strategy(block, shard, query, kv, bounds, carry) -> (out in `block.out_dtype(query)`, float32 lse)
 
-query [B, T/C, N, H] local; kv packed local; start, end int32 [B, T/C] *global* key bounds, monotone;
-carry None or float32 (out, lse) to resume from. To add one: write that function, register it in
+block: what computes (`flash.block.Block`); query [B, T/C, N, H] local; kv packed local; bounds int32 [B, T/C] on *global* key
+positions, monotone; carry None or float32 (out, lse) to resume from. `flash.block.differentiable` makes one of a forward and a
+gradient function. To add one: write that function, register it in
 `STRATEGIES`, add its name to the harness in tests/context.
 """
 
 from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
+from ring_jax._checks import check_choice
+from ring_jax.context import cudnn_ring
 from ring_jax.context.gather import all_gather
 from ring_jax.context.pass_q import pass_q
 from ring_jax.context.ring import ring
-from ring_jax.context.shard import Axis
+from ring_jax.context.shard import Axis, Shard
 from ring_jax.context.ulysses import ring_ulysses, ulysses
+from ring_jax.flash.backends import FixedMask, select
+from ring_jax.flash.block import Block
+from ring_jax.flash.operands import BlockOptions, Partial
 
-STRATEGIES: dict[str, Callable] = {
+StrategyName = Literal["auto", "ring", "pass_q", "all_gather", "ulysses", "ring_ulysses"]
+
+STRATEGIES: dict[str, Callable[..., Partial]] = {
     "ring": ring,
     "pass_q": pass_q,
     "all_gather": all_gather,
@@ -25,17 +34,71 @@ STRATEGIES: dict[str, Callable] = {
     "ring_ulysses": ring_ulysses,
 }
 
-# Up to this many keys per rank, two or three long calls beat several short hops (BUILD_NOTES.md), and up to this many in all
-# every rank can hold them: KV of 8 heads of 128 then takes 1 GiB, and its float32 gradients 2.
+# Up to this many keys per rank, two or three long calls beat several short hops (docs/design/decisions.md), and up to this many in
+# all every rank can hold them: KV of 8 heads of 128 then takes 1 GiB, and its float32 gradients 2.
 _SHORT_SHARD, _GATHERED = 8192, 2**18
 
 
-def check_strategy(strategy: str) -> None:
-    if strategy != "auto" and strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}: expected 'auto' or one of {sorted(STRATEGIES)}")
+def check_strategy(strategy: str, axis: Axis | None = None) -> None:
+    """Raises unless `strategy` is a name that fits the context axis."""
+    check_choice("strategy", strategy, dict.fromkeys((*get_args(StrategyName), *STRATEGIES)))
+    if axis is not None and strategy != "auto" and (strategy == "ring_ulysses") != isinstance(axis, tuple):
+        raise ValueError(
+            f"strategy {strategy!r} does not fit context axis {axis!r}: 'ring_ulysses' takes two mesh axes (outer, inner), "
+            "the others one"
+        )
+
+
+class Choice(NamedTuple):
+    """What runs a call, and why."""
+
+    strategy: str
+    block: Block
+    reason: str
 
 
 def choose(
+    strategy: str,
+    implementation: str | None,
+    keys: Shard,
+    query,
+    kv,
+    options: BlockOptions,
+    fixed_mask: FixedMask | None = None,
+) -> Choice:
+    """Strategy and backend of a call, from the arrays of one rank.
+
+    Args:
+        strategy: a name, or "auto". implementation: a backend's name, or None for the best that runs.
+        keys: where the keys lie. query, kv: of one rank, or their shapes and dtypes.
+        options: of the block.
+        fixed_mask: what the call's mask is known to be, over whole sequences.
+    """
+    reason = "asked for"
+    if strategy == "auto":
+        strategy, reason = choose_strategy(
+            query_len=query.shape[1] * keys.ranks, key_len=keys.length, ranks=keys.ranks, axis=keys.axis,
+            query_heads=query.shape[2], kv_heads=kv.shape[-2], head_size=query.shape[3],
+        )  # fmt: skip
+        ring_mask = _block_mask("ring", keys, query, fixed_mask)
+        if strategy == "all_gather" and ring_mask != _block_mask("all_gather", keys, query, fixed_mask):
+            if select(implementation, query, kv, options, ring_mask).name == "cudnn":
+                strategy, reason = "ring", "cuDNN is the block, which takes no causal mask over gathered keys"
+    backend = select(implementation, query, kv, options, _block_mask(strategy, keys, query, fixed_mask))
+    return Choice(strategy, Block(backend, options), f"{strategy}: {reason}; block {backend.name}")
+
+
+def _block_mask(strategy: str, keys: Shard, query, fixed_mask: FixedMask | None) -> FixedMask | None:
+    """The mask that every block of a strategy sees, where the whole call's is `fixed_mask`."""
+    if fixed_mask != "causal":
+        return fixed_mask
+    natural = keys.ranks == 1 or strategy == "ulysses"
+    same_length = query.shape[1] * keys.ranks == keys.length
+    cut = strategy in ("ring", "ring_ulysses") and cudnn_ring.serves(keys.layout) and same_length
+    return "causal" if natural or cut else None
+
+
+def choose_strategy(
     *, query_len: int, key_len: int, ranks: int, query_heads: int, kv_heads: int, head_size: int, axis: Axis = "context"
 ) -> tuple[str, str]:
     """The strategy that "auto" picks, and the reason in words.
@@ -46,7 +109,7 @@ def choose(
         axis: the context axis; two axes leave only ring_ulysses.
 
     Example:
-        >>> choose(query_len=512, key_len=1 << 20, ranks=8, query_heads=8, kv_heads=8, head_size=128)[0]
+        >>> choose_strategy(query_len=512, key_len=1 << 20, ranks=8, query_heads=8, kv_heads=8, head_size=128)[0]
         'pass_q'
     """
     if isinstance(axis, tuple):

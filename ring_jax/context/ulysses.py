@@ -12,38 +12,38 @@ from jax import lax
 
 from ring_jax.context.ring import ring
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
-from ring_jax.flash.api import Partial, Spec, block
-from ring_jax.flash.packed import seq_axis
+from ring_jax.flash.block import Block, attention_block
+from ring_jax.flash.kv import seq_axis
+from ring_jax.flash.operands import Bounds, Partial
 
 
-def ulysses(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
-    """(out in the query's dtype, float32 lse) of the local queries; start, end are global key bounds."""
-    return _ulysses(spec, shard, None, query, kv, start, end, carry)
+def ulysses(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
+    """(out in `Block.out_dtype`, float32 lse) of the local queries; bounds are of global key positions."""
+    return _ulysses(block, shard, None, query, kv, bounds, carry)
 
 
-def ring_ulysses(spec: Spec, shard: Shard, query, kv, start, end, carry: Partial | None) -> Partial:
+def ring_ulysses(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
     """Ulysses over the inner of two mesh axes, ring over the outer."""
     assert isinstance(shard.axis, tuple)
     outer, inner = shard.axis
     outer_ranks = lax.axis_size(outer)
     inner_ranks = shard.ranks // outer_ranks
     ring_shard = Shard(outer, outer_ranks, shard.layout.coarsen(inner_ranks), shard.length)
-    return _ulysses(spec, Shard(inner, inner_ranks, shard.layout, 0), ring_shard, query, kv, start, end, carry)
+    return _ulysses(block, Shard(inner, inner_ranks, shard.layout, 0), ring_shard, query, kv, bounds, carry)
 
 
-def _ulysses(spec: Spec, heads: Shard, ring_shard: Shard | None, query, kv, start, end, carry):
+def _ulysses(block: Block, heads: Shard, ring_shard: Shard | None, query, kv, bounds, carry) -> Partial:
     check_heads(heads.axis, heads.ranks, query.shape[2], kv.shape[-2])
     to_heads = lambda x: seq_to_axis(x, heads, 2)  # noqa: E731
     to_seq = lambda x: axis_to_seq(x, heads, 2)  # noqa: E731
     # Bounds are per query of the whole sequence now: int32, so gathering them is small.
-    bounds = lax.all_gather(jnp.stack([start, end]), heads.axis, axis=2, tiled=True)
-    start, end = heads.layout.restore(bounds, 2, heads.ranks)
+    gathered = lax.all_gather(jnp.stack(bounds), heads.axis, axis=2, tiled=True)
+    bounds = Bounds(*heads.layout.restore(gathered, 2, heads.ranks))
     kv = seq_to_axis(kv, heads, kv.ndim - 2, seq_axis(kv))
     carry = None if carry is None else (to_heads(carry[0]), to_heads(carry[1]))
-    run = block if ring_shard is None else ring
-    static = (spec,) if ring_shard is None else (spec, ring_shard)
-    out, lse = run(*static, to_heads(query), kv, start, end, carry)
-    return to_seq(out.astype(query.dtype)), to_seq(lse)
+    attend = attention_block if ring_shard is None else ring
+    out, lse = attend(block, ring_shard, to_heads(query), kv, bounds, carry)
+    return to_seq(out.astype(block.out_dtype(query))), to_seq(lse)
 
 
 def check_heads(axis, ranks: int, query_heads: int, kv_heads: int) -> None:

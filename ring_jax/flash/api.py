@@ -1,129 +1,20 @@
-"""`flash_attention`: one attention block over key intervals, with its derivative rule."""
-
-import dataclasses
-import functools
-from typing import Any
+"""`flash_attention`: one attention block over key intervals."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import concrete
 from ring_jax._vma import align
-from ring_jax.flash import parts
-from ring_jax.flash.backends import Backend, check_inputs, select
-from ring_jax.flash.merge import carry_gradient, partial_dtype
-from ring_jax.flash.packed import pack
-
-Partial = tuple[jax.Array, jax.Array]  # (out, lse)
-
-OUT_NAME, LSE_NAME = "ring_jax_out", "ring_jax_lse"
-
-
-def named(out, lse) -> Partial:
-    """Residuals that a remat policy can save by name, so that neither kernel nor ring runs twice. Call it in the
-    forward *rule*: inside the primal function of a custom VJP, policies do not see the names."""
-    return checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """The static part of an attention call: what runs it, and its two scalars."""
-
-    backend: Backend
-    scale: float
-    logits_soft_cap: float | None
-
-    def forward(self, query, kv, start, end, carry, out_dtype=None, heads=None, into=None) -> Partial:
-        """(out, lse) of one block, of keys in parts where bounds are [P, B, T] (`flash.parts`). `heads` and `into`, of backends
-        that take them, as in `flash.backends`."""
-        share = self._share(heads, into=into)
-        if start.ndim == 3 and not self.backend.parts:
-            return parts.forward(self.forward, query, kv, start, end, carry, out_dtype)
-        return self.backend.forward(query, kv, start, end, carry, out_dtype=out_dtype, **share, **self._options)
-
-    def backward(self, query, kv, start, end, lse, delta, dout, dq=None, heads=None) -> Partial:
-        """(dq, dkv) of one block, float32; adds to `dq` where that is given. Keys in parts, and `heads`, as in `forward`."""
-        share = self._share(heads)
-        if start.ndim == 3 and not self.backend.parts:
-            return parts.backward(self.backward, query, kv, start, end, lse, delta, dout, dq)
-        operands, options = (query, kv, start, end, lse, delta, dout), self._options
-        if self.backend.adds:
-            return self.backend.backward(*operands, dq, **share, **options)
-        own, dkv = self.backend.backward(*operands, **options)
-        return own if dq is None else dq + own, dkv
-
-    def _share(self, heads, **more) -> dict[str, Any]:
-        """The options that only backends of shares of the heads take; none for all heads."""
-        if heads is None:
-            assert not any(x is not None for x in more.values())
-            return {}
-        assert self.backend.parts and self.backend.adds, f"{self.backend.name} takes no share of the heads"
-        return {"heads": heads, **more}
-
-    @property
-    def _options(self) -> dict[str, float | None]:
-        return {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap}
-
-
-def make_spec(query, kv, scale, logits_soft_cap, implementation, whole=None, deterministic=None) -> Spec:
-    """Resolve defaults, on the shapes and the device that the block will see; arguments as in `backends.select`."""
-    scale, logits_soft_cap = static_scalars(scale, logits_soft_cap)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return Spec(select(implementation, query, kv, logits_soft_cap, whole, deterministic), scale, logits_soft_cap)
-
-
-def static_scalars(scale, logits_soft_cap) -> tuple[float | None, float | None]:
-    """Both as Python floats (or None); raises ValueError for what is not a number known at trace time."""
-    scale = None if scale is None else _static("scale", scale)
-    if logits_soft_cap is not None:
-        logits_soft_cap = _static("logits_soft_cap", logits_soft_cap)
-        if not 0 < logits_soft_cap < float("inf"):
-            raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
-    return scale, logits_soft_cap
-
-
-def _static(name: str, value) -> float:
-    known = concrete(value)
-    if known is None or known.ndim != 0:
-        raise ValueError(
-            f"{name} must be one number known at trace time, got {value!r}; multiply a traced scale into the query instead"
-        )
-    return float(known)
-
-
-def delta_of(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
-    """delta = rowsum(dO . O) - dLSE, float32 [B, T, N]."""
-    return jnp.sum(dout.astype(dlse.dtype) * out.astype(dlse.dtype), axis=-1) - dlse
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def block(spec: Spec, query, kv, start, end, carry: Partial | None) -> Partial:
-    """One differentiable attention block on packed KV; float32 (out, lse)."""
-    return spec.forward(query, kv, start, end, carry)
-
-
-def _block_fwd(spec, query, kv, start, end, carry):
-    out, lse = named(*spec.forward(query, kv, start, end, carry))
-    return (out, lse), (query, kv, start, end, carry, out, lse)
-
-
-def _block_bwd(spec, saved, cotangents):
-    query, kv, start, end, carry, out, lse = saved
-    dout, dlse = cotangents
-    dcarry = None if carry is None else carry_gradient(carry, lse, delta_of(out, dout, dlse), dout)
-    # Kernels multiply dO in the inputs' dtype: delta must be that of the rounded dO, or what they share does not cancel.
-    dout = dout.astype(query.dtype)
-    dq, dkv = spec.backward(query, kv, start, end, lse, delta_of(out, dout, dlse), dout)
-    return dq.astype(query.dtype), dkv.astype(kv.dtype), None, None, dcarry
-
-
-block.defvjp(_block_fwd, _block_bwd)
+from ring_jax.flash.backends import FixedMask, check_inputs, select
+from ring_jax.flash.block import Block, attention_block
+from ring_jax.flash.kv import pack
+from ring_jax.flash.merge import partial_dtype
+from ring_jax.flash.operands import BlockOptions, Bounds
 
 # Called eagerly a block would compile at every call, operation by operation.
-_jitted_block = jax.jit(block, static_argnums=0)
+_jitted_block = jax.jit(attention_block, static_argnums=(0, 1))
 
 
 def flash_attention(
@@ -179,7 +70,8 @@ def flash_attention(
     S = key.shape[1]
     start, end = _check_bounds(key_start, key_end, B, T, S)
     kv = pack(key, value)
-    spec = make_spec(query, kv, scale, logits_soft_cap, implementation, _whole(key_start, key_end, T, S), deterministic)
+    options = BlockOptions.of_call(query.shape[-1], scale, logits_soft_cap, deterministic)
+    block = Block(select(implementation, query, kv, options, _fixed_mask(key_start, key_end, T, S)), options)
     acc_dtype = partial_dtype(query.dtype)
     if carry is not None:
         out_in, lse_in = carry
@@ -191,11 +83,11 @@ def flash_attention(
     if S == 0 or T == 0:
         return carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
     query, kv, start, end, carry = align(query, kv, start, end, carry)
-    return _jitted_block(spec, query, kv, start, end, carry)
+    return _jitted_block(block, None, query, kv, Bounds(start, end), carry)
 
 
-def _whole(key_start, key_end, T: int, S: int) -> str | None:
-    """Which whole mask the bounds are, where their values are known now."""
+def _fixed_mask(key_start, key_end, T: int, S: int) -> FixedMask | None:
+    """Which fixed mask the bounds are, where their values are known now."""
     start, end = concrete(key_start), concrete(key_end)
     if start is None or end is None or np.any(start > 0):
         return None

@@ -2,88 +2,85 @@
 
 A backend is two functions on one block, without derivative rules of their own:
 
-    forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap, out_dtype) -> (out, lse)
-    backward(query, kv, key_start, key_end, lse, delta, dout[, dq], *, scale, logits_soft_cap) -> (dq, dkv)
+    forward(query, kv, bounds, carry, options, *, out_dtype=None, heads=None, into=None) -> (out, lse)
+    backward(query, kv, bounds, rows, options, *, dq=None, heads=None) -> (dq, dkv)
 
-query [B, T, N, H]; kv packed (`flash.packed`); key_start, key_end int32 [B, T], 0 <= start <= end <= S,
-monotone along T; carry None or float32 (out, lse) to resume from; lse the *final* LSE of all keys
-(-inf rows have zero gradient); delta = rowsum(dO . O) - dLSE; dq, dkv float32. `flash.api` and the
-strategies in `ring_jax.context` put the derivative rules around them.
+query [B, T, N, H]; kv packed (`flash.kv`); `Bounds`, `BlockOptions` and `RowGradients` as in `flash.operands`, bounds between 0
+and S; carry None or float32 (out, lse) to resume from; out and lse float32 unless `out_dtype` says otherwise; dq and dkv
+float32. `flash.block` puts the derivative rule around them.
 
-Backends with `parts` also take keys in P parts: kv with an axis before all others, and bounds [P, B, T], an interval of
-each part. For the others `flash.parts` goes from part to part.
+- Keys in P segments: kv with an axis before all others and bounds [P, B, T], an interval of each segment.
+- `heads`: kv holds a share of the KV heads. `forward` computes the query heads of that share and writes them `into` (out, lse)
+  (None: new arrays, whose other heads are undefined); `backward` adds to those of dq.
+- `dq`: what to add to.
 
-Backends with `takes_halves` (and with `parts` and `adds`, below) also take kv of a share of the KV heads,
-`heads=packed.Heads(first, total)`: `forward` computes the query heads of that share and writes them `into=(out, lse)` (None: new
-arrays, whose other heads are undefined); `backward` adds to those of dq.
-
-To add one: write the two functions, give `unsupported` a reason for what it cannot do, add it to
-`BACKENDS`, and add its name to the harness in tests/flash.
+A backend that only computes one plain block gets the rest from `flash.fallbacks` where it is registered (`_plain`). To add one:
+write the two functions, give `unsupported_reason` a reason for what it cannot do, add it to `BACKENDS`, and add its name to
+the harness in tests/flash.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from ring_jax._checks import check_choice
 from ring_jax.flash import cudnn, reference, xla
-from ring_jax.flash.hopper import backend as mosaic
+from ring_jax.flash.fallbacks import complete_backward, complete_forward
+from ring_jax.flash.hopper import backward_launch, forward_launch, support
+from ring_jax.flash.operands import BlockOptions, Partial
+
+FixedMask = Literal["full", "causal"]
 
 
 @dataclass(frozen=True)
 class Backend:
     name: str
-    forward: Callable
-    backward: Callable
+    forward: Callable[..., Partial]
+    backward: Callable[..., tuple[jax.Array, jax.Array]]
     # Rings of up to this many ranks are unrolled. A kernel is one small op, so unrolling is cheap and lets XLA overlap
     # freely; a block made of XLA loops is large to compile, and CPUs keep all hops' buffers when they are unrolled.
     unroll: int = 2
-    # Why it cannot run these inputs here, or None. Takes (query, kv, logits_soft_cap).
-    unsupported: Callable[[jax.Array, jax.Array, float | None], str | None] = lambda query, kv, logits_soft_cap: None
-    # The mask that it takes the bounds to be: "full", "causal" (from the first position), or None where it reads them.
-    whole: str | None = None
+    # Why it cannot run these inputs here, or None. Takes (query, kv, options).
+    unsupported_reason: Callable[[Any, Any, BlockOptions], str | None] = lambda query, kv, options: None
+    # The mask that it takes the bounds to be ("causal": from the first position), or None where it reads them.
+    fixed_mask: FixedMask | None = None
     # Whether gradients repeat bit by bit, if that is asked for.
-    repeatable: bool = True
-    # Whether `backward` takes dq, float32 [B, T, N, H], to add to.
-    adds: bool = False
-    # Whether both functions take keys in parts.
-    parts: bool = False
-    # Whether both functions take `heads`, and half of all heads keep the device busy. Takes (query, kv).
-    takes_halves: Callable[[jax.Array, jax.Array], bool] = lambda query, kv: False
+    deterministic: bool = True
+    # Whether half of the KV heads at a time keep the device busy. Takes (query, kv).
+    can_split_heads: Callable[[jax.Array, jax.Array], bool] = lambda query, kv: False
 
 
-def _cudnn(whole: str) -> Backend:
-    forward, backward = (functools.partial(f, causal=whole == "causal") for f in (cudnn.forward, cudnn.backward))
-    return Backend("cudnn", forward, backward, unroll=8, unsupported=cudnn.unsupported, whole=whole, repeatable=False)
+def _plain(name: str, forward: Callable, backward: Callable, **properties: Any) -> Backend:
+    """A backend of functions that compute one plain block."""
+    return Backend(name, complete_forward(forward), complete_backward(backward), **properties)
 
 
-# The same kernel for each mask that it knows.
-CUDNN = {whole: _cudnn(whole) for whole in ("full", "causal")}
-
-
-def _mosaic(deterministic: bool | None) -> Backend:
-    backward = functools.partial(mosaic.backward, deterministic=deterministic)
-    return Backend(
-        "mosaic",
-        mosaic.forward,
-        backward,
-        unroll=8,
-        unsupported=mosaic.unsupported,
-        adds=True,
-        parts=True,
-        takes_halves=mosaic.halves_suffice,
+def _cudnn(fixed_mask: FixedMask) -> Backend:
+    forward, backward = (functools.partial(f, causal=fixed_mask == "causal") for f in (cudnn.forward, cudnn.backward))
+    reason = cudnn.unsupported_reason
+    return _plain(
+        "cudnn", forward, backward, unroll=8, unsupported_reason=reason, fixed_mask=fixed_mask, deterministic=False
     )
 
 
-# The same kernels by what is asked of their gradients.
-MOSAIC = {deterministic: _mosaic(deterministic) for deterministic in (None, True, False)}
+# The same kernel for each mask that it knows.
+CUDNN: dict[str, Backend] = {"full": _cudnn("full"), "causal": _cudnn("causal")}
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend("reference", reference.forward, reference.backward),
-    "xla": Backend("xla", xla.forward, xla.backward),
-    "mosaic": MOSAIC[None],
+    "reference": _plain("reference", reference.forward, reference.backward),
+    "xla": _plain("xla", xla.forward, xla.backward),
+    "mosaic": Backend(
+        "mosaic",
+        forward_launch.forward,
+        backward_launch.backward,
+        unroll=8,
+        unsupported_reason=support.unsupported_reason,
+        can_split_heads=support.can_split_heads,
+    ),
     "cudnn": CUDNN["full"],
 }
 
@@ -91,20 +88,15 @@ BACKENDS: dict[str, Backend] = {
 PREFERENCE = ("mosaic", "cudnn", "xla")
 
 
-def why_not(
-    name: str,
-    query: jax.Array,
-    kv: jax.Array,
-    logits_soft_cap: float | None = None,
-    whole: str | None = None,
-    deterministic: bool | None = None,
+def unsupported_reason(
+    name: str, query: Any, kv: Any, options: BlockOptions, fixed_mask: FixedMask | None = None
 ) -> str | None:
     """Why the backend `name` cannot run these inputs under such a mask here, or None; arguments as in `select`."""
     backend = BACKENDS[name]
-    if deterministic and not backend.repeatable:
+    if options.deterministic and not backend.deterministic:
         return "its gradients need not repeat bit by bit, and deterministic=True asks for that"
-    reason = backend.unsupported(query, kv, logits_soft_cap)
-    if reason is None and backend.whole is not None and whole not in CUDNN:
+    reason = backend.unsupported_reason(query, kv, options)
+    if reason is None and backend.fixed_mask is not None and fixed_mask not in CUDNN:
         return (
             "cuDNN reads no key intervals: the mask must be known, while tracing, to be full or causal over a sequence without "
             "padding, and a causal one needs strategy 'ring' (contiguous or two-chunk zigzag) or 'ulysses' where ranks are several"
@@ -113,36 +105,30 @@ def why_not(
 
 
 def select(
-    implementation: str | None,
-    query: jax.Array,
-    kv: jax.Array,
-    logits_soft_cap: float | None = None,
-    whole: str | None = None,
-    deterministic: bool | None = None,
+    implementation: str | None, query: Any, kv: Any, options: BlockOptions, fixed_mask: FixedMask | None = None
 ) -> Backend:
     """The backend that `implementation` names, or the best that runs here for None.
 
-    `whole` is "full" or "causal" where the mask is known to be that, for backends that cannot read bounds.
-    `deterministic`: True for gradients that repeat bit by bit, False for the fastest; None for those that repeat
-    unless that costs more than 10%.
+    Args:
+        implementation: a name of `BACKENDS`, or None.
+        query, kv: arrays, or their shapes and dtypes, as the block will see them.
+        options: of the call.
+        fixed_mask: "full" or "causal" where the mask is known to be that, for backends that cannot read bounds.
 
     Raises:
         ValueError: unknown name.
         NotImplementedError: a named backend cannot run these inputs on this device.
     """
-    if deterministic not in (None, True, False):
-        raise ValueError(f"deterministic must be True, False or None, got {deterministic!r}")
+    check_choice("implementation", implementation, BACKENDS, optional=True)
     if implementation is None:
-        inputs = query, kv, logits_soft_cap, whole, deterministic
-        implementation = next(name for name in PREFERENCE if why_not(name, *inputs) is None)
-    elif implementation not in BACKENDS:
-        raise ValueError(f"unknown implementation {implementation!r}: expected None or one of {sorted(BACKENDS)}")
-    elif (reason := why_not(implementation, query, kv, logits_soft_cap, whole, deterministic)) is not None:
+        inputs = query, kv, options, fixed_mask
+        implementation = next(name for name in PREFERENCE if unsupported_reason(name, *inputs) is None)
+    elif (reason := unsupported_reason(implementation, query, kv, options, fixed_mask)) is not None:
         raise NotImplementedError(
             f"implementation={implementation!r} cannot run here: {reason}. None lets ring_jax choose"
         )
-    backend = MOSAIC[deterministic] if implementation == "mosaic" else BACKENDS[implementation]
-    return backend if backend.whole is None or whole is None else CUDNN[whole]
+    backend = BACKENDS[implementation]
+    return backend if backend.fixed_mask is None or fixed_mask is None else CUDNN[fixed_mask]
 
 
 _DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))

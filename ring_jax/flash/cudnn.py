@@ -1,7 +1,7 @@
 """cuDNN's fused attention as a backend, for masks that are one whole block: full, or causal from the first position.
 
 cuDNN takes no key intervals and no offsets, only such masks, so what a call's mask is must be known while tracing
-(`Backend.whole`). The ring cuts its causal hops into whole halves for it (`ring_jax.context.halves`).
+(`Backend.fixed_mask`). The ring cuts its causal hops into whole halves for it (`ring_jax.context.cudnn_ring`).
 
 `jax.nn.dot_product_attention` returns the LSE rounded and drops its gradient, so this calls the primitives below it,
 which are private to jax: forward with the float32 LSE, and backward from a *given* LSE and output. That backward
@@ -19,17 +19,18 @@ from jax import lax
 
 from ring_jax._device import target
 from ring_jax._vma import pcast_to, varying_axes
+from ring_jax.flash.kv import pack, unpack
 from ring_jax.flash.merge import merge_partials
-from ring_jax.flash.packed import pack, unpack
+from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
 
 # Stands for dO where dO is zero and delta is not: so small that dP and dV do not notice.
 _TINY = 2.0**-60
 _BTNH = 0
 
 
-def unsupported(query: jax.Array, kv: jax.Array, logits_soft_cap: float | None = None) -> str | None:
+def unsupported_reason(query: Any, kv: Any, options: BlockOptions) -> str | None:
     """Why cuDNN cannot run these inputs here, or None."""
-    if logits_soft_cap is not None:
+    if options.logits_soft_cap is not None:
         return "cuDNN has no soft cap for logits"
     if query.dtype != jnp.bfloat16 or kv.dtype != query.dtype:
         return f"needs bfloat16 (delta travels through it, which float16's range does not hold), got {query.dtype}"
@@ -53,26 +54,28 @@ def _device_reason(head_size: int) -> str | None:
     return None
 
 
-def forward(query, kv, key_start, key_end, carry, *, causal: bool, scale, logits_soft_cap=None, out_dtype=None):
+def forward(
+    query, kv, bounds: Bounds, carry: Partial | None, options: BlockOptions, *, causal: bool, out_dtype=None
+) -> Partial:
     """See `flash.backends`; the bounds must say what `causal` says."""
-    del logits_soft_cap
-    axes = varying_axes(query, kv, key_start, key_end, carry)
+    axes = varying_axes(query, kv, bounds, carry)
     key, value = unpack(kv, query.shape[-1])
-    # The barrier is for scans, as in `flash.mosaic`: XLA may clone a call into the write of its residual.
-    out, lse = lax.optimization_barrier(_attend(query, key, value, scale=scale, causal=causal))
+    # The barrier is for scans, as in `flash.hopper.forward_launch`: XLA may clone a call into the write of its residual.
+    out, lse = lax.optimization_barrier(_attend(query, key, value, scale=options.scale, causal=causal))
     out, lse = pcast_to((out.astype(jnp.float32), jnp.moveaxis(lse, 1, 2)), axes)
     if carry is not None:
         out, lse = merge_partials(carry[0], carry[1], out, lse)
     return out.astype(out_dtype or jnp.float32), lse
 
 
-def backward(query, kv, key_start, key_end, lse, delta, dout, *, causal: bool, scale, logits_soft_cap=None):
+def backward(
+    query, kv, bounds: Bounds, rows: RowGradients, options: BlockOptions, *, causal: bool
+) -> tuple[jax.Array, jax.Array]:
     """See `flash.backends`; the bounds must say what `causal` says."""
-    del logits_soft_cap
-    axes = varying_axes(query, kv, key_start, key_end, lse, delta, dout)
+    axes = varying_axes(query, kv, bounds, rows)
     key, value = unpack(kv, query.shape[-1])
-    dout, out = with_row_sum(dout.astype(query.dtype), delta)
-    grads = _pull(query, key, value, jnp.moveaxis(lse, 2, 1), out, dout, scale=scale, causal=causal)
+    dout, out = with_row_sum(rows.dout.astype(query.dtype), rows.delta)
+    grads = _pull(query, key, value, jnp.moveaxis(rows.lse, 2, 1), out, dout, scale=options.scale, causal=causal)
     dq, dk, dv = (x.astype(jnp.float32) for x in grads)
     return pcast_to((dq, pack(dk, dv)), axes)
 

@@ -9,23 +9,24 @@ reference gradients too; `backward` is the block rule that a ring needs, from th
 import jax
 import jax.numpy as jnp
 
+from ring_jax.flash.kv import pack, unpack
 from ring_jax.flash.merge import merge_partials, partial_dtype
-from ring_jax.flash.packed import pack, unpack
+from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _logits(query, key, key_start, key_end, scale, soft_cap):
+def _logits(query, key, bounds: Bounds, options: BlockOptions):
     """Masked logits [B, K, G, T, S], and what the soft cap's derivative needs."""
     dtype = partial_dtype(query.dtype)
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     q_btkgh = query.reshape(B, T, K, N // K, H).astype(dtype)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, key.astype(dtype), precision=_HIGHEST) * scale
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logits = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, key.astype(dtype), precision=_HIGHEST) * options.scale
+    if (cap := options.logits_soft_cap) is not None:
+        logits = cap * jnp.tanh(logits / cap)
     index = jnp.arange(S, dtype=jnp.int32)
-    visible = (index >= key_start[..., None]) & (index < key_end[..., None])
+    visible = (index >= bounds.start[..., None]) & (index < bounds.end[..., None])
     return logits, visible[:, None, None]
 
 
@@ -34,10 +35,10 @@ def _heads_last(x_bkgt):
     return jnp.moveaxis(x_bkgt, 3, 1).reshape(B, T, K * G)
 
 
-def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None, out_dtype=None):
+def forward(query, kv, bounds: Bounds, carry: Partial | None, options: BlockOptions, *, out_dtype=None) -> Partial:
     """One block, see `ring_jax.flash_attention`. kv is packed."""
     key, value = unpack(kv, query.shape[-1])
-    logits, visible = _logits(query, key, key_start, key_end, scale, logits_soft_cap)
+    logits, visible = _logits(query, key, bounds, options)
     some = jnp.any(visible, axis=-1, keepdims=True)
     logits = jnp.where(visible, logits, jnp.finfo(logits.dtype).min)
     lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -51,24 +52,24 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
     return out.astype(out_dtype or out.dtype), lse
 
 
-def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_soft_cap=None):
+def backward(query, kv, bounds: Bounds, rows: RowGradients, options: BlockOptions) -> tuple[jax.Array, jax.Array]:
     """Gradients of one block from the final LSE and delta = rowsum(dO . O) - dLSE; see `flash.backends`."""
     key, value = unpack(kv, query.shape[-1])
-    s, visible = _logits(query, key, key_start, key_end, scale, logits_soft_cap)
+    s, visible = _logits(query, key, bounds, options)
     B, T, N, H = query.shape
     K = key.shape[2]
 
-    def rows(x_btn):
+    def rows_of(x_btn):
         return jnp.moveaxis(x_btn.reshape(B, T, K, N // K), 1, 3)[..., None]
 
-    lse, delta = rows(lse), rows(delta)
+    lse, delta = rows_of(rows.lse), rows_of(rows.delta)
     p = jnp.where(visible, jnp.exp(s - jnp.where(jnp.isneginf(lse), 0, lse)), 0)
-    do_btkgh = dout.reshape(B, T, K, N // K, -1).astype(s.dtype)
+    do_btkgh = rows.dout.reshape(B, T, K, N // K, -1).astype(s.dtype)
     dv = jnp.einsum("bkgts,btkgh->bskh", p, do_btkgh, precision=_HIGHEST)
     ds = p * (jnp.einsum("btkgh,bskh->bkgts", do_btkgh, value.astype(s.dtype), precision=_HIGHEST) - delta)
-    if logits_soft_cap is not None:
-        ds = ds * (1 - (s / logits_soft_cap) ** 2)
+    if (cap := options.logits_soft_cap) is not None:
+        ds = ds * (1 - (s / cap) ** 2)
     q_btkgh = query.reshape(B, T, K, N // K, H).astype(s.dtype)
-    dq = scale * jnp.einsum("bkgts,bskh->btkgh", ds, key.astype(s.dtype), precision=_HIGHEST)
-    dk = scale * jnp.einsum("bkgts,btkgh->bskh", ds, q_btkgh, precision=_HIGHEST)
+    dq = options.scale * jnp.einsum("bkgts,bskh->btkgh", ds, key.astype(s.dtype), precision=_HIGHEST)
+    dk = options.scale * jnp.einsum("bkgts,btkgh->bskh", ds, q_btkgh, precision=_HIGHEST)
     return dq.reshape(query.shape), pack(dk, dv)

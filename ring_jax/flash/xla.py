@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_jax._vma import pcast_to, varying_axes
+from ring_jax.flash.kv import pack, seq_axis, unpack, value_size
 from ring_jax.flash.merge import partial_dtype
-from ring_jax.flash.packed import pack, seq_axis, unpack, value_size
+from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
 
 _BLOCK_Q = 512
 _BLOCK_K = 512
@@ -46,24 +47,24 @@ def _pad_keys(kv, block):
     return jnp.pad(kv, [(0, -kv.shape[axis] % block if a == axis else 0) for a in range(kv.ndim)])
 
 
-def _key_tiles(start, end, block, length):
+def _key_tiles(bounds: Bounds, block, length):
     """[first, last) key tile that any non-empty row of a query tile sees."""
-    some = start < end
-    first = jnp.min(jnp.where(some, start, length)) // block
-    last = (jnp.max(jnp.where(some, end, 0)) + block - 1) // block
+    some = bounds.start < bounds.end
+    first = jnp.min(jnp.where(some, bounds.start, length)) // block
+    last = (jnp.max(jnp.where(some, bounds.end, 0)) + block - 1) // block
     return first, last
 
 
-def _logits(q_btkgh, k_bskh, start, end, offset, scale, soft_cap, acc_dtype):
+def _logits(q_btkgh, k_bskh, bounds: Bounds, offset, options: BlockOptions, acc_dtype):
     """Scaled, capped logits [B, K, G, T, S] of one tile and their visibility."""
     s = jnp.einsum(
         "btkgh,bskh->bkgts", q_btkgh, k_bskh, precision=_precision(q_btkgh.dtype), preferred_element_type=acc_dtype
     )
-    s = s * scale
-    if soft_cap is not None:
-        s = soft_cap * jnp.tanh(s / soft_cap)
+    s = s * options.scale
+    if (cap := options.logits_soft_cap) is not None:
+        s = cap * jnp.tanh(s / cap)
     index = offset + jnp.arange(k_bskh.shape[1], dtype=jnp.int32)
-    visible = (index >= start[..., None]) & (index < end[..., None])
+    visible = (index >= bounds.start[..., None]) & (index < bounds.end[..., None])
     return s, visible[:, None, None]
 
 
@@ -83,7 +84,7 @@ def _merge_heads(x_bkgth):
     return jnp.moveaxis(x_bkgth, 3, 1).reshape(B, T, K * G, H)
 
 
-def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None, out_dtype=None):
+def forward(query, kv, bounds: Bounds, carry: Partial | None, options: BlockOptions, *, out_dtype=None) -> Partial:
     """One block, see `ring_jax.flash_attention`. kv is packed."""
     B, T, N, H = query.shape
     K, Hv = kv.shape[-2], value_size(kv, H)
@@ -91,12 +92,12 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
     acc_dtype = partial_dtype(query.dtype)
     bq, bk = min(_BLOCK_Q, T), min(_BLOCK_K, S)
     kv = _pad_keys(kv, bk)
-    axes = varying_axes(query, kv, key_start, carry)
+    axes = varying_axes(query, kv, bounds, carry)
     if carry is None:
         carry = (jnp.zeros((B, T, N, Hv), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
 
     def q_tile(_, tile):
-        q, start, end, (out_in, lse_in) = tile
+        q, bounds, (out_in, lse_in) = tile
         q_btkgh = _split_heads(q, K)
         empty = jnp.isneginf(lse_in)
         m = _rows(lse_in, K)
@@ -106,7 +107,7 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
         def k_tile(j, state):
             m, l, acc = state
             k, v = unpack(lax.dynamic_slice_in_dim(kv, j * bk, bk, seq_axis(kv)), H)
-            s, visible = _logits(q_btkgh, k, start, end, j * bk, scale, logits_soft_cap, acc_dtype)
+            s, visible = _logits(q_btkgh, k, bounds, j * bk, options, acc_dtype)
             s = jnp.where(visible, s, -jnp.inf)
             m_new = jnp.maximum(m, jnp.max(s, axis=-1, keepdims=True))
             m_safe = jnp.where(jnp.isneginf(m_new), 0, m_new)
@@ -120,19 +121,19 @@ def forward(query, kv, key_start, key_end, carry, *, scale, logits_soft_cap=None
             )
             return m_new, l * shrink + jnp.sum(p, axis=-1, keepdims=True), acc * shrink + pv
 
-        first, last = _key_tiles(start, end, bk, S)
+        first, last = _key_tiles(bounds, bk, S)
         m, l, acc = lax.fori_loop(first, last, k_tile, pcast_to((m, l, acc), axes))
         none = l == 0
         out = jnp.where(none, 0, acc / jnp.where(none, 1, l))
         lse = jnp.where(none, -jnp.inf, m + jnp.log(jnp.where(none, 1, l)))
         return None, (_merge_heads(out).astype(out_dtype or acc_dtype), _merge_heads(lse)[..., 0])
 
-    tiles = jax.tree.map(functools.partial(_tiles, block=bq), (query, key_start, key_end, carry))
+    tiles = jax.tree.map(functools.partial(_tiles, block=bq), (query, bounds, carry))
     _, (out, lse) = lax.scan(q_tile, None, tiles)
     return _untile(out, T), _untile(lse, T)
 
 
-def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_soft_cap=None):
+def backward(query, kv, bounds: Bounds, rows: RowGradients, options: BlockOptions) -> tuple[jax.Array, jax.Array]:
     """Gradients of one block from the final LSE and delta = rowsum(dO . O) - dLSE; see `flash.backends`."""
     B, T, N, H = query.shape
     K = kv.shape[-2]
@@ -141,34 +142,34 @@ def backward(query, kv, key_start, key_end, lse, delta, dout, *, scale, logits_s
     bq, bk = min(_BLOCK_Q, T), min(_BLOCK_K, S)
     kv_padded = _pad_keys(kv, bk)
     axis = seq_axis(kv)
-    axes = varying_axes(query, kv, key_start, lse, delta, dout)
+    axes = varying_axes(query, kv, bounds, rows)
     einsum = functools.partial(jnp.einsum, precision=_precision(query.dtype), preferred_element_type=acc_dtype)
 
     def q_tile(dkv, tile):
-        q, start, end, lse, delta, do = tile
+        q, bounds, (lse, delta, do) = tile
         q_btkgh, do_btkgh = _split_heads(q, K), _split_heads(do.astype(q.dtype), K)
         lse, delta = _rows(jnp.where(jnp.isneginf(lse), 0, lse), K), _rows(delta, K)
 
         def k_tile(j, state):
             dq, dkv = state
             k, v = unpack(lax.dynamic_slice_in_dim(kv_padded, j * bk, bk, axis), H)
-            s, visible = _logits(q_btkgh, k, start, end, j * bk, scale, logits_soft_cap, acc_dtype)
+            s, visible = _logits(q_btkgh, k, bounds, j * bk, options, acc_dtype)
             p = jnp.where(visible, jnp.exp(jnp.where(visible, s - lse, 0)), 0)
             ds = p * (einsum("btkgh,bskh->bkgts", do_btkgh, v) - delta)
-            if logits_soft_cap is not None:
-                ds = ds * (1 - (s / logits_soft_cap) ** 2)
-            ds = (ds * scale).astype(q.dtype)
+            if (cap := options.logits_soft_cap) is not None:
+                ds = ds * (1 - (s / cap) ** 2)
+            ds = (ds * options.scale).astype(q.dtype)
             dq = dq + einsum("bkgts,bskh->bkgth", ds, k)
             dk = einsum("bkgts,btkgh->bskh", ds, q_btkgh)
             dv = einsum("bkgts,btkgh->bskh", p.astype(q.dtype), do_btkgh)
             old = lax.dynamic_slice_in_dim(dkv, j * bk, bk, axis)
             return dq, lax.dynamic_update_slice_in_dim(dkv, old + pack(dk, dv), j * bk, axis)
 
-        first, last = _key_tiles(start, end, bk, S)
+        first, last = _key_tiles(bounds, bk, S)
         dq = pcast_to(jnp.zeros((B, K, N // K, q.shape[1], H), acc_dtype), axes)
         dq, dkv = lax.fori_loop(first, last, k_tile, (dq, dkv))
         return dkv, _merge_heads(dq)
 
-    tiles = jax.tree.map(functools.partial(_tiles, block=bq), (query, key_start, key_end, lse, delta, dout))
+    tiles = jax.tree.map(functools.partial(_tiles, block=bq), (query, bounds, rows))
     dkv, dq = lax.scan(q_tile, pcast_to(jnp.zeros(kv_padded.shape, acc_dtype), axes), tiles)
     return _untile(dq, T), lax.slice_in_dim(dkv, 0, S, axis=axis)

@@ -8,6 +8,7 @@ else runs between its two all-to-alls, at no extra cost unless rows are padded).
 import math
 from dataclasses import dataclass
 
+from ring_jax._hardware import HOPPER
 from ring_jax.gdn.chunked import CHUNK
 from ring_jax.gdn.mixer import Heads, gathers_input
 from ring_jax.gdn.ranks import GATHER_RANKS
@@ -23,12 +24,12 @@ class Rates:
     Between hosts, or with a kernel on tensor cores, give your own: both favour `state`.
     """
 
-    flops_per_second: float = 4.0e13
-    bytes_per_second: float = 1.5e11
-    seconds_per_collective: float = 3.0e-5
+    flops_per_second: float = HOPPER.float32_flops
+    bytes_per_second: float = HOPPER.gather_bytes_per_s
+    seconds_per_collective: float = HOPPER.seconds_per_collective
 
 
-BETWEEN_HOSTS = Rates(bytes_per_second=2.5e10)  # one 400 Gb/s link to each GPU, half of it used
+BETWEEN_HOSTS = Rates(bytes_per_second=HOPPER.network_bytes_per_s)
 
 
 @dataclass(frozen=True)

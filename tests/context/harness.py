@@ -9,8 +9,6 @@ import numpy as np
 from jax.sharding import AxisType
 
 import ring_jax
-from ring_jax._vma import pcast_to, varying_axes
-from ring_jax.flash import parts
 from ring_jax.layout import as_layout
 from ring_jax.mask import ResolvedMask
 from tests import oracle
@@ -107,54 +105,27 @@ def expected(x, start, end, *, cap=None, gradients=True):
 
 
 def in_shares(backend, asked=None):
-    """`backend` (of keys in one piece) as one that also takes shares of the heads, by slicing. For emulated devices.
+    """`backend` as one that shares of the heads keep busy; what a share leaves undefined is NaN. For emulated devices.
 
     `asked` gets, at every call, "f" or "b" and the first KV head of the share ("" for all of them).
     """
 
-    def of(query, kv, heads, what):
+    def note(what, heads):
         if asked is not None:
             asked.append(what + (str(heads.first) if heads else ""))
-        group = query.shape[2] // (heads.total if heads else kv.shape[-2])
-        first = heads.first * group if heads else 0
-        return slice(first, first + kv.shape[-2] * group)
 
-    def forward(query, kv, start, end, carry, *, heads=None, into=None, out_dtype, **options):
-        mine = of(query, kv, heads, "f")
-        carry = None if carry is None else (carry[0][:, :, mine], carry[1][:, :, mine])
-        one = functools.partial(backend.forward, **options)
-        args = (query[:, :, mine], kv, start, end, carry)
-        if start.ndim == 3:
-            out, lse = parts.forward(lambda *x: one(*x[:-1], out_dtype=x[-1]), *args, out_dtype)
-        else:
-            out, lse = one(*args, out_dtype=out_dtype)
-        if heads is None:
-            return out, lse
-        if into is None:  # undefined where nothing is written
-            shape = (*query.shape[:3], out.shape[-1])
-            into = pcast_to(
-                (jnp.full(shape, jnp.nan, out.dtype), jnp.full(shape[:3], jnp.nan, lse.dtype)), varying_axes(out)
-            )
-        return into[0].at[:, :, mine].set(out), into[1].at[:, :, mine].set(lse)
+    def forward(query, kv, *operands, heads=None, into=None, **options):
+        note("f", heads)
+        out, lse = backend.forward(query, kv, *operands, heads=heads, into=into, **options)
+        if heads is not None and into is None:
+            mine = heads.query_heads(query, kv)
+            others = np.setdiff1d(np.arange(query.shape[2]), np.arange(mine.start, mine.stop))
+            out, lse = out.at[:, :, others].set(jnp.nan), lse.at[:, :, others].set(jnp.nan)
+        return out, lse
 
-    def backward(query, kv, start, end, lse, delta, dout, dq=None, *, heads=None, **options):
-        mine = of(query, kv, heads, "b")
-        one = functools.partial(backend.backward, **options)
-        args = [query[:, :, mine], kv, start, end, *(x[:, :, mine] for x in (lse, delta, dout))]
-        if start.ndim == 3:
-
-            def add(*operands):
-                *operands, before = operands
-                part, dkv = one(*operands)
-                return part if before is None else before + part, dkv
-
-            part, dkv = parts.backward(add, *args)
-        else:
-            part, dkv = one(*args)
-        if heads is None:
-            return part if dq is None else dq + part, dkv
-        dq = pcast_to(jnp.zeros(query.shape, part.dtype), varying_axes(part)) if dq is None else dq
-        return dq.at[:, :, mine].add(part), dkv
+    def backward(*operands, heads=None, **options):
+        note("b", heads)
+        return backend.backward(*operands, heads=heads, **options)
 
     takes = lambda query, kv: kv.shape[-2] > 1  # noqa: E731
-    return dataclasses.replace(backend, forward=forward, backward=backward, adds=True, parts=True, takes_halves=takes)
+    return dataclasses.replace(backend, forward=forward, backward=backward, can_split_heads=takes)

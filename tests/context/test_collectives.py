@@ -17,7 +17,7 @@ import ring_jax
 from ring_jax import ContextParallel
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.flash import backends
-from ring_jax.flash.api import LSE_NAME, OUT_NAME
+from ring_jax.flash.block import LSE_NAME, OUT_NAME
 from tests.context.harness import in_shares, make_mesh
 
 KINDS = "collective-permute|all-gather|all-to-all|reduce-scatter|all-reduce"

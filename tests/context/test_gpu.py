@@ -11,6 +11,7 @@ from ring_jax.bench.flash_forward import relative_error
 from ring_jax.bench.ring import check, draw, make_context, stack
 from ring_jax.flash import backends
 from ring_jax.flash.backends import select
+from ring_jax.flash.operands import BlockOptions
 
 
 @pytest.mark.multi_gpu
@@ -26,9 +27,8 @@ def test_forward_and_gradients_over_all_gpus(strategy, heads, kv_heads, head_siz
 def halves(monkeypatch):
     """The kernels take halves of the heads, also where shards are short."""
     jax.clear_caches()
-    for deterministic, backend in backends.MOSAIC.items():
-        backend = dataclasses.replace(backend, takes_halves=lambda query, kv: True)
-        monkeypatch.setitem(backends.MOSAIC, deterministic, backend)
+    backend = dataclasses.replace(backends.BACKENDS["mosaic"], can_split_heads=lambda query, kv: True)
+    monkeypatch.setitem(backends.BACKENDS, "mosaic", backend)
     yield
     jax.clear_caches()
 
@@ -69,4 +69,4 @@ def test_a_scan_over_layers_gives_what_a_loop_gives(strategy, length):
 def test_hopper_gets_the_mosaic_kernel():
     query, kv = jnp.ones((1, 128, 4, 128), jnp.bfloat16), jnp.ones((2, 1, 128, 4, 128), jnp.bfloat16)
     hopper = jax.devices()[0].compute_capability == "9.0"
-    assert select(None, query, kv).name == ("mosaic" if hopper else "xla")
+    assert select(None, query, kv, BlockOptions(1.0)).name == ("mosaic" if hopper else "xla")

@@ -9,6 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import ring_jax
 from ring_jax.flash.backends import select
+from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat
 from tests.marks import needs_in_place
 
@@ -81,7 +82,8 @@ def test_the_kernel_is_the_default_wherever_it_runs(hopper):
             jax.ShapeDtypeStruct((1, 64, 4, head_size), dtype),
             jax.ShapeDtypeStruct((2, 1, 64, 2, head_size), dtype),
         )
-        return select(None, query, kv, cap).name, select("mosaic", query, kv, cap).name
+        options = BlockOptions(1.0, cap)
+        return select(None, query, kv, options).name, select("mosaic", query, kv, options).name
 
     for case in ((jnp.bfloat16, 128), (jnp.float16, 256), (jnp.bfloat16, 64), (jnp.bfloat16, 128, 30.0)):
         assert chosen(*case) == ("mosaic", "mosaic")
@@ -125,4 +127,4 @@ def test_auto_takes_the_ring_where_cudnn_needs_one(implementation):
 def test_cudnn_does_not_promise_to_repeat(hopper):
     query, kv = jnp.zeros((1, 64, 2, 128), jnp.bfloat16), jnp.zeros((2, 1, 64, 2, 128), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="need not repeat bit by bit"):
-        select("cudnn", query, kv, whole="full", deterministic=True)
+        select("cudnn", query, kv, BlockOptions(1.0, deterministic=True), "full")

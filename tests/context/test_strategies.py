@@ -9,7 +9,7 @@ import pytest
 
 import ring_jax
 from ring_jax.context import gather
-from ring_jax.context.strategies import STRATEGIES, choose
+from ring_jax.context.strategies import STRATEGIES, choose_strategy
 from ring_jax.flash import backends
 from tests import oracle
 from tests.context.harness import expected, in_shares, inputs, make_mesh, run
@@ -78,7 +78,7 @@ def test_halves_of_the_heads_at_a_time(ranks, strategy, kv_heads, short, monkeyp
     turn."""
     jax.clear_caches()
     monkeypatch.setitem(backends.BACKENDS, "in halves", in_shares(backends.BACKENDS["reference"]))
-    monkeypatch.setattr(gather, "_FLOPS_PER_BYTE", 3700 if short else 0)
+    monkeypatch.setattr(gather, "_gathers_in_halves", lambda *_: short)
     x = inputs(B, S, S, 2 * kv_heads, kv_heads, H=8)
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=make_mesh(context=ranks), strategy=strategy)
     for mask in (ring_jax.causal(), ring_jax.Mask()):
@@ -159,7 +159,7 @@ def check_half_precision(heads, dtype, length, documents, causal=(True, False), 
 
 def test_choose_gives_reasons():
     common = {"query_heads": 8, "kv_heads": 8, "head_size": 128}
-    assert choose(query_len=8192, key_len=8192, ranks=4, **common)[0] == "all_gather"
+    assert choose_strategy(query_len=8192, key_len=8192, ranks=4, **common)[0] == "all_gather"
     for ranks, length, name in (
         (1, 8192, "ring"),
         (2, 8192, "ring"),
@@ -168,9 +168,9 @@ def test_choose_gives_reasons():
         (64, 64 * 4096, "all_gather"),
         (64, 64 * 8192, "ring"),
     ):
-        assert choose(query_len=length, key_len=length, ranks=ranks, **common)[0] == name
-    assert choose(query_len=1 << 20, key_len=1 << 20, ranks=8, **common)[0] == "ring"
-    name, reason = choose(query_len=1024, key_len=1 << 20, ranks=8, **common)
+        assert choose_strategy(query_len=length, key_len=length, ranks=ranks, **common)[0] == name
+    assert choose_strategy(query_len=1 << 20, key_len=1 << 20, ranks=8, **common)[0] == "ring"
+    name, reason = choose_strategy(query_len=1024, key_len=1 << 20, ranks=8, **common)
     assert name == "pass_q" and "bytes of KV" in reason
-    assert choose(query_len=64, key_len=64, ranks=4, axis=("a", "b"), **common)[0] == "ring_ulysses"
+    assert choose_strategy(query_len=64, key_len=64, ranks=4, axis=("a", "b"), **common)[0] == "ring_ulysses"
     assert set(STRATEGIES) == {*SINGLE_AXIS, "ring_ulysses"}

@@ -10,9 +10,11 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import ring_jax
-from ring_jax.flash import backends, cudnn, reference
-from ring_jax.flash.backends import select, why_not
-from ring_jax.flash.packed import pack
+from ring_jax.flash import backends, cudnn
+from ring_jax.flash.backends import select, unsupported_reason
+from ring_jax.flash.kv import pack
+from ring_jax.flash.operands import BlockOptions
+from tests.flash.calls import flat_backward, flat_forward, reference_backward, reference_forward
 
 CASES = [("full", "zigzag"), ("causal", "zigzag"), ("causal", "contiguous")]
 
@@ -41,20 +43,20 @@ def stand_in(monkeypatch):
 
     def attend(query, key, value, *, scale, causal):
         rows = bounds("causal" if causal else "full", query.shape[1], key.shape[1])
-        out, lse = reference.forward(query, pack(key, value), *rows, None, scale=scale)
+        out, lse = reference_forward(query, pack(key, value), *rows, None, scale=scale)
         return out.astype(query.dtype), jnp.moveaxis(lse, 2, 1)
 
     def pull(query, key, value, lse, out, dout, *, scale, causal):
         rows = bounds("causal" if causal else "full", query.shape[1], key.shape[1])
         delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
         kv = pack(key, value)
-        dq, dkv = reference.backward(query, kv, *rows, jnp.moveaxis(lse, 1, 2), delta, dout, scale=scale)
+        dq, dkv = reference_backward(query, kv, *rows, jnp.moveaxis(lse, 1, 2), delta, dout, scale=scale)
         return tuple(x.astype(query.dtype) for x in (dq, *dkv))
 
     monkeypatch.setattr(cudnn, "_attend", attend)
     monkeypatch.setattr(cudnn, "_pull", pull)
     for whole, backend in list(backends.CUDNN.items()):
-        able = dataclasses.replace(backend, unsupported=lambda query, kv, cap: None)
+        able = dataclasses.replace(backend, unsupported_reason=lambda query, kv, options: None)
         monkeypatch.setitem(backends.CUDNN, whole, able)
     monkeypatch.setitem(backends.BACKENDS, "cudnn", backends.CUDNN["full"])
 
@@ -77,7 +79,7 @@ def compare_ring(ranks, whole, layout, strategy, devices, length=64, heads=(4, 2
     def theirs(*x):
         rows = bounds(whole, length, length)
         query, key, value = (a.astype(jnp.float32) for a in x)
-        return reference.forward(query, pack(key, value), *rows, None, scale=head_size**-0.5)
+        return reference_forward(query, pack(key, value), *rows, None, scale=head_size**-0.5)
 
     @functools.partial(jax.jit, static_argnums=0)
     def everything(f, *x):
@@ -109,7 +111,7 @@ def test_says_when_a_mask_is_not_known_to_be_whole(monkeypatch):
     stand_in(monkeypatch)
     x = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
     kv = jnp.zeros((2, 1, 8, 2, 16), jnp.bfloat16)
-    assert select("cudnn", x, kv, whole="causal").whole == "causal"
+    assert select("cudnn", x, kv, BlockOptions(1.0), "causal").fixed_mask == "causal"
     with pytest.raises(NotImplementedError, match="full or causal"):
         ring_jax.flash_attention(x, x, x, jnp.zeros(8, int), jnp.full(8, 5), implementation="cudnn")
     jax.eval_shape(
@@ -119,9 +121,8 @@ def test_says_when_a_mask_is_not_known_to_be_whole(monkeypatch):
 
 def test_says_what_it_cannot_do():
     def reason(shape, dtype=jnp.bfloat16, cap=None):
-        return why_not(
-            "cudnn", jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((2, *shape), dtype), cap, "full"
-        )
+        query, kv = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((2, *shape), dtype)
+        return unsupported_reason("cudnn", query, kv, BlockOptions(1.0, cap), "full")
 
     with on_hopper():
         assert reason((1, 8, 2, 64)) is None
@@ -139,10 +140,11 @@ def on_hopper():
 @pytest.mark.parametrize("whole", ["full", "causal"])
 def test_lowers_for_cuda(whole):
     backend = backends.CUDNN[whole]
+    forward, backward = flat_forward(backend.forward), flat_backward(backend.backward)
 
     def both(query, kv, start, end, lse, dout):
-        out, lse_ = backend.forward(query, kv, start, end, (jnp.zeros(query.shape), lse), scale=0.1)
-        return out, backend.backward(query, kv, start, end, lse_, lse, dout, scale=0.1)
+        out, lse_ = forward(query, kv, start, end, (jnp.zeros(query.shape), lse), scale=0.1)
+        return out, backward(query, kv, start, end, lse_, lse, dout, scale=0.1)
 
     like = jax.ShapeDtypeStruct
     query, rows = like((2, 64, 4, 64), jnp.bfloat16), like((2, 64), jnp.int32)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES
+from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat
 
 LOG2E = math.log2(math.e)
@@ -140,10 +141,10 @@ class Problem:
     Hv: int
     flat: bool
     dtype: jnp.dtype
-    scale: float
-    soft_cap: float | None
+    options: BlockOptions
     config: BackwardConfig
-    parts: int = 1
+    segments: int = 1
+    fused: bool = False  # one kernel that adds dq in memory, not two
     # Programs of dkv and fused that share a KV tile, each with its share of the query heads; they add to zeros.
     split: int = 1
     # N counts the query heads that share the K heads here; the arrays of queries may hold others around them.
@@ -177,11 +178,11 @@ class Problem:
         return (self._packed_row(b) + self.B, rows, head, pl.ds(0, self.Hv))
 
     def _packed_row(self, b):
-        return b if self.parts == 1 else b + lax.div(b, self.B) * self.B
+        return b if self.segments == 1 else b + lax.div(b, self.B) * self.B
 
     def query_batch(self, b):
-        """The batch entry whose queries see the keys of `b`, which counts batch entries part by part."""
-        return b if self.parts == 1 else lax.rem(b, self.B)
+        """The batch entry whose queries see the keys of `b`, which counts batch entries segment by segment."""
+        return b if self.segments == 1 else lax.rem(b, self.B)
 
 
 class Value:
@@ -238,12 +239,12 @@ def softmax(problem, s, lse, visible, *, mask_first=False):
     `visible(x, hidden)` puts `hidden` where x is masked. With `mask_first` before exp2: its branch then does not part exp2
     from the instructions that can run while exp2's unit is busy.
     """
-    if problem.soft_cap is None:
-        factor, derivative = problem.scale * LOG2E, None
+    if problem.options.logits_soft_cap is None:
+        factor, derivative = problem.options.scale * LOG2E, None
     else:
         # tanh from exp2: the hardware's tanh is good to 5e-4 only, too coarse once multiplied by the cap.
-        s = 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2.0 * LOG2E * problem.scale / problem.soft_cap)))
-        factor, derivative = problem.soft_cap * LOG2E, 1.0 - s * s
+        s = 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2.0 * LOG2E * problem.options.scale / problem.options.logits_soft_cap)))
+        factor, derivative = problem.options.logits_soft_cap * LOG2E, 1.0 - s * s
     if mask_first:
         s = visible(s, -jnp.inf)
         return jnp.exp2(s * factor - lse()), derivative

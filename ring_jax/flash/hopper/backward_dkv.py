@@ -65,7 +65,7 @@ def dkv(problem, query, kv, dout, stats, bounds, table, into=None):
         name="flash_backward_dkv",
         out_type=(output,) if into is None else (),
         scratch=scratch,
-        grid=(problem.K * problem.split * problem.parts * problem.B * tiles,),
+        grid=(problem.K * problem.split * problem.segments * problem.B * tiles,),
         grid_names=("program",),
         num_threads=WGS + 1,
         thread_name="wg",
@@ -76,7 +76,7 @@ def dkv(problem, query, kv, dout, stats, bounds, table, into=None):
 def _body(problem, tiles, query, kv, dout, stats, bounds, table, dkv_ref, *, kv_full, **scratch):
     by_role = splits_by_role(problem.H, problem.Hv)
     wg = lax.axis_index("wg")
-    b, head, tile = program(problem.parts * problem.B, problem.K * problem.split, tiles, descending=False)
+    b, head, tile = program(problem.segments * problem.B, problem.K * problem.split, tiles, descending=False)
     kv_head = problem.kv_head(head)
     span = span_of(table, b, tile)
     pieces = 1 if by_role else WGS
@@ -300,7 +300,7 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
         dv, dk = lax.cond(total > 0, pipeline, lambda *x: x, *zeros)
     else:
         dv, dk = _fold_queries(problem, span, in_turn, 0, tuple(zeros))
-    store(Value(dk), problem.scale, staging.at[wg], dk_target, add=problem.split > 1)
+    store(Value(dk), problem.options.scale, staging.at[wg], dk_target, add=problem.split > 1)
     store(Value(dv), 1.0, staging.at[wg], dv_target, add=problem.split > 1)
 
 
@@ -372,6 +372,6 @@ def _dk_role(problem, span, row, target, *, v_smem, q_smem, do_smem, stats_smem,
             plgpu.barrier_arrive(q_consumed.at[slot])
 
         _walk_queries(problem, span, step, dk_acc)
-        store(dk_acc, problem.scale, staging.at[1], target, add=problem.split > 1)
+        store(dk_acc, problem.options.scale, staging.at[1], target, add=problem.split > 1)
 
     accumulate(walk, (ROWS, problem.H))

@@ -29,7 +29,7 @@ def dq(problem, query, kv, dout, stats, bounds, table, total=None):
     wgs = config.warpgroups_dq
     operands = query, kv, dout, stats, bounds, table
     output = compat.output_like(query.shape, jnp.float32, *operands[:5])
-    tiles = table.shape[1]  # [B, tiles, ...] with and without parts
+    tiles = table.shape[1]  # [B, tiles, ...] with and without segments
     key_slots, value_slots = config.slots_of_dq
     slots = (
         compat.tiled_smem((key_slots, config.block_kv_dq, H), problem.dtype),
@@ -80,8 +80,8 @@ def _body(problem, tiles, add, query, kv, dout, stats, bounds, table, dq_ref, *,
         plgpu.copy_gmem_to_smem(dout.at[b, rows, head], do, rows_full.at[wg])
         lse, delta = (compat.load(stats.at[b, head, i, rows], ROW) for i in range(2))
 
-        def bounds_in(part):
-            at = b if part is None else part * problem.B + b
+        def bounds_in(segment):
+            at = b if segment is None else segment * problem.B + b
             return tuple(compat.load(bounds.at[at, i, rows], ROW) for i in range(2))
 
         view = _enter(visits, bounds_in, 0)
@@ -91,7 +91,13 @@ def _body(problem, tiles, add, query, kv, dout, stats, bounds, table, dq_ref, *,
         # The staging buffer reuses the slots, and the other warpgroup may still read them.
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
-        store(Value(acc), problem.scale, staging.at[wg], lambda columns: dq_ref.at[b, rows, head, columns], add=add)
+        store(
+            Value(acc),
+            problem.options.scale,
+            staging.at[wg],
+            lambda columns: dq_ref.at[b, rows, head, columns],
+            add=add,
+        )
 
     @pl.when(wg == wgs)
     def _memory():
@@ -100,11 +106,11 @@ def _body(problem, tiles, add, query, kv, dout, stats, bounds, table, dq_ref, *,
 
 
 class _Visits:
-    """The KV tiles of one query tile, part by part; parts of which it sees no key are not in the table."""
+    """The KV tiles of one query tile, segment by segment; segments of which it sees no key are not in the table."""
 
     def __init__(self, problem, table, b, tile):
         self._at = lambda *index: table[(b, tile, *index)]
-        self._one = problem.parts == 1
+        self._one = problem.segments == 1
         if self._one:
             self._span = tuple(self._at(i) for i in range(4))
             self.total = self._span[1] - self._span[0]
@@ -112,7 +118,7 @@ class _Visits:
             self.total, self._count = (self._at(0, i) for i in range(2))
 
     def __getitem__(self, n):
-        """(first tile, last tile, [u, v) without mask), part or None."""
+        """(first tile, last tile, [u, v) without mask), segment or None."""
         if self._one:
             return self._span, None
         return tuple(self._at(n + 1, i) for i in range(4)), self._at(n + 1, 4)
@@ -137,8 +143,8 @@ class _Visits:
 
 def _enter(visits, bounds_in, n):
     """What the steps of visit n need: tiles, and the bounds of the rows."""
-    span, part = visits[n]
-    return span, bounds_in(part)
+    span, segment = visits[n]
+    return span, bounds_in(segment)
 
 
 def _rows_of_queries(problem, visits, operands, k_slots, v_slots, *, k_full, k_consumed, v_full, v_consumed):
@@ -186,7 +192,7 @@ def _load_keys(problem, visits, b, kv_head, kv, k_slots, v_slots, *, k_full, k_c
     )
 
     def load(t, j, visit, _):
-        part = visit[1]
+        segment = visit[1]
         keys = pl.ds(j * block, block)
         for count, (at, slots, full, consumed) in zip(problem.config.slots_of_dq, rings, strict=True):
             slot = ring_slot(t, count)
@@ -195,7 +201,7 @@ def _load_keys(problem, visits, b, kv_head, kv, k_slots, v_slots, *, k_full, k_c
             def _(slot=slot, consumed=consumed):
                 plgpu.barrier_wait(consumed.at[slot])
 
-            row = b if part is None else part * problem.B + b
+            row = b if segment is None else segment * problem.B + b
             plgpu.copy_gmem_to_smem(kv.at[at(row, keys, kv_head)], slots.at[slot], full.at[slot])
 
     visits.fold(visits[0], visits.__getitem__, load, None)

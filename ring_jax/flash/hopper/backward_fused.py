@@ -69,7 +69,7 @@ def fused(problem, query, kv, dout, stats, bounds, table, dq, into=None):
             ds_full=plgpu.Barrier(num_arrivals=WGS, num_barriers=2),
             ds_consumed=plgpu.Barrier(num_barriers=2),
         ),
-        grid=(problem.K * problem.split * problem.parts * problem.B * tiles,),
+        grid=(problem.K * problem.split * problem.segments * problem.B * tiles,),
         grid_names=("program",),
         num_threads=WGS + 1,
         thread_name="wg",
@@ -100,7 +100,7 @@ def _body(
     **scratch,
 ):
     wg = lax.axis_index("wg")
-    b, head, tile = program(problem.parts * problem.B, problem.K * problem.split, tiles, descending=False)
+    b, head, tile = program(problem.segments * problem.B, problem.K * problem.split, tiles, descending=False)
     kv_head = problem.kv_head(head)
     span = span_of(table, b, tile)
     first_row = tile * (WGS * ROWS)
@@ -159,7 +159,7 @@ def _body(
                         )
                     return acc[...]
 
-                tile_dq = pl.run_scoped(product, plgpu.ACC((ROWS, _COLUMNS), jnp.float32)) * problem.scale
+                tile_dq = pl.run_scoped(product, plgpu.ACC((ROWS, _COLUMNS), jnp.float32)) * problem.options.scale
                 if piece == pieces[-1]:
                     plgpu.barrier_arrive(ds_consumed.at[buffer])
                     load_next(t + problem.config.stages)

@@ -22,6 +22,7 @@ Tiles outside the interval of keys that their rows see are never visited; only t
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -29,7 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ring_jax.flash import packed
+from ring_jax._arrays import pad_to, round_up
+from ring_jax._hardware import HOPPER
+from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.hopper import backward_fused
 from ring_jax.flash.hopper.backward_common import (
     LOG2E,
@@ -42,60 +45,37 @@ from ring_jax.flash.hopper.backward_common import (
 )
 from ring_jax.flash.hopper.backward_dkv import dkv as dkv_kernel
 from ring_jax.flash.hopper.backward_dq import dq as dq_kernel
+from ring_jax.flash.kv import HeadSlice, check_heads, fold_segments, value_size
+from ring_jax.flash.operands import BlockOptions, Bounds, RowGradients
 from ring_jax.mosaic import compat, in_place
 
-# Thread blocks that keep the 132 multiprocessors of an H200 evenly busy, and that come near to giving each one.
-_PROGRAMS, _ONE_EACH = 3 * 132, 128
-
-
-def unsupported_reason(query, kv, *, heads=None, **_) -> str | None:
-    """Why `backward` cannot run on these shapes and dtypes, or None. Says nothing of the device."""
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or kv.dtype != query.dtype:
-        return (
-            f"the Hopper backward takes bfloat16 or float16 query and KV of one dtype, got {query.dtype} and {kv.dtype}"
-        )
-    H = query.shape[-1]
-    Hv = packed.value_size(kv, H)
-    if H % 64 or Hv % 64 or not (64 <= H <= 256 and 64 <= Hv <= 256):
-        return f"the Hopper backward takes head sizes 64, 128, 192 and 256, got {H} and {Hv}: pad them with zeros"
-    if query.shape[2] % (kv_heads := heads.total if heads else kv.shape[-2]):
-        return f"{query.shape[2]} query heads cannot share {kv_heads} KV heads"
-    if 0 in query.shape or 0 in kv.shape:
-        return "the Hopper backward takes no empty arrays"
-    return None
+# Thread blocks that keep all multiprocessors evenly busy.
+_PROGRAMS = 3 * HOPPER.multiprocessors
+_HEAD_MULTIPLE = 64  # what TMA and wgmma take
 
 
 def backward(
     query: jax.Array,
     kv: jax.Array,
-    key_start: jax.Array,
-    key_end: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    dout: jax.Array,
-    dq: jax.Array | None = None,
+    bounds: Bounds,
+    rows: RowGradients,
+    options: BlockOptions,
     *,
-    scale: float,
-    logits_soft_cap: float | None = None,
-    deterministic: bool | None = None,
-    heads: packed.Heads | None = None,
+    dq: jax.Array | None = None,
+    heads: HeadSlice | None = None,
     config: BackwardConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of one attention block from the final LSE.
+    """Gradients of one attention block from the final LSE; the contract of `flash.backends`.
 
     Args:
-        query: [B, T, N, H] bfloat16 or float16.
+        query: [B, T, N, H] bfloat16 or float16, head sizes from 1 to 256 (padded to multiples of 64, which costs copies).
         kv: packed [2, B, S, K, H], or flat [B, S, K, H + Hv] where the value's head size differs.
-        key_start, key_end: int32 [B, T]; row t sees the keys start <= s < end; non-decreasing along T. Or [P, B, T] of keys
-            in P parts, which kv has as an axis before all others: a row sees an interval of each part.
-        lse: [B, T, N] float32, natural logarithm; -inf on rows that see nothing.
-        delta: [B, T, N] float32, rowsum(dO . O) - dLSE.
-        dout: [B, T, N, Hv], the query's dtype.
+        bounds: int32 [B, T]; row t sees the keys start <= s < end; non-decreasing along T. Or [P, B, T] of keys
+            in P segments, which kv has as an axis before all others: a row sees an interval of each segment.
+        rows: lse and delta float32 [B, T, N], dout [B, T, N, Hv].
+        options: scale, soft cap, and whether gradients must repeat bit by bit. The fused form, which does not repeat, needs
+            jax 0.11.
         dq: [B, T, N, H] float32 to add to, the sum over a ring's hops so far.
-        scale: factor of the logits.
-        logits_soft_cap: cap, for cap * tanh(logits / cap).
-        deterministic: True for gradients that repeat bit by bit, False for the fastest, None for those that repeat
-            unless that costs more than 10%. The fused form, which does not repeat, needs jax 0.11.
         heads: which KV heads `kv` holds, where those are not all: only the query heads that share them get gradients, dq
             of the others is 0 (or what it was).
         config: tile sizes; None takes `default_config`. A `fused` one is followed where the fused form can run
@@ -105,67 +85,104 @@ def backward(
         dq [B, T, N, H] and dkv like kv, both float32. Rows that see nothing get zeros (or what they had in dq).
 
     Raises:
-        NotImplementedError: see `unsupported_reason`.
         ValueError: the config does not fit; heads that are not all there.
     """
-    packed.check_heads(kv, heads)
-    kv_shape = kv.shape
-    kv, bounds, parts = packed.fold_parts(kv, (key_start, key_end))
-    # For kernels, bounds and tables each part is as many batch entries.
-    key_start, key_end = (x.reshape(-1, query.shape[1]) for x in bounds)
-    if (reason := unsupported_reason(query, kv, heads=heads)) is not None:
-        raise NotImplementedError(reason)
-    length, kv_length = query.shape[1], kv.shape[-3]
-    query, lse, delta, dout = (_to_eight(x, 1) for x in (query, lse, delta, dout))
-    key_start, key_end = (_to_eight(x, 1, mode="edge") for x in (key_start, key_end))
-    kv = _to_eight(kv, kv.ndim - 3)
-    B, T, N, H = query.shape
-    S, K = kv.shape[-3:-1]
-    Hv = packed.value_size(kv, H)
-    config = config or default_config(H, Hv, deterministic=deterministic)
-    config.check(H, Hv)
-    dtype = jnp.dtype(query.dtype)
+    check_heads(kv, heads)
+    # `plgpu.kernel` forgets over which manual mesh axes its outputs vary.
+    axes = varying_axes(query, kv, bounds, rows, dq)
+    shapes = query.shape, kv.shape, rows.dout.shape[-1]
+    with jax.enable_x64(False):  # kernels compute indices in int32
+        problem, operands, bounds, dq = _prepare(query, kv, bounds, rows, options, dq, heads, config)
+        dq, dkv = _launch(problem, operands, bounds, dq, some_heads=heads is not None)
+        dq, dkv = _cut(problem, dq, dkv, *shapes)
+    return pcast_to((dq, dkv), axes)
+
+
+class _Operands(NamedTuple):
+    """Arrays as the kernels read them, beside their tables."""
+
+    query: jax.Array
+    kv: jax.Array
+    dout: jax.Array
+    stats: jax.Array
+    bounds: jax.Array
+
+
+def _prepare(query, kv, bounds, rows, options, dq, heads, config):
+    """(what is static, the kernels' operands, bounds, dq): segments folded into the batch, sizes padded to what TMA and wgmma
+    take."""
+    kv, bounds, segments = fold_segments(kv, bounds)
+    # For kernels, bounds and tables each segment is as many batch entries.
+    start, end = (x.reshape(-1, query.shape[1]) for x in bounds)
+    length, (H, Hv) = query.shape[1], (query.shape[-1], value_size(kv, query.shape[-1]))
+    kv = _pad_kv(kv, H, Hv)
+    H, Hv = round_up(H, _HEAD_MULTIPLE), round_up(Hv, _HEAD_MULTIPLE)
+    T = round_up(length, 8)  # TMA reads tiles of 8 rows
+    query, dout = pad_to(pad_to(query, -1, H), 1, T), pad_to(pad_to(rows.dout, -1, Hv), 1, T)
+    lse, delta = pad_to(rows.lse, 1, T), pad_to(rows.delta, 1, T)
+    start, end = pad_to(start, 1, T, "edge"), pad_to(end, 1, T, "edge")
+    kv = pad_to(kv, -3, round_up(kv.shape[-3], 8))
     # A padded row sees nothing.
-    key_start = jnp.where(jnp.arange(T) < length, key_start, key_end) if T != length else key_start
+    start = jnp.where(jnp.arange(T) < length, start, end) if T != length else start
+    config = config or default_config(H, Hv, deterministic=options.deterministic)
+    config.check(H, Hv)
+    (B, _, N, _), (S, K) = query.shape, kv.shape[-3:-1]
     first, total = heads or (0, K)
-    group = N // total
-    problem = Problem(B, T, S, K * group, K, H, Hv, kv.ndim == 4, dtype, float(scale), logits_soft_cap, config, parts)
-    fused = config.fused and not deterministic and backward_fused.unsupported_reason(H, Hv, config.block_q_dkv) is None
-    problem = dataclasses.replace(problem, split=_split(problem, fused), first_head=first * group)
-    rows = _prepare_rows(problem, key_start, key_end, lse, delta)
-    operands = (query, kv.reshape(-1, S, K, kv.shape[-1]), dout.astype(dtype), *rows)
-    table = _dkv_table(problem, key_start, key_end)
-    if dq is not None:
-        dq = _to_eight(dq, 1)
-    elif fused or heads is not None:
-        dq = jnp.zeros(query.shape, jnp.float32)
-    if fused:
-        dq, into = _zeros_to_share(problem, operands[1], dq)
-        dq, dkv = backward_fused.fused(problem, *operands, table, dq, into)
+    group, dtype = N // total, jnp.dtype(query.dtype)
+    problem = Problem(B, T, S, K * group, K, H, Hv, kv.ndim == 4, dtype, options, config, segments)
+    fused = config.fused and not options.deterministic
+    fused = fused and backward_fused.unsupported_reason(H, Hv, config.block_q_dkv) is None
+    problem = dataclasses.replace(problem, fused=fused, split=_split(problem, fused), first_head=first * group)
+    stats_and_bounds = _prepare_rows(problem, start, end, lse, delta)
+    dq = None if dq is None else pad_to(pad_to(dq, -1, H), 1, T)
+    operands = _Operands(query, kv.reshape(-1, S, K, kv.shape[-1]), dout.astype(dtype), *stats_and_bounds)
+    return problem, operands, Bounds(start, end), dq
+
+
+def _launch(problem, operands: _Operands, bounds: Bounds, dq, *, some_heads: bool):
+    """(dq, dkv) of padded sizes. With `some_heads` dq also holds heads that are not worked on here."""
+    table = _dkv_table(problem, *bounds)
+    if dq is None and (problem.fused or some_heads):
+        dq = jnp.zeros(operands.query.shape, jnp.float32)
+    if problem.fused:
+        dq, into = _zeros_to_share(problem, operands.kv, dq)
+        return backward_fused.fused(problem, *operands, table, dq, into)
+    table_dq = _dq_table(problem, *bounds)
+    operands_dq = (*operands, table_dq if problem.segments == 1 else _dq_visits(problem, table_dq))
+    if _adds_in_memory():
+        dq = dq_kernel(problem, *operands_dq, dq)
     else:
-        table_dq = _dq_table(problem, key_start, key_end)
-        operands_dq = (*operands, table_dq if parts == 1 else _dq_visits(problem, table_dq))
-        if _adds_in_memory():
-            dq = dq_kernel(problem, *operands_dq, dq)
+        part = dq_kernel(problem, *operands_dq)
+        if some_heads:  # of the others it is undefined
+            mine = slice(problem.first_head, problem.first_head + problem.N)
+            dq = dq.at[:, :, mine].add(part[:, :, mine])
         else:
-            part = dq_kernel(problem, *operands_dq)
-            if heads is None:
-                dq = part if dq is None else dq + part
-            else:  # of the others it is undefined
-                mine = slice(problem.first_head, problem.first_head + problem.N)
-                dq = dq.at[:, :, mine].add(part[:, :, mine])  # type: ignore[union-attr]
-        dq, into = _zeros_to_share(problem, operands[1], dq)
-        dkv = dkv_kernel(problem, *operands, table, into)
-    dkv = lax.slice_in_dim(dkv.reshape(kv.shape), 0, kv_length, axis=kv.ndim - 3)
-    return lax.slice_in_dim(dq, 0, length, axis=1), dkv.reshape(kv_shape)
+            dq = part if dq is None else dq + part
+    dq, into = _zeros_to_share(problem, operands.kv, dq)
+    return dq, dkv_kernel(problem, *operands, table, into)
 
 
-def halves_suffice(query, kv) -> bool:
-    """Whether half of the KV heads of one block are programs enough for the multiprocessors."""
-    batch, _, heads, H = query.shape
-    kv_len, kv_heads = kv.shape[-3:-1]
-    tiles = pl.cdiv(kv_len, keys_of_a_program(H, packed.value_size(kv, H)))
-    return batch * (kv_heads // 2) * _splits(heads // kv_heads, fused=False)[-1] * tiles >= _ONE_EACH
+def _cut(problem, dq, dkv, query_shape, kv_shape, Hv: int):
+    """dq and dkv without padding, in the shapes that the caller knows."""
+    H, S = query_shape[-1], kv_shape[-3]
+    dkv = dkv[:, :S]
+    if (H, Hv) != (problem.H, problem.Hv):
+        if problem.flat:
+            dkv = jnp.concatenate([dkv[..., :H], dkv[..., problem.H : problem.H + Hv]], axis=-1)
+        else:
+            dkv = dkv[..., :H]
+    return dq[:, : query_shape[1], :, :H], dkv.reshape(kv_shape)
+
+
+def _pad_kv(kv, H: int, Hv: int):
+    """kv with head sizes that are multiples of 64."""
+    if kv.ndim == 5:
+        return pad_to(kv, -1, round_up(H, _HEAD_MULTIPLE))
+    if H % _HEAD_MULTIPLE == 0 and Hv % _HEAD_MULTIPLE == 0:
+        return kv
+    return jnp.concatenate(
+        [pad_to(x, -1, round_up(x.shape[-1], _HEAD_MULTIPLE)) for x in (kv[..., :H], kv[..., H:])], -1
+    )
 
 
 def _adds_in_memory() -> bool:
@@ -182,12 +199,15 @@ def _split(problem, fused: bool) -> int:
     if not _adds_in_memory():
         return 1
     tiles = pl.cdiv(problem.S, keys_of_a_program(problem.H, problem.Hv))
-    programs = problem.K * problem.B * tiles * max(1, problem.parts - 1)  # of a ring's parts, a rank's own is empty
-    splits = _splits(problem.G, fused)
-    return next((n for n in splits if programs * n >= _PROGRAMS), splits[-1])
+    programs = (
+        problem.K * problem.B * tiles * max(1, problem.segments - 1)
+    )  # of a ring's segments, a rank's own is empty
+    possible = splits(problem.G, fused)
+    return next((n for n in possible if programs * n >= _PROGRAMS), possible[-1])
 
 
-def _splits(group: int, fused: bool) -> list[int]:
+def splits(group: int, fused: bool) -> list[int]:
+    """Among how many programs the query heads of a group can be split."""
     return [n for n in range(1, group + 1) if group % n == 0 and (fused or n <= 2)]
 
 
@@ -201,12 +221,6 @@ def _zeros_to_share(problem, kv, dq):
 
 
 # What is cheap and done once, in XLA.
-
-
-def _to_eight(x, axis, mode="constant"):
-    """TMA reads tiles of 8 rows: pads a length that does not divide (nothing is copied where it does)."""
-    pad = -x.shape[axis] % 8
-    return jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)], mode=mode) if pad else x
 
 
 def _prepare_rows(problem, key_start, key_end, lse, delta):
@@ -248,16 +262,16 @@ def _dq_table(problem, key_start, key_end):
 
 
 def _dq_visits(problem, table):
-    """[B, query tiles, 1 + P, 5] int32 of keys in parts: KV tiles and visits in all, then of each visit its row of the
-    `_dq_table` and its part. A query tile visits the parts of which it sees keys."""
-    P = problem.parts
+    """[B, query tiles, 1 + P, 5] int32 of keys in segments: KV tiles and visits in all, then of each visit its row of the
+    `_dq_table` and its segment. A query tile visits the segments of which it sees keys."""
+    P = problem.segments
     table = table.reshape(P, problem.B, -1, 4)
     count = table[..., 1] - table[..., 0]
-    part = jnp.arange(P, dtype=jnp.int32)
-    rows = jnp.concatenate([table, jnp.broadcast_to(part[:, None, None, None], (*count.shape, 1))], axis=-1)
+    segment = jnp.arange(P, dtype=jnp.int32)
+    rows = jnp.concatenate([table, jnp.broadcast_to(segment[:, None, None, None], (*count.shape, 1))], axis=-1)
     visited = count > 0
     place = jnp.where(visited, jnp.cumsum(visited, axis=0, dtype=jnp.int32) - 1, P)
-    here = place == part[:, None, None, None]  # [visit, part, B, tiles]
+    here = place == segment[:, None, None, None]  # [visit, segment, B, tiles]
     rows = jnp.sum(jnp.where(here[..., None], rows, 0), axis=1)
     totals = jnp.stack([jnp.sum(count, axis=0), jnp.sum(visited, axis=0, dtype=jnp.int32)], axis=-1)
     totals = jnp.pad(totals, [(0, 0), (0, 0), (0, 3)])

@@ -2,7 +2,9 @@
 
 import dataclasses
 
-SHARED_MEMORY_BYTES = 227 * 1024
+from ring_jax._hardware import HOPPER
+
+SHARED_MEMORY_BYTES = HOPPER.shared_memory_bytes
 _BARRIER_BYTES = 1024
 # Per thread of a compute warpgroup, by their number, and of the memory warpgroup (setmaxnreg).
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}
@@ -33,7 +35,7 @@ class ForwardConfig:
     ping_pong: bool = True
     lazy_rescale: bool = True
     persistent: bool = False
-    multiprocessors: int = 132
+    multiprocessors: int = HOPPER.multiprocessors
     kv_bytes_in_flight: int = 24 * 2**20
 
     def __post_init__(self):

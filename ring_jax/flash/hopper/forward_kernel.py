@@ -14,8 +14,8 @@ the tensor cores work while the softmax runs; the compute warpgroups take turns 
 
 Which keys: row t sees [key_start[t], key_end[t]), both monotone, so the first and the last row of a query tile bound
 it. Key tiles outside [start[first], end[last]) are never loaded. Key tiles that are not inside
-[start[last], end[first]) are masked and come first; the others follow and pay nothing for the mask. Keys may come in parts,
-as an all-gather leaves them: then all this holds in each part, masked tiles of all parts come first, and a part of which
+[start[last], end[first]) are masked and come first; the others follow and pay nothing for the mask. Keys may come in segments,
+as an all-gather leaves them: then all this holds in each segment, masked tiles of all segments come first, and a segment of which
 no row sees a key costs a load of its bounds. They are in `schedule`.
 
 Names: a *step* is one key tile of one query tile. Step i uses slot i mod stages, whatever the query tile, so that slots follow
@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.flash.hopper.config import ForwardConfig
-from ring_jax.flash.hopper.schedule import Problem, part_steps_of, steps_of, work_item
+from ring_jax.flash.hopper.schedule import Problem, segment_steps_of, steps_of, work_item
 from ring_jax.mosaic import compat, pipeline, wgmma
 from ring_jax.mosaic.pipeline import ring_slot
 
@@ -60,10 +60,10 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
 
         def item(index):
             batch, head, row = work_item(problem, index)
-            order = steps_of if problem.parts == 1 else part_steps_of
+            order = steps_of if problem.segments == 1 else segment_steps_of
             return order(problem, start_ref, end_ref, batch, row), batch, head, row
 
-        if problem.parts > 1 and problem.items == blocks:
+        if problem.segments > 1 and problem.items == blocks:
             only = item(block)  # many loads at a time, while there are registers for them
             give_registers()
             tile_body(*only)
@@ -101,8 +101,8 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
             carry = tuple(ref.at[batch, rows, head] for ref in carry_refs)
             staged = (carry_smem.at[warpgroup], carry_full.at[warpgroup], carry_free) if problem.stages_carry else None
 
-            def bounds(part):
-                at = (batch, rows) if part is None else (part + problem.first_part, batch, rows)
+            def bounds(segment):
+                at = (batch, rows) if segment is None else (segment + problem.first_segment, batch, rows)
                 return tuple(compat.load(ref.at[at], _ROWS) for ref in (start_ref, end_ref))
 
             @pl.when(steps.total > 0)
@@ -129,19 +129,19 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
                 key_columns = (pl.ds(0, problem.head_size),)
                 value_columns = (pl.ds(problem.head_size, problem.value_size),)
 
-            def load(step, part, tile, at, columns, smem, full, free):
+            def load(step, segment, tile, at, columns, smem, full, free):
                 slot = ring_slot(step, config.stages)
-                if part is not None:
-                    at += (part + problem.first_part) * (problem.batch * (2 if problem.packed else 1))
+                if segment is not None:
+                    at += (segment + problem.first_segment) * (problem.batch * (2 if problem.packed else 1))
                 keys = pl.ds(tile * config.block_kv, config.block_kv)
                 plgpu.barrier_wait(free.at[slot])
                 plgpu.copy_gmem_to_smem(kv_ref.at[(at, keys, kv_head, *columns)], smem.at[slot], full.at[slot])
 
-            def load_key(step, part, tile):
-                load(step, part, tile, key_at, key_columns, k_smem, k_full, k_free)
+            def load_key(step, segment, tile):
+                load(step, segment, tile, key_at, key_columns, k_smem, k_full, k_free)
 
-            def load_value(step, part, tile):
-                load(step, part, tile, value_at, value_columns, v_smem, v_full, v_free)
+            def load_value(step, segment, tile):
+                load(step, segment, tile, value_at, value_columns, v_smem, v_full, v_free)
 
             def load_query():
                 plgpu.barrier_wait(q_free)
@@ -187,11 +187,11 @@ def _across(rows: jax.Array, columns: int) -> jax.Array:
 
 def _fold(x: jax.Array, combine) -> jax.Array:
     """[64, n] to [64, 8], columns 8 apart combined: what one thread holds of a row stays in that thread."""
-    parts = [x[:, i : i + 8] for i in range(0, x.shape[1], 8)]
-    while len(parts) > 1:
-        pairs = [combine(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]
+    columns = [x[:, i : i + 8] for i in range(0, x.shape[1], 8)]
+    while len(columns) > 1:
+        pairs = [combine(a, b) for a, b in zip(columns[::2], columns[1::2], strict=False)]
+        columns = pairs + columns[2 * len(pairs) :]
+    return columns[0]
 
 
 def _softmax(problem: Problem, scores, window, m, l):
@@ -199,12 +199,12 @@ def _softmax(problem: Problem, scores, window, m, l):
 
     `window()` gives [first, last) of the visible columns of each row; None where all are visible.
     """
-    if problem.logits_soft_cap is None:
-        factor = problem.scale * _LOG2E
+    if problem.options.logits_soft_cap is None:
+        factor = problem.options.scale * _LOG2E
     else:
         # tanh(x) = 1 - 2 / (1 + e^2x): the hardware's tanh is good to 11 bits only, times the cap.
-        factor = problem.logits_soft_cap * _LOG2E
-        e2x = jnp.exp2(scores * (2 * _LOG2E * problem.scale / problem.logits_soft_cap))
+        factor = problem.options.logits_soft_cap * _LOG2E
+        e2x = jnp.exp2(scores * (2 * _LOG2E * problem.options.scale / problem.options.logits_soft_cap))
         scores = 1.0 - 2.0 / (1.0 + e2x)
     if window is not None:
         scores = wgmma.mask(scores, *window())

@@ -9,71 +9,38 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ring_jax._arrays import pad_to, round_up
+from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.hopper import forward_kernel
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
-from ring_jax.flash.hopper.schedule import MAX_PARTS, Problem
-from ring_jax.flash.packed import Heads, check_heads, fold_parts, value_size
+from ring_jax.flash.hopper.schedule import MAX_SEGMENTS, Problem
+from ring_jax.flash.kv import HeadSlice, check_heads, fold_segments, value_size
+from ring_jax.flash.operands import BlockOptions, Bounds, Partial
 from ring_jax.mosaic import compat, in_place
-
-
-def unsupported_reason(
-    query: jax.Array,
-    kv: jax.Array,
-    *,
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
-    out_dtype: Any = None,
-    heads: Heads | None = None,
-    compute_capability: str | None = None,
-) -> str | None:
-    """Why `forward` cannot take these arguments, or None. `compute_capability` is the GPU's, such as "9.0"."""
-    if compute_capability is not None and compute_capability != "9.0":
-        return f"needs a Hopper GPU (compute capability 9.0), this is {compute_capability}"
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"needs bfloat16 or float16, got {query.dtype}"
-    if kv.dtype != query.dtype:
-        return f"query and kv must share a dtype, got {query.dtype} and {kv.dtype}"
-    sizes = _head_sizes(query, kv)
-    if min(sizes) < 1 or max(sizes) > 256:
-        return f"head sizes must be between 1 and 256, got {sizes[0]} for keys and {sizes[1]} for values"
-    if query.shape[2] % (kv_heads := heads.total if heads else kv.shape[-2]):
-        return f"query heads must be a multiple of key-value heads, got {query.shape[2]} and {kv_heads}"
-    if out_dtype is not None and jnp.dtype(out_dtype) not in (jnp.dtype(jnp.float32), query.dtype):
-        return f"out_dtype must be float32 or {query.dtype}, got {jnp.dtype(out_dtype)}"
-    if scale is not None and scale <= 0:
-        return f"scale must be positive, got {scale}"
-    if logits_soft_cap is not None and logits_soft_cap <= 0:
-        return f"logits_soft_cap must be positive, got {logits_soft_cap}"
-    if 0 in query.shape or 0 in kv.shape:
-        return f"empty arrays, got {query.shape} and {kv.shape}"
-    return None
 
 
 def forward(
     query: jax.Array,
     kv: jax.Array,
-    key_start: jax.Array,
-    key_end: jax.Array,
-    carry: tuple[jax.Array, jax.Array] | None = None,
+    bounds: Bounds,
+    carry: Partial | None,
+    options: BlockOptions,
     *,
-    scale: float,
-    logits_soft_cap: float | None = None,
-    out_dtype: Any = jnp.float32,
-    heads: Heads | None = None,
-    into: tuple[jax.Array, jax.Array] | None = None,
+    out_dtype: Any = None,
+    heads: HeadSlice | None = None,
+    into: Partial | None = None,
     config: ForwardConfig | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention of each query over its interval of keys, continued from `carry`.
+) -> Partial:
+    """Attention of each query over its interval of keys, continued from `carry`; the contract of `flash.backends`.
 
     Args:
         query: [B, T, N, H], bfloat16 or float16.
         kv: packed [2, B, S, K, H], or flat [B, S, K, H + Hv] where the value head size differs; N = K * G.
-        key_start, key_end: int32 [B, T], 0 <= start <= end <= S, both non-decreasing along T. Or [P, B, T] of keys in P
-            parts, which kv has as an axis before all others: a row sees an interval of each part.
+        bounds: int32 [B, T], 0 <= start <= end <= S, both non-decreasing along T. Or [P, B, T] of keys in P segments, which
+            kv has as an axis before all others: a row sees an interval of each segment.
         carry: (out [B, T, N, Hv], lse [B, T, N]), float32, of the keys seen so far.
-        scale: factor of the logits.
-        logits_soft_cap: cap, for cap * tanh(logits / cap).
-        out_dtype: float32 or the input dtype.
+        options: scale (positive), soft cap.
+        out_dtype: float32 (the default) or the input dtype.
         heads: which KV heads `kv` holds, where those are not all: only the query heads that share them are computed.
         into: (out, lse) of the result's dtypes to write the computed heads into, in their own buffers (jax 0.11 and
             later). Without it the results of other heads are undefined.
@@ -84,70 +51,60 @@ def forward(
         has out 0 and lse -inf. The values of keys that no row sees must still be finite.
 
     Raises:
-        NotImplementedError: if `unsupported_reason` gives one.
-        ValueError: kv does not have as many parts as the bounds; heads that are not all there; `into` of other dtypes.
+        ValueError: kv does not have as many segments as the bounds; heads that are not all there; `into` of other dtypes.
     """
     check_heads(kv, heads)
-    kv, (key_start, key_end), parts = fold_parts(kv, (key_start, key_end))
-    options = {"scale": scale, "logits_soft_cap": logits_soft_cap, "out_dtype": out_dtype, "heads": heads}
-    reason = unsupported_reason(query, kv, **options)
-    if reason is not None:
-        raise NotImplementedError(f"the Hopper flash-attention kernel {reason}")
-    head_size, value_size = _head_sizes(query, kv)
-    query_len = query.shape[1]
-    config = config or forward_config(_round_up(head_size, 64), _round_up(value_size, 64))
-    if into is not None and (into[0].dtype, into[1].dtype) != (jnp.dtype(out_dtype), jnp.float32):
-        raise ValueError(f"into must be {jnp.dtype(out_dtype)} and float32, got {into[0].dtype} and {into[1].dtype}")
-    into = _padded_rows(into, query, kv, config)
-    query, kv, key_start, key_end, carry = _padded(query, kv, key_start, key_end, carry, config)
-    calls = pl.cdiv(parts, MAX_PARTS)
-    for call in range(calls):
-        first, last = (parts * i // calls for i in (call, call + 1))  # no call is left with a single part
-        dtype = out_dtype if last == parts else jnp.float32
-        problem = _problem(query, kv, carry, scale, logits_soft_cap, config, dtype, parts, heads)
-        problem = dataclasses.replace(problem, parts=last - first, first_part=first)
-        carry = _call(problem, query, kv, key_start, key_end, carry, dtype, into if last == parts else None)
-    out, lse = carry
-    if out.shape[1] != query_len or out.shape[3] != value_size:
-        out, lse = out[:, :query_len, :, :value_size], lse[:, :query_len]
-    return out, lse
+    out_dtype = jnp.dtype(out_dtype or jnp.float32)
+    if out_dtype not in (jnp.float32, query.dtype):
+        raise ValueError(f"out_dtype must be float32 or {query.dtype}, got {out_dtype}")
+    if into is not None and (into[0].dtype, into[1].dtype) != (out_dtype, jnp.float32):
+        raise ValueError(f"into must be {out_dtype} and float32, got {into[0].dtype} and {into[1].dtype}")
+    # `plgpu.kernel` forgets over which manual mesh axes its outputs vary.
+    axes = varying_axes(query, kv, bounds, carry, into)
+    with jax.enable_x64(False):  # kernels compute indices in int32
+        kv, bounds, segments = fold_segments(kv, bounds)
+        query_len, value_size = query.shape[1], _head_sizes(query, kv)[1]
+        config = config or forward_config(*(round_up(size, 64) for size in _head_sizes(query, kv)))
+        into = _padded_rows(into, query, kv, config)
+        query, kv, bounds, carry = _padded(query, kv, bounds, carry, config)
+        calls = pl.cdiv(segments, MAX_SEGMENTS)
+        for call in range(calls):
+            first, last = (segments * i // calls for i in (call, call + 1))  # no call is left with a single segment
+            final = last == segments
+            dtype = out_dtype if final else jnp.float32
+            problem = _problem(query, kv, carry, options, config, dtype, segments, heads)
+            problem = dataclasses.replace(problem, segments=last - first, first_segment=first)
+            carry = _launch(problem, query, kv, bounds, carry, dtype, into if final else None)
+        assert carry is not None
+        out, lse = carry
+        if out.shape[1] != query_len or out.shape[3] != value_size:
+            out, lse = out[:, :query_len, :, :value_size], lse[:, :query_len]
+    return pcast_to((out, lse), axes)
 
 
 def _head_sizes(query: jax.Array, kv: jax.Array) -> tuple[int, int]:
     return query.shape[-1], value_size(kv, query.shape[-1])
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return pl.cdiv(n, multiple) * multiple
-
-
-def _pad_axis(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
-    if x.shape[axis] == size:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths, mode=mode)
-
-
-def _padded(query, kv, key_start, key_end, carry, config):
+def _padded(query, kv, bounds, carry, config):
     """The arrays as TMA can read them; copies only where a length is no multiple of 8, or a head size none of 64."""
     head_size, value_size = _head_sizes(query, kv)
-    key_columns, value_columns = _round_up(head_size, 64), _round_up(value_size, 64)
+    key_columns, value_columns = round_up(head_size, 64), round_up(value_size, 64)
     carry = _padded_rows(carry, query, kv, config)
     if kv.ndim == 5:
-        kv = _pad_axis(kv, 4, key_columns)
+        kv = pad_to(kv, 4, key_columns)
     elif (key_columns, value_columns) != (head_size, value_size):
         key, value = kv[..., :head_size], kv[..., head_size:]
-        kv = jnp.concatenate([_pad_axis(key, 3, key_columns), _pad_axis(value, 3, value_columns)], axis=-1)
-    kv = _pad_axis(kv, kv.ndim - 3, _round_up(kv.shape[-3], 8))
+        kv = jnp.concatenate([pad_to(key, 3, key_columns), pad_to(value, 3, value_columns)], axis=-1)
+    kv = pad_to(kv, kv.ndim - 3, round_up(kv.shape[-3], 8))
     query_len = _rows(query, config)
-    query = _pad_axis(_pad_axis(query, 3, key_columns), 1, query_len)
-    key_start, key_end = (_pad_axis(bound, bound.ndim - 1, query_len, "edge") for bound in (key_start, key_end))
-    return query, kv, key_start, key_end, carry
+    query = pad_to(pad_to(query, 3, key_columns), 1, query_len)
+    bounds = Bounds(*(pad_to(bound, -1, query_len, "edge") for bound in bounds))
+    return query, kv, bounds, carry
 
 
 def _rows(query, config) -> int:
-    return max(_round_up(query.shape[1], 8), config.block_q)
+    return max(round_up(query.shape[1], 8), config.block_q)
 
 
 def _padded_rows(partial, query, kv, config):
@@ -155,8 +112,8 @@ def _padded_rows(partial, query, kv, config):
     if partial is None:
         return None
     out, lse = partial
-    rows, columns = _rows(query, config), _round_up(_head_sizes(query, kv)[1], 64)
-    return _pad_axis(_pad_axis(out, 3, columns), 1, rows), _pad_axis(lse, 1, rows)
+    rows, columns = _rows(query, config), round_up(_head_sizes(query, kv)[1], 64)
+    return pad_to(pad_to(out, 3, columns), 1, rows), pad_to(lse, 1, rows)
 
 
 def _in_place(query_len, carry, out_dtype, config) -> bool:
@@ -169,7 +126,7 @@ def _in_place(query_len, carry, out_dtype, config) -> bool:
     )
 
 
-def _problem(query, kv, carry, scale, logits_soft_cap, config, out_dtype, parts, heads) -> Problem:
+def _problem(query, kv, carry, options, config, out_dtype, segments, heads) -> Problem:
     batch, query_len, query_heads, head_size = query.shape
     kv_heads, value_size = kv.shape[-2], _head_sizes(query, kv)[1]
     first, total = heads or (0, kv_heads)
@@ -177,7 +134,7 @@ def _problem(query, kv, carry, scale, logits_soft_cap, config, out_dtype, parts,
     used = config.shared_memory_bytes(head_size, value_size)
     if used > SHARED_MEMORY_BYTES:
         raise ValueError(f"{config} needs {used} bytes of shared memory for {head_size=}, {value_size=}")
-    bytes_per_kv_head = parts * kv.shape[-3] * (head_size + value_size) * kv.dtype.itemsize
+    bytes_per_kv_head = segments * kv.shape[-3] * (head_size + value_size) * kv.dtype.itemsize
     wanted = max(1, config.kv_bytes_in_flight // bytes_per_kv_head)
     kv_heads_per_section = max(n for n in range(1, batch * kv_heads + 1) if batch * kv_heads % n == 0 and n <= wanted)
     return Problem(
@@ -190,17 +147,16 @@ def _problem(query, kv, carry, scale, logits_soft_cap, config, out_dtype, parts,
         packed=kv.ndim == 5,
         carry=carry is not None,
         in_place=heads is None and _in_place(query_len, carry, out_dtype, config),
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
+        options=options,
         heads_per_section=kv_heads_per_section * group,
         config=config,
         first_head=first * group,
     )
 
 
-def _call(problem: Problem, query, kv, key_start, key_end, carry, out_dtype, into):
+def _launch(problem: Problem, query, kv, bounds, carry, out_dtype, into) -> Partial:
     config = problem.config
-    operands = (query, kv, key_start, key_end, *(carry or ()))
+    operands = (query, kv, *bounds, *(carry or ()))
     rows = query.shape[:3]
     out_type = (
         compat.output_like((*rows, problem.value_size), out_dtype, *operands),

@@ -1,7 +1,7 @@
 """Which query tile a thread block works on next, and which key tiles that one visits in which order.
 
-Keys may come in *parts*: arrays of their own, each with its own bounds. A query tile makes *visits*: first the masked tiles
-of each part that has some, then the unmasked tiles of each part.
+Keys may come in *segments*: arrays of their own, each with its own bounds. A query tile makes *visits*: first the masked tiles
+of each segment that has some, then the unmasked tiles of each segment.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig
+from ring_jax.flash.operands import BlockOptions
 
-MAX_PARTS = 8  # of one kernel: a list of visits is eight numbers of four bits
+MAX_SEGMENTS = 8  # of one kernel: a list of visits is eight numbers of four bits
 _BITS = 4
 
 
@@ -32,12 +33,11 @@ class Problem:
     packed: bool  # kv is [P 2 B, S, K, H]; else [P B, S, K, H + Hv]
     carry: bool
     in_place: bool  # out and lse are the carry's own buffers
-    scale: float
-    logits_soft_cap: float | None
+    options: BlockOptions
     heads_per_section: int
     config: ForwardConfig
-    parts: int = 1  # of this call; bounds have an axis of parts where there are several
-    first_part: int = 0
+    segments: int = 1  # of keys, in this call; bounds have an axis of segments where there are several
+    first_segment: int = 0
     # `heads` counts the query heads that share the KV heads here; the arrays of queries may hold others around them.
     first_head: int = 0
 
@@ -92,7 +92,7 @@ class Steps:
     def load(self, load_query, load_key, load_value) -> None:
         """What the memory warpgroup does: K of the next step is needed together with V of this one.
 
-        load_key and load_value take (step, part, tile); part is None of keys in one piece.
+        load_key and load_value take (step, segment, tile); segment is None of keys in one piece.
         """
 
         @pl.when(self.total > 0)
@@ -109,7 +109,7 @@ class Steps:
         """(first, loop) for the masked steps: `first()` is the window of step 0, which is always taken as a masked one;
         `loop(begin, body, state)` folds state = body(step, state, window) over the steps from `begin` (0 or 1) on.
 
-        A window is a function that gives the visible columns [first, last) of each row; bounds(part) are the rows' bounds.
+        A window is a function that gives the visible columns [first, last) of each row; bounds(segment) are the rows' bounds.
         """
         rows = bounds(None)
 
@@ -150,9 +150,9 @@ def _steps(problem: Problem, low: jax.Array, low_max: jax.Array, high_min: jax.A
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """The masked or the unmasked key tiles of one part, for one query tile."""
+    """The masked or the unmasked key tiles of one segment, for one query tile."""
 
-    part: jax.Array
+    segment: jax.Array
     count: jax.Array
     left: jax.Array  # tiles counted from `first`, the others from `right`
     first: jax.Array
@@ -163,10 +163,10 @@ class Visit:
 
 
 @dataclasses.dataclass(frozen=True)
-class PartSteps:
-    """The key tiles of one query tile over several parts.
+class SegmentSteps:
+    """The key tiles of one query tile over several segments.
 
-    Holds few numbers, because the memory warpgroup has few registers: of each visit just its part. What a visit covers is
+    Holds few numbers, because the memory warpgroup has few registers: of each visit just its segment. What a visit covers is
     worked out again from the bounds, which lie in the L1 cache by then.
     """
 
@@ -174,22 +174,22 @@ class PartSteps:
     masked: jax.Array
     masked_visits: jax.Array
     visits: jax.Array
-    masked_parts: jax.Array  # packed, _BITS each
-    unmasked_parts: jax.Array
+    masked_segments: jax.Array  # packed, _BITS each
+    unmasked_segments: jax.Array
     steps_in: Callable[[jax.Array], Steps]
 
     def masked_visit(self, i: jax.Array | int) -> Visit:
-        part = (self.masked_parts >> (_BITS * i)) & (MAX_PARTS - 1)
-        steps = self.steps_in(part)
-        return Visit(part, steps.masked, steps.left, steps.first_tile, steps.first_right - steps.left)
+        segment = (self.masked_segments >> (_BITS * i)) & (MAX_SEGMENTS - 1)
+        steps = self.steps_in(segment)
+        return Visit(segment, steps.masked, steps.left, steps.first_tile, steps.first_right - steps.left)
 
     def visit(self, i: jax.Array | int) -> Visit:
         masked = i < self.masked_visits
-        parts = jnp.where(masked, self.masked_parts, self.unmasked_parts)
-        part = (parts >> (_BITS * jnp.where(masked, i, i - self.masked_visits))) & (MAX_PARTS - 1)
-        steps = self.steps_in(part)
+        segments = jnp.where(masked, self.masked_segments, self.unmasked_segments)
+        segment = (segments >> (_BITS * jnp.where(masked, i, i - self.masked_visits))) & (MAX_SEGMENTS - 1)
+        steps = self.steps_in(segment)
         return Visit(
-            part,
+            segment,
             jnp.where(masked, steps.masked, steps.total - steps.masked),
             jnp.where(masked, steps.left, 0),
             steps.first_tile,
@@ -197,21 +197,21 @@ class PartSteps:
         )
 
     def load(self, load_query, load_key, load_value) -> None:
-        """See `Steps.load`: the same order, also from one part to the next."""
+        """See `Steps.load`: the same order, also from one segment to the next."""
         pl.when(self.total > 0)(load_query)
 
-        def visit_part(i, state):
+        def visit_segment(i, state):
             visit = self.visit(i)
 
             def next_step(i, state):
                 step, *previous = state
-                load_key(step, visit.part, visit.tile(i))
+                load_key(step, visit.segment, visit.tile(i))
                 pl.when(step > 0)(lambda: load_value(step - 1, *previous))
-                return step + 1, visit.part, visit.tile(i)
+                return step + 1, visit.segment, visit.tile(i)
 
             return lax.fori_loop(0, visit.count, next_step, state)
 
-        step, *last = lax.fori_loop(0, self.visits, visit_part, (jnp.int32(0),) * 3)
+        step, *last = lax.fori_loop(0, self.visits, visit_segment, (jnp.int32(0),) * 3)
         pl.when(step > 0)(lambda: load_value(step - 1, *last))
 
     def masked_windows(self, block_kv: int, bounds: Callable):
@@ -219,12 +219,12 @@ class PartSteps:
 
         def first():
             visit = self.visit(0)
-            return _window(bounds(visit.part), lambda: visit.tile(0) * block_kv)
+            return _window(bounds(visit.segment), lambda: visit.tile(0) * block_kv)
 
         def loop(begin, body, state):
-            def visit_part(i, state):
+            def visit_segment(i, state):
                 visit = self.masked_visit(i)
-                rows = bounds(visit.part)
+                rows = bounds(visit.segment)
 
                 def next_step(j, state):
                     step, *state = state
@@ -232,29 +232,29 @@ class PartSteps:
 
                 return lax.fori_loop(jnp.where(i == 0, begin, 0), visit.count, next_step, state)
 
-            return lax.fori_loop(0, self.masked_visits, visit_part, (jnp.int32(begin), *state))[1:]
+            return lax.fori_loop(0, self.masked_visits, visit_segment, (jnp.int32(begin), *state))[1:]
 
         return first, loop
 
 
-def part_steps_of(problem: Problem, start_ref: Any, end_ref: Any, batch: jax.Array, row: jax.Array) -> PartSteps:
-    def loaded(part):
-        part = part + problem.first_part
-        return _edges(problem, start_ref.at[part], end_ref.at[part], batch, row)
+def segment_steps_of(problem: Problem, start_ref: Any, end_ref: Any, batch: jax.Array, row: jax.Array) -> SegmentSteps:
+    def loaded(segment):
+        segment = segment + problem.first_segment
+        return _edges(problem, start_ref.at[segment], end_ref.at[segment], batch, row)
 
-    def steps_in(part):
-        return _steps(problem, *loaded(part))
+    def steps_in(segment):
+        return _steps(problem, *loaded(segment))
 
-    total, masked, masked_visits, unmasked_visits, masked_parts, unmasked_parts = (jnp.int32(0),) * 6
+    total, masked, masked_visits, unmasked_visits, masked_segments, unmasked_segments = (jnp.int32(0),) * 6
     # All loads before the first use, so that they wait for memory together.
-    for part, edges in enumerate([loaded(part) for part in range(problem.parts)]):
+    for segment, edges in enumerate([loaded(segment) for segment in range(problem.segments)]):
         steps = _steps(problem, *edges)
         total, masked = total + steps.total, masked + steps.masked
         some_masked, some_unmasked = steps.masked > 0, steps.total > steps.masked
-        masked_parts |= jnp.where(some_masked, part << (_BITS * masked_visits), 0)
-        unmasked_parts |= jnp.where(some_unmasked, part << (_BITS * unmasked_visits), 0)
+        masked_segments |= jnp.where(some_masked, segment << (_BITS * masked_visits), 0)
+        unmasked_segments |= jnp.where(some_unmasked, segment << (_BITS * unmasked_visits), 0)
         masked_visits += jnp.where(some_masked, 1, 0)
         unmasked_visits += jnp.where(some_unmasked, 1, 0)
-    return PartSteps(
-        total, masked, masked_visits, masked_visits + unmasked_visits, masked_parts, unmasked_parts, steps_in
+    return SegmentSteps(
+        total, masked, masked_visits, masked_visits + unmasked_visits, masked_segments, unmasked_segments, steps_in
     )

@@ -10,8 +10,10 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from ring_jax.flash.hopper import backward_launch as hopper
 from ring_jax.flash.hopper.backward_common import Problem, default_config, span_of
-from ring_jax.flash.packed import pack, unpack
+from ring_jax.flash.kv import pack, unpack
+from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat
+from tests.flash.calls import hopper_backward
 from tests.marks import interpreted
 
 Config = hopper.BackwardConfig
@@ -129,7 +131,7 @@ def check(case, seed=0, backward=None):
     if backward is None:
 
         def backward(*x, **options):
-            return jax.jit(lambda *x: hopper.backward(*x, **options, config=case.config))(*x)
+            return jax.jit(lambda *x: hopper_backward(*x, **options, config=case.config))(*x)
 
     got, same, expected = run(case, seed, backward)
     for name, ours, theirs, exact in zip(("dq", "dk", "dv"), got, same, expected, strict=True):
@@ -148,13 +150,13 @@ CONFIGS = [(64, 64), (128, 128), (256, 256), (192, 128), (64, 128)]
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_lowers_for_cuda(H, Hv, dtype):
     case = Case(B=2, T=300, S=515, N=4, K=2, H=H, Hv=Hv, dtype=dtype, soft_cap=30.0 if H == 64 else None)
-    assert "mosaic_gpu" in lower(case, lambda *x: hopper.backward(*x, scale=0.1, logits_soft_cap=case.soft_cap))
+    assert "mosaic_gpu" in lower(case, lambda *x: hopper_backward(*x, scale=0.1, logits_soft_cap=case.soft_cap))
 
 
 @pytest.mark.parametrize("H", [64, 128])
 def test_fused_form_lowers_for_cuda(H):
     case = Case(B=2, T=300, S=515, N=4, K=2, H=H, Hv=H)
-    text = lower(case, lambda *x: hopper.backward(*x, scale=0.1, deterministic=False, config=FUSED))
+    text = lower(case, lambda *x: hopper_backward(*x, scale=0.1, deterministic=False, config=FUSED))
     # Refs as kernel arguments need jax 0.11; before that the two kernels stand in.
     assert ("flash_backward_fused" in text) == compat.INTERPRET_AVAILABLE
 
@@ -165,7 +167,7 @@ def test_lowers_inside_shard_map(check_vma, H, N):
     def wrapped(mesh, *x):
         spec = PartitionSpec("context")
         return jax.shard_map(
-            lambda *x: hopper.backward(*x, x[0].astype(jnp.float32), scale=0.1),
+            lambda *x: hopper_backward(*x, x[0].astype(jnp.float32), scale=0.1),
             mesh=mesh,
             in_specs=(spec, PartitionSpec(None, "context"), *[spec] * 5),
             out_specs=(spec, PartitionSpec(None, "context")),
@@ -207,7 +209,7 @@ def lower(case, f, mesh_axis=None):
 def test_tiles_that_are_visited_and_tiles_that_go_unmasked(H, mask):
     case = Case(T=472, S=376, mask=mask, H=H, Hv=H)
     config = default_config(H, H)
-    problem = Problem(1, case.T, case.S, 1, 1, H, H, False, jnp.dtype(case.dtype), 1.0, None, config)
+    problem = Problem(1, case.T, case.S, 1, 1, H, H, False, jnp.dtype(case.dtype), BlockOptions(1.0), config)
     start, end = case.bounds(np.random.default_rng(0))
     keys = np.arange(case.S)
     visible = (keys >= np.asarray(start)[0, :, None]) & (keys < np.asarray(end)[0, :, None])
@@ -282,7 +284,7 @@ def test_matches_the_formula(case):
 def test_fused_form_matches_the_formula(case):
     config = default_config(case.H, case.Hv, deterministic=False)
     assert config.fused
-    check(case, backward=lambda *x, **options: hopper.backward(*x, **options, deterministic=False, config=config))
+    check(case, backward=lambda *x, **options: hopper_backward(*x, **options, deterministic=False, config=config))
 
 
 @pytest.mark.gpu
@@ -291,7 +293,7 @@ def test_repeats_bitwise(H):
     case = Case(T=1111, S=1111, N=8, K=2, H=H, Hv=H)
 
     def backward(*x, **options):
-        return jax.jit(lambda *x: hopper.backward(*x, **options, deterministic=True))(*x)
+        return jax.jit(lambda *x: hopper_backward(*x, **options, deterministic=True))(*x)
 
     first, *others = (check(case, backward=backward) for _ in range(4))
     for other in others:
@@ -303,7 +305,7 @@ def test_rows_that_see_nothing_get_zeros():
     case = Case(T=300, S=300, N=2, mask="nothing")
     query, key, value, dout, dlse, start, end = case.inputs(0)
     lse = jnp.full(query.shape[:3], -jnp.inf)
-    for x in hopper.backward(query, pack(key, value), start, end, lse, dlse, dout, scale=1.0):
+    for x in hopper_backward(query, pack(key, value), start, end, lse, dlse, dout, scale=1.0):
         assert not np.asarray(x).any()
 
 
@@ -320,13 +322,10 @@ def test_rows_that_see_nothing_get_zeros():
 )
 def test_short_shards_split_the_query_heads_of_a_program(heads, kv_heads, keys, fused, split):
     config = default_config(128, 128)
-    problem = Problem(1, keys, keys, heads, kv_heads, 128, 128, False, jnp.dtype("bfloat16"), 1.0, None, config)
+    problem = Problem(1, keys, keys, heads, kv_heads, 128, 128, False, jnp.dtype("bfloat16"), BlockOptions(1.0), config)
     assert hopper._split(problem, fused) == split
 
 
 def test_says_what_it_cannot_do():
-    query = jnp.zeros((1, 8, 2, 80), jnp.bfloat16)
-    assert "head sizes" in hopper.unsupported_reason(query, jnp.zeros((2, 1, 8, 2, 80), jnp.bfloat16))
-    assert "bfloat16" in hopper.unsupported_reason(jnp.zeros((1, 8, 2, 64)), jnp.zeros((2, 1, 8, 2, 64)))
     with pytest.raises(ValueError, match="shared memory"):
         Config(block_q_dkv=128, stages=4).check(256, 256)

@@ -11,11 +11,13 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import ring_jax
-from ring_jax.flash import packed, reference
-from ring_jax.flash.hopper import forward_launch
+from ring_jax.flash import kv as packed
+from ring_jax.flash.hopper import support
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 from ring_jax.flash.hopper.schedule import Problem
+from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat, in_place
+from tests.flash.calls import hopper_forward, reference_forward
 from tests.marks import interpreted
 
 
@@ -72,11 +74,11 @@ def error(got, want) -> float:
 def compare(query, kv, start, end, carry, *, config=None, out_dtype=jnp.float32, **options) -> None:
     """Against the float32 oracle, with twice the error of the same formula in the input's precision allowed."""
     options.setdefault("scale", query.shape[-1] ** -0.5)
-    got, got_lse = forward_launch.forward(query, kv, start, end, carry, config=config, out_dtype=out_dtype, **options)
+    got, got_lse = hopper_forward(query, kv, start, end, carry, config=config, out_dtype=out_dtype, **options)
     assert got.dtype == out_dtype and got_lse.dtype == jnp.float32
-    exact = functools.partial(reference.forward, query.astype(jnp.float32), kv.astype(jnp.float32), start, end, carry)
+    exact = functools.partial(reference_forward, query.astype(jnp.float32), kv.astype(jnp.float32), start, end, carry)
     want, want_lse = exact(**options)
-    same, _ = reference.forward(query, kv, start, end, carry, **options)
+    same, _ = reference_forward(query, kv, start, end, carry, **options)
     allowed = max(2 * error(same.astype(out_dtype), want), 1e-3)
     assert error(got, want) <= allowed
     np.testing.assert_array_equal(np.isneginf(got_lse), np.isneginf(want_lse))
@@ -99,7 +101,7 @@ def lower(shape, dtype=jnp.bfloat16, *, value_size=None, carry=False, wrap=lambd
     if carry:
         out = jax.ShapeDtypeStruct((batch, length, heads, value_size or head_size), jnp.float32)
         arguments.append((out, jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)))
-    call = jax.jit(wrap(functools.partial(forward_launch.forward, scale=0.1, **options)))
+    call = jax.jit(wrap(functools.partial(hopper_forward, scale=0.1, **options)))
     device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         return call.trace(*arguments).lower(lowering_platforms=("cuda",))
@@ -142,7 +144,7 @@ def test_lowers_inside_shard_map(check_vma):
     kv = jax.ShapeDtypeStruct((2, 1, 256, 2, 128), jnp.bfloat16)
     carry = (jax.ShapeDtypeStruct((1, 256, 4, 128), jnp.float32), jax.ShapeDtypeStruct((1, 256, 4), jnp.float32))
     rows, local_rows = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (256, 128))
-    call = jax.jit(wrap(functools.partial(forward_launch.forward, scale=0.1)))
+    call = jax.jit(wrap(functools.partial(hopper_forward, scale=0.1)))
     text = call.trace(query, kv, rows, local_rows, carry).lower(lowering_platforms=("cuda",)).as_text()
     # out and lse are resumed in the carry's own buffers, wherever Refs are to be had.
     assert text.count("output_operand_alias<") == (2 if in_place.AVAILABLE else 0)
@@ -164,23 +166,20 @@ def test_config_refuses(change):
 
 
 def test_unsupported_reasons():
-    def reason(query_shape, kv_shape, dtype=jnp.bfloat16, **options):
-        query = jax.ShapeDtypeStruct(query_shape, dtype)
-        return forward_launch.unsupported_reason(query, jax.ShapeDtypeStruct(kv_shape, dtype), **options)
+    def reason(query_shape, kv_shape, dtype=jnp.bfloat16, scale=1.0):
+        query, kv = (jax.ShapeDtypeStruct(shape, dtype) for shape in (query_shape, kv_shape))
+        return support.operand_reason(query, kv, BlockOptions(scale))
 
     shapes = (1, 8, 4, 64), (2, 1, 8, 2, 64)
-    assert reason(*shapes, compute_capability="9.0") is None
-    assert "Hopper" in reason(*shapes, compute_capability="8.0")
+    assert reason(*shapes) is None
     assert "bfloat16" in reason(*shapes, dtype=jnp.float32)
     assert "head sizes" in reason((1, 8, 4, 320), (2, 1, 8, 2, 320))
     assert "multiple" in reason((1, 8, 3, 64), (2, 1, 8, 2, 64))
     assert "scale" in reason(*shapes, scale=-1.0)
-    assert "soft" in reason(*shapes, logits_soft_cap=0.0)
-    assert "out_dtype" in reason(*shapes, out_dtype=jnp.float16)
-    query, kv = (jnp.zeros(shape, jnp.float32) for shape in shapes)
+    query, kv = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes)
     rows = jnp.zeros((1, 8), jnp.int32)
-    with pytest.raises(NotImplementedError, match="bfloat16"):
-        forward_launch.forward(query, kv, rows, rows, scale=1.0)
+    with pytest.raises(ValueError, match="out_dtype must be float32 or bfloat16, got float16"):
+        hopper_forward(query, kv, rows, rows, scale=1.0, out_dtype=jnp.float16)
 
 
 # Interpreted on the CPU: barriers, slots, order of the tiles, edges, carries.
@@ -228,7 +227,7 @@ def test_interpreted_nan_in_a_carry_stays(staged, monkeypatch):
     out, lse = random_carry(rng, 1, 128, 1, 64)
     carry = out.at[:, 5].set(jnp.nan), lse.at[:, 5].set(jnp.nan)
     with compat.interpret_mode():
-        out, lse = forward_launch.forward(query, kv, *bounds("full", 1, 128, 64, rng), carry, scale=0.1, config=SMALL)
+        out, lse = hopper_forward(query, kv, *bounds("full", 1, 128, 64, rng), carry, scale=0.1, config=SMALL)
     assert np.isnan(out[:, 5]).all() and np.isnan(lse[:, 5]).all()
     assert np.isfinite(np.delete(out, 5, axis=1)).all() and np.isfinite(np.delete(lse, 5, axis=1)).all()
 
@@ -246,7 +245,7 @@ def test_interpreted_empty(carried):
     query, kv, rng = inputs(3, 1, 128, 64, 1, 1, 64, jnp.bfloat16)
     carry = random_carry(rng, 1, 128, 1, 64) if carried else None
     with compat.interpret_mode():
-        out, lse = forward_launch.forward(query, kv, *bounds("empty", 1, 128, 64, rng), carry, scale=1.0, config=SMALL)
+        out, lse = hopper_forward(query, kv, *bounds("empty", 1, 128, 64, rng), carry, scale=1.0, config=SMALL)
     want_out, want_lse = carry or (np.zeros_like(out), np.full_like(lse, -np.inf))
     np.testing.assert_array_equal(out, want_out)
     np.testing.assert_array_equal(lse, want_lse)
@@ -308,8 +307,8 @@ def test_gpu_carry_chain_is_as_exact_as_one_call(hops, head_size):
     for hop in range(hops):
         end = jnp.clip(position + 1 - hop * size, 0, size)
         block = kv[:, :, hop * size : (hop + 1) * size]
-        carry = forward_launch.forward(query, block, jnp.zeros_like(end), end, carry, scale=0.1)
-    whole = forward_launch.forward(query, kv, jnp.zeros_like(position), position + 1, scale=0.1)
+        carry = hopper_forward(query, block, jnp.zeros_like(end), end, carry, scale=0.1)
+    whole = hopper_forward(query, kv, jnp.zeros_like(position), position + 1, scale=0.1)
     # Tiles are cut elsewhere, so P is rounded after other maxima: half an ulp in each.
     assert error(carry[0], whole[0]) < float(jnp.finfo(jnp.bfloat16).eps) / 2
     np.testing.assert_allclose(carry[1], whole[1], atol=1e-4)
@@ -340,7 +339,7 @@ def test_gpu_gradient_through_a_carry(head_size):
 def test_gpu_repeats_bit_by_bit():
     query, kv, rng = inputs(8, 2, 3001, 3001, 8, 2, 128, jnp.bfloat16)
     rows = bounds("causal", 2, 3001, 3001, rng)
-    first, *others = (jax.jit(functools.partial(forward_launch.forward, scale=0.1))(query, kv, *rows) for _ in range(4))
+    first, *others = (jax.jit(functools.partial(hopper_forward, scale=0.1))(query, kv, *rows) for _ in range(4))
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, first, other)
 

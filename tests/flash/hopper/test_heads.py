@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ring_jax.flash import packed
-from ring_jax.flash.hopper import backend as mosaic
-from ring_jax.flash.hopper import backward_launch, forward_launch
+from ring_jax.flash import kv as packed
+from ring_jax.flash.hopper import support
 from ring_jax.mosaic import compat
+from tests.flash.calls import hopper_backward, hopper_forward
 from tests.flash.hopper.test_parts import (
     SMALL,
     SMALL_BACKWARD,
@@ -60,14 +60,14 @@ def backward_by_heads(backward, **fixed):
 )
 def test_interpreted(case):
     with compat.interpret_mode():
-        check_forward(case, jitted(forward_by_heads(mosaic.forward)))
+        check_forward(case, jitted(forward_by_heads(hopper_forward)))
 
 
 @interpreted
 def test_forward_interpreted_with_few_keys_a_tile():
     case = Case(P=2, T=130, N=4, K=2, mask="random", carried=True)
     with compat.interpret_mode():
-        check_forward(case, jitted(forward_by_heads(forward_launch.forward, config=SMALL)), jnp.bfloat16)
+        check_forward(case, jitted(forward_by_heads(hopper_forward, config=SMALL)), jnp.bfloat16)
 
 
 @interpreted
@@ -81,7 +81,7 @@ def test_forward_interpreted_with_few_keys_a_tile():
 )
 def test_backward_interpreted(case):
     with compat.interpret_mode():
-        backward = backward_by_heads(backward_launch.backward, config=SMALL_BACKWARD)
+        backward = backward_by_heads(hopper_backward, config=SMALL_BACKWARD)
         check_backward(case, jitted(backward), part_by_part=False)
 
 
@@ -91,11 +91,11 @@ def test_lowers_for_cuda(H):
     case = Case(B=2, T=300, S=520, N=8, K=4, H=H, Hv=H, carried=True)
 
     def forward(query, kv, start, end, lse, delta, dout, out):
-        by_heads = forward_by_heads(mosaic.forward)
+        by_heads = forward_by_heads(hopper_forward)
         return by_heads(query, kv, start, end, (out, lse), out_dtype=query.dtype, **case.options)
 
     def backward(*operands):
-        return backward_by_heads(mosaic.backward)(*operands[:-1], **case.options)
+        return backward_by_heads(hopper_backward)(*operands[:-1], **case.options)
 
     assert lowered(case, forward).count("stablehlo.custom_call @mosaic_gpu") == 2
     # Two more in the repeatable form, of two kernels.
@@ -116,7 +116,7 @@ def test_lowers_for_cuda(H):
 def test_halves_of_short_shards_are_too_few_programs(heads, kv_heads, head_size, length, suffice):
     query = jax.ShapeDtypeStruct((1, length, heads, head_size), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, 1, length, kv_heads, head_size), jnp.bfloat16)
-    assert mosaic.halves_suffice(query, kv) == (suffice and compat.INTERPRET_AVAILABLE)
+    assert support.can_split_heads(query, kv) == (suffice and compat.INTERPRET_AVAILABLE)
 
 
 GPU_CASES = [
@@ -133,7 +133,7 @@ GPU_CASES = [
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", None], ids=["float32", "rounded"])
 def test_gpu_forward(case, dtype):
-    check_forward(case, jitted(forward_by_heads(mosaic.forward)), jnp.dtype(dtype or case.dtype))
+    check_forward(case, jitted(forward_by_heads(hopper_forward)), jnp.dtype(dtype or case.dtype))
 
 
 @pytest.mark.gpu
@@ -141,15 +141,15 @@ def test_gpu_forward(case, dtype):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_gpu_backward(case, deterministic):
     case = dataclasses.replace(case, carried=False)
-    check_backward(case, jitted(backward_by_heads(mosaic.backward, deterministic=deterministic)), part_by_part=False)
+    check_backward(case, jitted(backward_by_heads(hopper_backward, deterministic=deterministic)), part_by_part=False)
 
 
 def both_shares(query, first, second, start, end, carry, *, scale, logits_soft_cap):
     """Of arrays that hold half of the heads each."""
     result, options = None, {"scale": scale, "logits_soft_cap": logits_soft_cap}
     for i, share in enumerate((first, second)):
-        heads = packed.Heads(i * share.shape[-2], 2 * share.shape[-2])
-        result = forward_launch.forward(query, share, start, end, carry, heads=heads, into=result, **options)
+        heads = packed.HeadSlice(i * share.shape[-2], 2 * share.shape[-2])
+        result = hopper_forward(query, share, start, end, carry, heads=heads, into=result, **options)
     return result
 
 

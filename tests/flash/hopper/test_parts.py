@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from ring_jax.flash import backends, packed, reference
-from ring_jax.flash.api import Spec
-from ring_jax.flash.hopper import backend as mosaic
-from ring_jax.flash.hopper import backward_launch, forward_launch
+from ring_jax.flash import kv as packed
 from ring_jax.flash.hopper.backward_launch import BackwardConfig
 from ring_jax.flash.hopper.config import ForwardConfig, forward_config
 from ring_jax.flash.merge import merge_partials
 from ring_jax.mosaic import compat
 from tests import oracle
+from tests.flash.calls import hopper_backward, hopper_forward, of_backend, reference_forward
 from tests.marks import interpreted
 
 
@@ -108,7 +106,7 @@ def check_forward(case, forward, out_dtype=jnp.float32):
     want = oracle.attention(
         query, in_one(key), in_one(value), visible(case, start, end), scale=case.H**-0.5, cap=case.soft_cap
     )
-    same, plain = carry, jax.jit(functools.partial(reference.forward, **case.options))
+    same, plain = carry, jax.jit(functools.partial(reference_forward, **case.options))
     if case.mask == "full":  # in one piece: of a part with a single key the plain form rounds nothing
         whole = packed.pack(*(jnp.concatenate(list(x), axis=1) for x in (key, value)))
         same = plain(query, whole, jnp.sum(start, axis=0), jnp.sum(end, axis=0), same)
@@ -158,15 +156,14 @@ def check_backward(case, backward, part_by_part=True):
 
 
 def jitted(f, **options):
-    static = {"scale", "logits_soft_cap", "out_dtype"} & set(inspect.signature(f).parameters)
+    parameters = inspect.signature(f).parameters
+    static = [name for name in ("scale", "logits_soft_cap") if name in parameters]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) or "out_dtype" in parameters:
+        static.append("out_dtype")
     return jax.jit(functools.partial(f, **options), static_argnames=static)
 
 
 # The form for backends that take keys in one piece.
-
-
-def spec_of(name, case):
-    return Spec(backends.BACKENDS[name], **case.options)
 
 
 @pytest.mark.parametrize(
@@ -176,27 +173,26 @@ def spec_of(name, case):
 def test_other_backends_go_from_part_to_part(P, Hv, carried):
     case = Case(P=P, B=2, T=21, S=13, N=4, K=2, H=8, Hv=Hv, mask="holes" if P > 1 else "random", dtype="float32")
     case = dataclasses.replace(case, carried=carried, soft_cap=2.0 if carried else None)
-    spec = spec_of("xla", case)
-    forward, backward = jax.jit(spec.forward, static_argnames="out_dtype"), jax.jit(spec.backward)
-    check_forward(case, lambda *x, out_dtype, **_: forward(*x, out_dtype=out_dtype))
-    check_backward(case, lambda *x, **_: backward(*x), part_by_part=False)
+    forward, backward = map(jitted, of_backend("xla"))
+    check_forward(case, forward)
+    check_backward(case, backward, part_by_part=False)
 
 
 @pytest.mark.parametrize("P", [2, 3])
 def test_other_backends_keep_float32_between_parts_and_add_to_dq(P):
     case = Case(P=P, T=21, S=13, H=8, Hv=8)
     query, key, value, bounds, _ = case.inputs()
-    spec, kv = spec_of("reference", case), packed_parts(key, value)
-    forward = jax.jit(spec.forward, static_argnames="out_dtype")
-    rounded, exact = (forward(query, kv, *bounds, None, out_dtype=dtype) for dtype in (query.dtype, None))
+    forward, backward = (functools.partial(f, **case.options) for f in of_backend("reference"))
+    kv = packed_parts(key, value)
+    rounded, exact = (
+        jax.jit(functools.partial(forward, out_dtype=dtype))(query, kv, *bounds) for dtype in (query.dtype, None)
+    )
     assert rounded[0].dtype == query.dtype and exact[0].dtype == jnp.float32
     for ours, theirs in zip(rounded, exact, strict=True):
         np.testing.assert_array_equal(ours, theirs.astype(ours.dtype))
     before = jnp.full(query.shape, 10, jnp.float32)
     rows = exact[1], jnp.zeros_like(exact[1]), query
-    (dq, _), (more, _) = jax.jit(lambda *x: (spec.backward(*x[:-1]), spec.backward(*x)))(
-        query, kv, *bounds, *rows, before
-    )
+    (dq, _), (more, _) = jax.jit(lambda *x: (backward(*x[:-1]), backward(*x)))(query, kv, *bounds, *rows, before)
     assert np.abs(dq).max() > 0.1
     np.testing.assert_allclose(more, dq + before, rtol=1e-6, atol=1e-6)
 
@@ -206,12 +202,13 @@ def test_other_backends_keep_float32_between_parts_and_add_to_dq(P):
 def test_other_backends_inside_shard_map(check_vma):
     case = Case(P=3, T=20, S=12, H=8, Hv=8, dtype="float32")
     query, key, value, (start, end), _ = case.inputs()
-    spec, kv = spec_of("xla", case), packed_parts(key, value)
+    forward, backward = (functools.partial(f, **case.options) for f in of_backend("xla"))
+    kv = packed_parts(key, value)
     mesh = jax.make_mesh((2,), ("c",), devices=jax.devices("cpu")[:2], axis_types=(jax.sharding.AxisType.Auto,))
 
     def both(query, kv, start, end):
-        out, lse = spec.forward(query, kv, start, end, None)
-        return out, lse, *spec.backward(query, kv, start, end, lse, lse * 0, out)
+        out, lse = forward(query, kv, start, end, None)
+        return out, lse, *backward(query, kv, start, end, lse, lse * 0, out)
 
     rows = PartitionSpec(None, "c")
     specs = dict(in_specs=(rows, PartitionSpec(), *[PartitionSpec(None, None, "c")] * 2))
@@ -246,13 +243,13 @@ def lowered(case, f, mesh=None, wrap=lambda f: f):
 
 def forward_of(case):
     def f(query, kv, start, end, lse, delta, dout, out):
-        return mosaic.forward(query, kv, start, end, (out, lse) if case.carried else None, **case.options)
+        return hopper_forward(query, kv, start, end, (out, lse) if case.carried else None, **case.options)
 
     return f
 
 
 def backward_of(case, deterministic):
-    return lambda *x: mosaic.backward(*x[:-1], **case.options, deterministic=deterministic)
+    return lambda *x: hopper_backward(*x[:-1], **case.options, deterministic=deterministic)
 
 
 @pytest.mark.parametrize(("H", "Hv"), SIZES)
@@ -293,8 +290,8 @@ def test_lowers_inside_shard_map():
 def test_shapes_that_do_not_fit():
     case = Case()
     query, key, value, (start, end), _ = case.inputs()
-    with pytest.raises(ValueError, match=r"in parts need kv \[P, 2, B, S, K, H\].*got \(2, 2, 1, 104, 1, 64\)"):
-        forward_launch.forward(query, packed_parts(key, value)[:2], start, end, scale=1.0)
+    with pytest.raises(ValueError, match=r"in segments need kv \[P, 2, B, S, K, H\].*got \(2, 2, 1, 104, 1, 64\)"):
+        hopper_forward(query, packed_parts(key, value)[:2], start, end, scale=1.0)
 
 
 # Interpreted on the CPU.
@@ -319,7 +316,7 @@ IN_TURN = ForwardConfig(block_kv=32, stages=3, overlap=False, warpgroups=1, pers
 )
 def test_forward_interpreted(case, config):
     with compat.interpret_mode():
-        check_forward(case, jitted(forward_launch.forward, config=config))
+        check_forward(case, jitted(hopper_forward, config=config))
 
 
 SMALL_BACKWARD = BackwardConfig(block_q_dkv=64, stages=2, block_kv_dq=64, slots=3)
@@ -339,7 +336,7 @@ SMALL_BACKWARD = BackwardConfig(block_q_dkv=64, stages=2, block_kv_dq=64, slots=
 )
 def test_backward_interpreted(case, config):
     with compat.interpret_mode():
-        backward = jitted(backward_launch.backward, config=config)
+        backward = jitted(hopper_backward, config=config)
         check_backward(case, backward, part_by_part=case.mask == "causal")
 
 
@@ -348,8 +345,8 @@ def test_backward_interpreted(case, config):
 def test_odd_head_sizes_interpreted():
     case = Case(P=2, T=64, S=40, H=40, Hv=56)
     with compat.interpret_mode():
-        check_forward(case, jitted(mosaic.forward))
-        check_backward(case, jitted(mosaic.backward))
+        check_forward(case, jitted(hopper_forward))
+        check_backward(case, jitted(hopper_backward))
 
 
 # On a GPU.
@@ -372,15 +369,15 @@ GPU_CASES += [Case(P=8, B=3, T=1, S=5, N=8, K=1, H=64), Case(P=5, T=700, S=1, N=
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_gpu_forward(case):
-    check_forward(case, jitted(mosaic.forward))
-    check_forward(case, jitted(mosaic.forward), out_dtype=jnp.dtype(case.dtype))
+    check_forward(case, jitted(hopper_forward))
+    check_forward(case, jitted(hopper_forward), out_dtype=jnp.dtype(case.dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_gpu_backward(case, deterministic):
-    check_backward(case, jitted(mosaic.backward, deterministic=deterministic))
+    check_backward(case, jitted(hopper_backward, deterministic=deterministic))
 
 
 @pytest.mark.gpu
@@ -390,7 +387,7 @@ def test_gpu_backward(case, deterministic):
 def test_gpu_forward_configs(H, persistent, overlap):
     config = dataclasses.replace(forward_config(H, H), persistent=persistent, overlap=overlap)
     case = gpu_case(6, H, mask="random", T=1200, N=16)
-    check_forward(case, jitted(forward_launch.forward, config=config))
+    check_forward(case, jitted(hopper_forward, config=config))
 
 
 @pytest.mark.gpu
@@ -400,7 +397,7 @@ def test_gpu_natural_order_cut_in_parts(H):
     case = Case(P=8, T=1000, S=512, N=8, K=2, H=H, Hv=H, mask="causal")
     query, key, value, (start, end), _ = case.inputs()
     kv = packed_parts(key, value)
-    forward = jax.jit(functools.partial(forward_launch.forward, **case.options))
+    forward = jax.jit(functools.partial(hopper_forward, **case.options))
     out, lse = forward(query, kv, start, end)
     for _ in range(3):
         jax.tree.map(np.testing.assert_array_equal, (out, lse), forward(query, kv, start, end))
@@ -416,6 +413,6 @@ def test_gpu_kv_is_not_copied():
     case = Case(P=8, T=256, S=256, H=128, Hv=128, mask="full")
     query, key, value, (start, end), _ = case.inputs()
     arguments = query, packed_parts(key, value), start, end
-    text = jax.jit(functools.partial(forward_launch.forward, **case.options)).lower(*arguments).compile().as_text()
+    text = jax.jit(functools.partial(hopper_forward, **case.options)).lower(*arguments).compile().as_text()
     assert text.count('custom_call_target="mosaic_gpu') == 1
     assert " copy(" not in text and "fusion(" not in text

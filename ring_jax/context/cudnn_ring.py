@@ -8,72 +8,65 @@ operands are selected, so no branch makes the host wait, and every rank does the
 Contiguous: of the keys of rank s its queries see all where s < r, else nothing; that work is done and thrown away.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from ring_jax.context.shard import Shard
-from ring_jax.flash.api import Partial, Spec
 from ring_jax.flash.backends import CUDNN
+from ring_jax.flash.block import Block
+from ring_jax.flash.kv import seq_axis
 from ring_jax.flash.merge import merge_partials
-from ring_jax.flash.packed import seq_axis
+from ring_jax.flash.operands import Bounds, Partial, RowGradients
 from ring_jax.layout import Contiguous, Layout, Zigzag
 
 
 def serves(layout: Layout) -> bool:
+    """Whether a causal ring over this layout can be cut into whole pieces."""
     return isinstance(layout, Contiguous) or (isinstance(layout, Zigzag) and layout.block is None)
 
 
-def forward(spec: Spec, shard: Shard, query, kv, start, end, partial: Partial | None, source, own: bool) -> Partial:
+def forward(
+    block: Block, shard: Shard, query, kv, bounds: Bounds, partial: Partial | None, source, own: bool
+) -> Partial:
     """One hop: `partial` resumed on the KV of rank `source`; `own` says, statically, that it is this rank."""
     if own:
-        return spec.forward(query, kv, start, end, partial)
+        return block.backend.forward(query, kv, bounds, partial, block.options)
     assert partial is not None
-    full = _full(spec)
+    attend, options = CUDNN["full"].forward, block.options
     earlier = source < shard.rank()
     if isinstance(shard.layout, Contiguous):
-        out, lse = full.forward(query, kv, start, end, None)
+        out, lse = attend(query, kv, bounds, None, options)
         return merge_partials(partial[0], partial[1], out, jnp.where(earlier, lse, -jnp.inf))
     q, k = (_halves(x, axis) for x, axis in ((query, 1), (kv, seq_axis(kv))))
-    start, end = (_halves(x, 1)[0] for x in (start, end))  # not read
+    unread = Bounds(*(_halves(x, 1)[0] for x in bounds))
     (out_low, out_high), (lse_low, lse_high) = (_halves(x, 1) for x in partial)
-    high = full.forward(q[1], k[0], start, end, (out_high, lse_high))
+    high = attend(q[1], k[0], unread, (out_high, lse_high), options)
     low = (out_low, lse_low)
-    chosen = full.forward(_pick(earlier, *q), _pick(earlier, *k), start, end, _pick(earlier, low, high))
+    chosen = attend(_pick(earlier, *q), _pick(earlier, *k), unread, _pick(earlier, low, high), options)
     low, high = _pick(earlier, chosen, low), _pick(earlier, high, chosen)
     return _join(low[0], high[0]), _join(low[1], high[1])
 
 
-def backward(spec: Spec, shard: Shard, query, kv, start, end, lse, delta, dout, source, own: bool):
+def backward(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowGradients, source, own: bool):
     """(dq, dkv) of one hop."""
     if own:
-        return spec.backward(query, kv, start, end, lse, delta, dout)
-    full = _full(spec)
+        return block.backend.backward(query, kv, bounds, rows, block.options)
+    pull, options = CUDNN["full"].backward, block.options
     earlier = source < shard.rank()
     if isinstance(shard.layout, Contiguous):
-        grads = full.backward(query, kv, start, end, lse, delta, dout)
+        grads = pull(query, kv, bounds, rows, options)
         return _pick(earlier, grads, jax.tree.map(jnp.zeros_like, grads))
     axis = seq_axis(kv)
-    rows = [_halves(x, 1) for x in (query, lse, delta, dout)]
-    low, high = ([x[i] for x in rows] for i in range(2))
+    low, high = (jax.tree.map(lambda x, i=i: _halves(x, 1)[i], (query, rows)) for i in range(2))
     kv_low, kv_high = _halves(kv, axis)
-    start, end = (_halves(x, 1)[0] for x in (start, end))
-
-    def pull(rows, kv):
-        query, lse, delta, dout = rows
-        return full.backward(query, kv, start, end, lse, delta, dout)
-
-    dq, dkv = pull(high, kv_low)
-    dq_chosen, dkv_chosen = pull(_pick(earlier, low, high), _pick(earlier, kv_low, kv_high))
+    unread = Bounds(*(_halves(x, 1)[0] for x in bounds))
+    dq, dkv = pull(high[0], kv_low, unread, high[1], options)
+    query, rows = _pick(earlier, low, high)
+    dq_chosen, dkv_chosen = pull(query, _pick(earlier, kv_low, kv_high), unread, rows, options)
     zero_q, zero_kv = jnp.zeros_like(dq), jnp.zeros_like(dkv)
     dq = _join(_pick(earlier, dq_chosen, zero_q), dq + _pick(earlier, zero_q, dq_chosen))
     dkv = _join(dkv + _pick(earlier, dkv_chosen, zero_kv), _pick(earlier, zero_kv, dkv_chosen), axis)
     return dq, dkv
-
-
-def _full(spec: Spec) -> Spec:
-    return dataclasses.replace(spec, backend=CUDNN["full"])
 
 
 def _halves(x, axis: int):

@@ -4,30 +4,36 @@ Equal head sizes: kv [2, B, S, K, H], kv[0] keys, kv[1] values. Head sizes that 
 [B, S, K, H + Hv]. Backends read either as it lies; gradients are packed the same way.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ring_jax.flash.operands import Bounds
 
-class Heads(NamedTuple):
+
+class HeadSlice(NamedTuple):
     """Which KV heads an array holds, where it does not hold all that the queries share: from `first` on, of `total`."""
 
     first: int
     total: int
 
+    def query_heads(self, query: jax.Array, kv: jax.Array) -> slice:
+        """The query heads that share these KV heads."""
+        group = query.shape[2] // self.total
+        return slice(self.first * group, (self.first + kv.shape[-2]) * group)
 
-def check_heads(kv: jax.Array, heads: Heads | None) -> None:
+
+def check_heads(kv: jax.Array, heads: HeadSlice | None) -> None:
     """Raises ValueError where kv has more heads than there are from `heads.first` on."""
     if heads is not None and not 0 <= heads.first <= heads.total - kv.shape[-2]:
         raise ValueError(f"kv has {kv.shape[-2]} heads from {heads.first} on, of {heads.total} in all: too many")
 
 
-def halve_heads(kv: jax.Array) -> list[tuple[Heads | None, jax.Array]]:
+def halve_heads(kv: jax.Array) -> list[tuple[HeadSlice | None, jax.Array]]:
     """kv in two arrays, each of about half of the heads."""
     total = kv.shape[-2]
-    return [(Heads(a, total), kv[..., a:b, :]) for a, b in ((0, total // 2), (total // 2, total))]
+    return [(HeadSlice(a, total), kv[..., a:b, :]) for a, b in ((0, total // 2), (total // 2, total))]
 
 
 def pack(key: jax.Array, value: jax.Array) -> jax.Array:
@@ -54,17 +60,18 @@ def value_size(kv: jax.Array, head_size: int) -> int:
     return kv.shape[-1] if kv.ndim == 5 else kv.shape[-1] - head_size
 
 
-def fold_parts(kv: jax.Array, bounds: Sequence[jax.Array]) -> tuple[jax.Array, tuple[jax.Array, ...], int]:
-    """(kv, bounds, P) of keys in P parts with the parts inside another axis of kv: [2 P, B, S, K, H] or [P B, S, K, H + Hv].
+def fold_segments(kv: jax.Array, bounds: Bounds) -> tuple[jax.Array, Bounds, int]:
+    """(kv, bounds, P) of keys in P segments with the segments inside another axis of kv: [2 P, B, S, K, H] or
+    [P B, S, K, H + Hv].
 
     Bounds [B, T] are those of keys in one piece: all stays as it is. For P = 1, too, bounds come back as [B, T].
     """
-    if bounds[0].ndim == 2:
-        return kv, tuple(bounds), 1
-    parts = bounds[0].shape[0]
-    if kv.ndim not in (5, 6) or kv.shape[0] != parts or parts == 0:
+    if bounds.start.ndim == 2:
+        return kv, bounds, 1
+    segments = bounds.start.shape[0]
+    if kv.ndim not in (5, 6) or kv.shape[0] != segments or segments == 0:
         raise ValueError(
-            f"bounds {bounds[0].shape} of keys in parts need kv [P, 2, B, S, K, H] or [P, B, S, K, H + Hv], got {kv.shape}"
+            f"bounds {bounds.start.shape} of keys in segments need kv [P, 2, B, S, K, H] or [P, B, S, K, H + Hv], got {kv.shape}"
         )
     kv = kv.reshape(-1, *kv.shape[2:])
-    return kv, tuple(x[0] for x in bounds) if parts == 1 else tuple(bounds), parts
+    return kv, Bounds(*(x[0] for x in bounds)) if segments == 1 else bounds, segments

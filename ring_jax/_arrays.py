@@ -1,0 +1,17 @@
+"""Small array helpers that several parts share."""
+
+import jax
+import jax.numpy as jnp
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is >= n."""
+    return -(-n // multiple) * multiple
+
+
+def pad_to(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:
+    """`x` with `axis` padded at its end to `size`, by zeros or as `jnp.pad`'s mode says; x itself where it has that size."""
+    axis %= x.ndim
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - x.shape[a] if a == axis else 0) for a in range(x.ndim)], mode=mode)
