@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import check_array, check_instance, concrete, static_length
+from ring_jax._mesh import axis_size, run_sharded
 from ring_jax.context.call import Call
-from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, run_sharded
+from ring_jax.context.parallel import ContextParallel, mask_specs
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import check_strategy
 from ring_jax.flash.backends import FixedMask, check_inputs

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from ring_jax._mesh import Axis, axis_names
 from ring_jax._vma import pcast_to
-from ring_jax.context.shard import Axis, axis_names
 
 
 def attend_few(

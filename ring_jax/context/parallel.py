@@ -1,21 +1,19 @@
 """`ContextParallel`: one value that says how an array is spread over a mesh."""
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from ring_jax import _repr
 from ring_jax._checks import static_length
+from ring_jax._mesh import Axis, HashablePartial, axis_names, axis_size, reshard_explicit, run_sharded
 from ring_jax.context.reshard import relayout as relayout_shard
-from ring_jax.context.shard import Axis, Shard, axis_names
+from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import check_strategy
 from ring_jax.layout import Contiguous, Layout, as_layout
 from ring_jax.mask import Mask, ResolvedMask, per_row
@@ -124,7 +122,7 @@ class ContextParallel:
             raise ValueError(f"seq_len={seq_len} exceeds the array's length {x.shape[seq_axis]} on axis {seq_axis}")
         mesh = self.resolve_mesh(x)
         if seq_len % axis_size(mesh, self.axis):  # no longer divides over the axis: Explicit meshes want that said
-            x = place(x, mesh, self._spec(x, mesh, seq_axis, None, head_dim))
+            x = reshard_explicit(x, mesh, self._spec(x, mesh, seq_axis, None, head_dim))
         return jax.lax.slice_in_dim(x, 0, seq_len, axis=seq_axis)
 
     def relayout(
@@ -145,7 +143,7 @@ class ContextParallel:
             return self.shard(length).positions()
         local, index = length // ranks, jnp.arange(length, dtype=jnp.int32)
         positions = self.layout.position(index % local, index // local, length, ranks)
-        return place(positions, self.resolve_mesh(like), P(self.axis))
+        return reshard_explicit(positions, self.resolve_mesh(like), P(self.axis))
 
     def resolve(
         self,
@@ -174,7 +172,9 @@ class ContextParallel:
         mesh, batch = self.resolve_mesh(like), self.free(self.batch_axis)
         specs = mask_specs(mask_and_offset, rows, batch)
         out_specs = P(batch if rows > 1 else None, self.axis)
-        return run_sharded(Static(_resolve, (shard, seq_len, kv_len)), mesh, (specs,), out_specs, (mask_and_offset,))
+        return run_sharded(
+            HashablePartial(_resolve, (shard, seq_len, kv_len)), mesh, (specs,), out_specs, (mask_and_offset,)
+        )
 
     def describe(self, seq_len: int, like: jax.Array | None = None) -> str:
         """Which positions of a sequence each rank holds, a line each, in the order in which they lie there.
@@ -279,7 +279,7 @@ class ContextParallel:
                     f"the next that does is {layout.padded_length(length, ranks)}. to_layout pads natural-order arrays."
                 )
         spec = self._spec(x, mesh, seq_axis, self.axis, head_dim)
-        move = Static(relayout_shard, (source, target, self.axis, ranks, seq_axis))
+        move = HashablePartial(relayout_shard, (source, target, self.axis, ranks, seq_axis))
         return run_sharded(move, mesh, (spec,), spec, (x,))
 
     def _spec(self, x, mesh, seq_axis: int, axis: Axis | None, head_dim: int | None) -> P:
@@ -297,60 +297,9 @@ class ContextParallel:
         return P(*spec)
 
 
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """`fn` with static trailing arguments; unlike functools.partial it compares by value, so jit's cache finds it."""
-
-    fn: Callable
-    args: tuple
-
-    def __call__(self, *operands):
-        return self.fn(*operands, *self.args)
-
-    def __repr__(self):  # jax's messages show it; the arguments may be a whole model's structure
-        return getattr(self.fn, "__name__", type(self.fn).__name__)
-
-
-def run_sharded(local: Callable, mesh, in_specs, out_specs, operands: tuple):
-    """A jitted, fully manual shard_map of `local` (hashable) over `operands`, which are resharded first where the
-    mesh is Explicit. Eager calls hit jit's cache too: op by op, a ring would take seconds."""
-    leaves, tree = jax.tree.flatten(in_specs, is_leaf=lambda x: isinstance(x, P))
-    return _run_sharded(local, mesh, tuple(leaves), tree, out_specs, place(operands, mesh, in_specs))
-
-
-@functools.partial(jax.jit, static_argnums=range(5))
-def _run_sharded(local, mesh, leaves, tree, out_specs, operands):
-    in_specs = jax.tree.unflatten(tree, leaves)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*operands)
-
-
 def _resolve(mask_and_offset, shard: Shard, q_len: int, kv_len: int) -> ResolvedMask:
     mask, offset = mask_and_offset
     return ResolvedMask(*shard.bounds(mask, q_len, kv_len, offset), shard.layout, q_len, kv_len)
-
-
-def axis_size(mesh, axis: Axis | None) -> int:
-    """Number of devices along `axis` (a name, a tuple or None)."""
-    return math.prod(mesh.shape[a] for a in axis_names(axis))
-
-
-def place(tree, mesh, specs):
-    """Reshard arrays to a shard_map's in_specs where mesh axes are Explicit: there the specs only assert. On Auto
-    axes they are constraints, and nothing is to be done."""
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    if not explicit:
-        return tree
-
-    def only_explicit(axis):
-        names = tuple(a for a in axis_names(axis) if a in explicit)
-        return names if len(names) > 1 else names[0] if names else None
-
-    def move(x, spec):
-        return jax.sharding.reshard(x, NamedSharding(mesh, P(*map(only_explicit, spec))))
-
-    if isinstance(specs, P):
-        return jax.tree.map(lambda x: move(x, specs), tree)
-    return jax.tree.map(move, tree, specs)
 
 
 def mask_specs(tree, batch: int, batch_axis: Axis | None):

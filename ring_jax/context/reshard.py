@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ring_jax.context.shard import Axis
+from ring_jax._mesh import Axis
 from ring_jax.layout import Contiguous, Layout, Zigzag
 
 

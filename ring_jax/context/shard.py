@@ -11,17 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._mesh import Axis
 from ring_jax.flash.operands import Bounds
 from ring_jax.layout import Layout
 from ring_jax.mask import Mask
 
 T = TypeVar("T")
-Axis = str | tuple[str, ...]
-
-
-def axis_names(axis: Axis | None) -> tuple[str, ...]:
-    """The mesh axes that `axis` means, as a tuple; () for None."""
-    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 from ring_jax._checks import check_choice
+from ring_jax._mesh import Axis
 from ring_jax.context import cudnn_ring
 from ring_jax.context.gather import all_gather
 from ring_jax.context.pass_q import pass_q
 from ring_jax.context.ring import ring
-from ring_jax.context.shard import Axis, Shard
+from ring_jax.context.shard import Shard
 from ring_jax.context.ulysses import ring_ulysses, ulysses
 from ring_jax.flash.backends import FixedMask, select
 from ring_jax.flash.block import Block

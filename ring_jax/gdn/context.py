@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ring_jax._mesh import axis_names, axis_size, reshard_explicit
 from ring_jax._vma import pcast_to
-from ring_jax.context.parallel import ContextParallel, axis_size, place
-from ring_jax.context.shard import Shard, axis_names, axis_to_seq, seq_to_axis
+from ring_jax.context.parallel import ContextParallel
+from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import check_operands, check_segments
 from ring_jax.gdn.mixer import Heads
@@ -95,7 +96,7 @@ def run(
     tokens, row = P(context.batch_axis, context.axis), P(context.batch_axis)
     specs = (P(), tokens, row, tokens)
     args = (params, x, caches, segment_ids)
-    args = tuple(place(a, mesh, s) for a, s in zip(args, specs, strict=True))
+    args = tuple(reshard_explicit(a, mesh, s) for a, s in zip(args, specs, strict=True))
     out_specs = (tokens, row, P()) if sums else (tokens, row)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(*args)
 
@@ -130,7 +131,7 @@ def gated_delta_rule_across(operands, *, context: ContextParallel, way: str, ini
     tokens = P(context.batch_axis, context.axis, context.head_axis)
     state, ids = P(context.batch_axis, context.head_axis), P(context.batch_axis, context.axis)
     specs = (tokens, state, ids)
-    args = tuple(place(a, mesh, s) for a, s in zip(args, specs, strict=True))
+    args = tuple(reshard_explicit(a, mesh, s) for a, s in zip(args, specs, strict=True))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, state))(*args)
 
 

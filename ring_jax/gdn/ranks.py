@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._mesh import Axis
 from ring_jax._vma import align
-from ring_jax.context.shard import Axis, Shard
+from ring_jax.context.shard import Shard
 from ring_jax.layout import Contiguous, Zigzag
 
 GATHER_RANKS = 4  # up to this many ranks, one gather is cheaper than log2(C) + 1 dependent permutes

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ring_jax.context.parallel import axis_size
+from ring_jax._mesh import axis_size
 from ring_jax.inference.sampling import Sampling, sample
 
 GREEDY = Sampling()

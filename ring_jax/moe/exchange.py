@@ -20,8 +20,8 @@ from typing import Protocol
 import jax
 from jax import lax
 
+from ring_jax._mesh import Axis, axis_names
 from ring_jax._vma import pcast_to
-from ring_jax.context.shard import Axis, axis_names
 
 WAYS = ("gather", "ragged")
 

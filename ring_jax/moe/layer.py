@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ring_jax._device import target
-from ring_jax.context.shard import Axis
+from ring_jax._mesh import Axis
 from ring_jax.moe.blocks import Blocks, block_size
 from ring_jax.moe.exchange import Exchange, Gathered, Here, choose_way, slices
 from ring_jax.moe.experts import blocks_per_step, run_experts

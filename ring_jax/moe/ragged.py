@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._mesh import Axis, axis_names
 from ring_jax._vma import align, pcast_to
-from ring_jax.context.shard import Axis, axis_names
 from ring_jax.moe.exchange import Here
 
 

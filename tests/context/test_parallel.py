@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 import ring_jax
 from ring_jax import ContextParallel
-from ring_jax.context import parallel
 from tests import oracle
 from tests.context.harness import expected, inputs, make_mesh, natural
 from tests.masks import B, S, cases
@@ -225,12 +224,12 @@ def temporary_bytes(strategy, ranks, gradient):
 def test_equal_calls_share_one_program():
     context = ContextParallel("context", layout="zigzag", mesh=make_mesh(context=2), strategy="ring")
     x = jnp.ones((1, 16, 2, 8))
-    before = parallel._run_sharded._cache_size()
+    before = _mesh._run_sharded._cache_size()
     for _ in range(3):
         ring_jax.ring_attention(
             x, x, x, mask=ring_jax.causal() & ring_jax.window(3), scale=jnp.float32(0.5), context=context
         )
-    assert parallel._run_sharded._cache_size() == before + 1
+    assert _mesh._run_sharded._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("kinds", [(AxisType.Auto, AxisType.Explicit), (AxisType.Explicit, AxisType.Auto)])

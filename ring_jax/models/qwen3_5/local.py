@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_jax import gdn
+from ring_jax._mesh import axis_names
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.context import ring_attention
 from ring_jax.context.decode import attend_few, merge_ranks
-from ring_jax.context.shard import Shard, axis_names
+from ring_jax.context.shard import Shard
 from ring_jax.flash import flash_attention, merge_partials
 from ring_jax.gdn import OneDevice
 from ring_jax.mask import ResolvedMask

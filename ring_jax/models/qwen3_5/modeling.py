@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from ring_jax import _repr
 from ring_jax._checks import concrete
-from ring_jax.context.parallel import Static, axis_size, place, run_sharded
+from ring_jax._mesh import HashablePartial, axis_size, reshard_explicit, run_sharded
 from ring_jax.gdn import segments
 from ring_jax.models.qwen3_5 import passes
 from ring_jax.models.qwen3_5.cache import Cache, cache_specs
@@ -161,7 +161,8 @@ class Qwen3_5(nnx.Module):
         self._check_inputs(*arrays[:3])
         if self.sharding is not None:  # the next token may lie on another rank: tokens are small, so all have them
             arrays = [
-                None if x is None else place(x, self.sharding.resolve_mesh(), P(self.sharding.batch)) for x in arrays
+                None if x is None else reshard_explicit(x, self.sharding.resolve_mesh(), P(self.sharding.batch))
+                for x in arrays
             ]
         tokens, lengths, segment_ids, weights = arrays
         if weights is not None and weights.shape != tokens.shape:
@@ -196,12 +197,14 @@ class Qwen3_5(nnx.Module):
             )
         graph, params = self._split()
         if self.sharding is None:
-            logits, new, states = _run_here(Static(passes.decode, (graph,)), params, tokens, cache)
+            logits, new, states = _run_here(HashablePartial(passes.decode, (graph,)), params, tokens, cache)
         else:
             mesh, rows, caches = self.sharding.resolve_mesh(), P(self.sharding.batch), cache_specs(self.sharding)
             in_specs, out_specs = (self.param_specs(self.sharding, mesh), rows, caches), (rows, caches.new, caches.gdn)
             operands = (params, tokens, cache)
-            logits, new, states = run_sharded(Static(passes.decode, (graph,)), mesh, in_specs, out_specs, operands)
+            logits, new, states = run_sharded(
+                HashablePartial(passes.decode, (graph,)), mesh, in_specs, out_specs, operands
+            )
         return logits, dataclasses.replace(cache, new=new, gdn=states, count=cache.count + 1)
 
     def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
@@ -211,7 +214,7 @@ class Qwen3_5(nnx.Module):
             raise ValueError(f"{length} tokens and room for {room} more exceed the model's {limit} positions")
         graph, params = self._split()
         if self.sharding is None:
-            return _run_here(Static(local, (graph, ask)), params, tokens, lengths, segment_ids, labels)
+            return _run_here(HashablePartial(local, (graph, ask)), params, tokens, lengths, segment_ids, labels)
         sharding, mesh = self.sharding, self.sharding.resolve_mesh()
         rows, sequence = P(sharding.batch), P(sharding.batch, sharding.sequence)
         pad = sharding.context.padded_length(length, tokens) - length
@@ -226,7 +229,7 @@ class Qwen3_5(nnx.Module):
             None if labels is None else (sequence, sequence),
         )
         operands = (params, tokens, lengths, segment_ids, labels)
-        return run_sharded(Static(local, (graph, ask)), mesh, in_specs, out_specs, operands)
+        return run_sharded(HashablePartial(local, (graph, ask)), mesh, in_specs, out_specs, operands)
 
     def _check_inputs(self, tokens, lengths, segment_ids) -> None:
         """Raises ValueError for shapes and values that do not fit; values only where they are known now."""
@@ -341,7 +344,7 @@ class Qwen3_5(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_here(local: Static, *operands):
+def _run_here(local: HashablePartial, *operands):
     """Without a mesh, jitted like the sharded form: eager calls would take seconds, operation by operation."""
     return local(*operands)
 
@@ -365,7 +368,7 @@ def _cut(out: Output, length: int, sharding: Sharding) -> Output:
         if length % axis_size(mesh, sharding.sequence):  # no longer divides: Explicit meshes want that said
             spec: list[Any] = [None] * x.ndim
             spec[axis - 1] = sharding.batch
-            x = place(x, mesh, P(*spec))
+            x = reshard_explicit(x, mesh, P(*spec))
         return jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
     logits = out.logits if out.logits is None or out.logits.ndim == 2 else cut(out.logits, 1)

@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ring_jax import _repr, gdn
+from ring_jax._mesh import axis_names
 from ring_jax._vma import pcast_to
-from ring_jax.context.shard import axis_names
 from ring_jax.gdn import segments
 from ring_jax.mask import Mask, causal, documents
 from ring_jax.mask import lengths as lengths_mask

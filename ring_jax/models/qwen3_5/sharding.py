@@ -15,9 +15,8 @@ from ring_jax._checks import (
     check_instance,
     check_mesh_axes,
 )
+from ring_jax._mesh import Axis, axis_names, axis_size
 from ring_jax.context import ContextParallel
-from ring_jax.context.parallel import axis_size
-from ring_jax.context.shard import Axis, axis_names
 from ring_jax.gdn.plan import WAYS
 from ring_jax.models.qwen3_5.config import Config
 

@@ -1,0 +1,68 @@
+"""Mesh plumbing that knows neither attention nor layouts: axis names, resharding, and a jitted shard_map."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Axis = str | tuple[str, ...]
+
+
+def axis_names(axis: Axis | None) -> tuple[str, ...]:
+    """The mesh axes that `axis` means, as a tuple; () for None."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+def axis_size(mesh, axis: Axis | None) -> int:
+    """Number of devices along `axis` (a name, a tuple or None)."""
+    return math.prod(mesh.shape[a] for a in axis_names(axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class HashablePartial:
+    """`fn` with static trailing arguments; unlike functools.partial it compares by value, so jit's cache finds it."""
+
+    fn: Callable
+    args: tuple
+
+    def __call__(self, *operands):
+        return self.fn(*operands, *self.args)
+
+    def __repr__(self):  # jax's messages show it; the arguments may be a whole model's structure
+        return getattr(self.fn, "__name__", type(self.fn).__name__)
+
+
+def run_sharded(local: Callable, mesh, in_specs, out_specs, operands: tuple):
+    """A jitted, fully manual shard_map of `local` (hashable) over `operands`, which are resharded first where the
+    mesh is Explicit. Eager calls hit jit's cache too: op by op, a ring would take seconds."""
+    leaves, tree = jax.tree.flatten(in_specs, is_leaf=lambda x: isinstance(x, P))
+    return _run_sharded(local, mesh, tuple(leaves), tree, out_specs, reshard_explicit(operands, mesh, in_specs))
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _run_sharded(local, mesh, leaves, tree, out_specs, operands):
+    in_specs = jax.tree.unflatten(tree, leaves)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*operands)
+
+
+def reshard_explicit(tree, mesh, specs):
+    """Reshard arrays to a shard_map's in_specs where mesh axes are Explicit: there the specs only assert. On Auto
+    axes they are constraints, and nothing is to be done."""
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    if not explicit:
+        return tree
+
+    def only_explicit(axis):
+        names = tuple(a for a in axis_names(axis) if a in explicit)
+        return names if len(names) > 1 else names[0] if names else None
+
+    def move(x, spec):
+        return jax.sharding.reshard(x, NamedSharding(mesh, P(*map(only_explicit, spec))))
+
+    if isinstance(specs, P):
+        return jax.tree.map(lambda x: move(x, specs), tree)
+    return jax.tree.map(move, tree, specs)
