@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_jax
-from ring_jax import ContextParallel
+from ring_jax import ContextParallel, _mesh
 from tests import oracle
 from tests.context.harness import expected, inputs, make_mesh, natural
 from tests.masks import B, S, cases
