@@ -234,7 +234,7 @@ def _print_results(answers: "dict[int, Answer]", texts: dict[int, str], expected
         a, b = (np.stack(answer.logits[:steps]) for answer in (one, many))
         print(
             f"The logits of the {steps} tokens differ by at most {np.abs(a - b).max():.1e} between 1 rank and {max(answers)} "
-            f"(the largest is {np.abs(a).max():.1f}): one model, exact over any number of ranks."
+            f"(the largest is {np.abs(a).max():.1f}): rounding, no approximation."
         )
         print(_why_no_faster(max(answers)))
 
