@@ -81,20 +81,21 @@ def as_integers(name: str, x: Any, axes: str) -> Any:
     For the small descriptions of batches (lengths, borders, ids): lists of integers are taken too, and stay in NumPy.
     """
     forms = [form.split() for form in axes.replace("()", "").split("|")]
-    expected = " or ".join(f"[{', '.join(form)}]" if form else "one integer" for form in forms)
+    shapes = " or ".join(f"[{', '.join(form)}]" for form in forms if form)
+    expected = " or ".join((["one integer"] if [] in forms else []) + ([f"integers {shapes}"] if shapes else []))
     if isinstance(x, (list, tuple, int)) and not isinstance(x, bool):
         try:
             x = np.asarray(x)
         except ValueError:  # rows of different lengths
-            raise ValueError(f"{name} must be integers, {expected}, got rows of different lengths") from None
+            raise ValueError(f"{name} must be {expected}, got rows of different lengths") from None
         except OverflowError:
             raise ValueError(f"{name} must fit into 64 bits, got {describe(x)}") from None
         if x.dtype == object:
-            raise ValueError(f"{name} must be integers that fit into 64 bits, got {describe(x.tolist())}")
+            raise ValueError(f"{name} must be {expected}, of at most 64 bits, got {describe(x.tolist())}")
     if not is_array(x):
-        raise TypeError(f"{name} must be integers, {expected}, got {describe(x)}")
+        raise TypeError(f"{name} must be {expected}, got {describe(x)}")
     if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim not in [len(form) for form in forms]:
-        raise ValueError(f"{name} must be integers, {expected}, got {describe(x)}")
+        raise ValueError(f"{name} must be {expected}, got {describe(x)}")
     return x
 
 

@@ -17,7 +17,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from ring_jax._checks import concrete
+from ring_jax._checks import (
+    as_integers,
+    check_array,
+    concrete,
+    describe,
+    is_array,
+    static_length,
+)
 from ring_jax.layout import Layout
 
 Interval = tuple[Array, Array]
@@ -173,9 +180,10 @@ class Mask:
         return hash(self._value())
 
     def __and__(self, other: "Mask") -> "Mask":
+        """Both: a query sees the keys that both masks let it see."""
         if not isinstance(other, Mask):
-            raise ValueError(f"a Mask combines with & with another Mask, got {type(other).__name__}: {other!r}")
-        return Mask(_checked(self.parts + other.parts))
+            raise TypeError(f"a Mask combines with & with another Mask, got {describe(other)}")
+        return Mask(_checked(_parts(self) + _parts(other)))
 
     def interval(
         self,
@@ -196,12 +204,15 @@ class Mask:
         Returns:
             (start, end), int32 [B or 1, T]; B where some part differs between batch rows.
         """
+        q_len, kv_len = static_length("q_len", q_len), static_length("kv_len", kv_len)
+        if index is not None:
+            check_array("index", index, "T", kind="integer")
         index = jnp.arange(q_len, dtype=jnp.int32) if index is None else index
         offset = per_row("query_offset", query_offset)
         queries = Queries(index, index[None, :] + offset[:, None], q_len, kv_len)
         start = jnp.where(index < q_len, 0, kv_len)[None, :].astype(jnp.int32)
         end = jnp.full_like(start, kv_len)
-        for part in self.parts:
+        for part in _parts(self):
             part_start, part_end = part.interval(queries)
             start, end = jnp.maximum(start, part_start), jnp.minimum(end, part_end)
         start, end = jnp.broadcast_arrays(start, end)
@@ -220,6 +231,13 @@ class ResolvedMask:
     layout: Layout
     q_len: int
     kv_len: int
+
+
+def _parts(mask: Mask) -> "tuple[_Part, ...]":
+    """Its parts. Checked here and not when it is made: jax rebuilds pytrees around whatever leaves it has at hand."""
+    if not isinstance(mask.parts, tuple) or not all(isinstance(part, _Part) for part in mask.parts):
+        raise TypeError(f"the parts of a Mask come from causal(), window(), ...; got Mask({describe(mask.parts)})")
+    return mask.parts
 
 
 def _checked(parts: tuple[_Part, ...]) -> tuple[_Part, ...]:
@@ -261,16 +279,21 @@ def window(left: "int | Array | None", right: "int | Array | None" = None) -> Ma
     """
     widths = {"window(left)": left, "window(right)": right}
     for name, width in widths.items():
-        if width is not None and np.ndim(width) != 0:
-            raise ValueError(f"{name} takes one integer >= 0 or None, got shape {np.shape(width)}")
+        if width is not None:
+            as_integers(name, width, "()")
     return Mask((_Window(*(None if w is None else per_row(name, w) for name, w in widths.items())),))
 
 
 def local_window(size: "int | tuple[int | None, int | None]") -> Mask:
     """`window` by jax.nn's `local_window_size`: one width for both sides, or (left, right)."""
-    sides = (size, size) if np.ndim(size) == 0 else tuple(size)  # type: ignore[arg-type]
+    if is_array(size):
+        size = as_integers("local_window_size", size, "() | 2")
+    sides = tuple(size) if isinstance(size, (tuple, list)) or np.ndim(size) == 1 else (size, size)  # type: ignore[arg-type]
     if len(sides) != 2:
-        raise ValueError(f"local_window_size takes an integer or (left, right), got {size!r}")
+        raise ValueError(f"local_window_size takes an integer or (left, right), got {describe(size)}")
+    for side in sides:
+        if side is not None:
+            as_integers("local_window_size", side, "()")
     return window(*sides)
 
 
@@ -337,9 +360,8 @@ def documents(
 
 def per_row(name: str, n) -> Array:
     """A count >= 0 as int32 [1] or [B]: NumPy while it is known, so that masks made at import touch no device."""
+    n = as_integers(name, n, "() | B")
     n = n if isinstance(n, jax.Array) else np.asarray(n)
-    if not np.issubdtype(n.dtype, np.integer) or n.ndim > 1:
-        raise ValueError(f"{name} takes an integer or int32 [B], got {n.dtype} of shape {n.shape}")
     known = concrete(n)
     if known is not None and np.any(known < 0):
         raise ValueError(f"{name} must be >= 0, got {known}")
@@ -348,9 +370,8 @@ def per_row(name: str, n) -> Array:
 
 def _rows(name: str, x) -> Array:
     """Integers [n] or [B, n] as int32 [1 or B, n]."""
+    x = as_integers(name, x, "n | B n")
     x = x if isinstance(x, jax.Array) else np.asarray(x)
-    if not np.issubdtype(x.dtype, np.integer) or x.ndim not in (1, 2):
-        raise ValueError(f"{name} must be integers of shape [n] or [B, n], got {x.dtype} of shape {x.shape}")
     known = concrete(x)
     if known is not None and known.size and np.abs(known.astype(np.int64)).max() > np.iinfo(np.int32).max:
         raise ValueError(f"{name} must fit into int32, got values up to {np.abs(known).max()}")
