@@ -117,7 +117,11 @@ def test_zigzag_balances_causal_work_exactly():
         (lambda: as_layout(Zigzag), TypeError, "a value such as Zigzag"),
         (lambda: Zigzag(block=0), ValueError, r"Zigzag\(block=...\) must be >= 1, got 0"),
         (lambda: Striped(block=True), TypeError, r"Striped\(block=...\) must be an integer, got True"),
-        (lambda: Contiguous().positions(0, 10, 4), ValueError, "length 10 does not divide over 4 .* next length that does is 16"),
+        (
+            lambda: Contiguous().positions(0, 10, 4),
+            ValueError,
+            "length 10 does not divide over 4 .* next length that does is 16",
+        ),
         (lambda: Zigzag().padded_length(-1, 4), ValueError, "seq_len must be >= 0, got -1"),
     ],
 )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from ring_jax import _repr
 from ring_jax._checks import check_count, check_dtype, check_instance
 from ring_jax.context.shard import axis_to_seq
 from ring_jax.gdn import segments
@@ -43,6 +44,7 @@ class GDNCache:
     state: Float32[Array, "B N dk dv"]
     tail: Float[Array, "B W-1 F"]
     segment: Int[Array, " B"]
+    __repr__ = _repr.of_fields
 
     @classmethod
     def empty(cls, batch: int, heads: "Heads", width: int, dtype=jnp.float32) -> "GDNCache":

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ring_jax import _repr
 from ring_jax._checks import check_array, check_count, check_flag, check_instance, describe
 
 
@@ -40,6 +41,7 @@ class RouterStats:
     counts: Float[Array, " E"]
     probs: Float[Array, " E"]
     tokens: Float[Array, ""]
+    __repr__ = _repr.of_fields
 
     def __add__(self, other: "RouterStats") -> "RouterStats":
         """Those of both sets of tokens."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ring_jax import _repr
 from ring_jax._checks import check_array, check_count, check_flag, check_instance, check_number
 from ring_jax.context import ContextParallel, ring_attention
 from ring_jax.context.attention import check_options
@@ -138,6 +139,11 @@ class Attention(nnx.Module):
         self.query_norm = norm() if qk_norm else None
         self.key_norm = norm() if qk_norm else None
         self.output_gate = output_gate
+
+    def __repr__(self) -> str:
+        heads, size = getattr(self.out, "in_features", (None, None))
+        kv_heads = getattr(self.key, "out_features", (None,))[0]
+        return _repr.of_module(self, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, context=self.context)
 
     def __call__(
         self,

@@ -373,8 +373,20 @@ def attention() -> list[Call]:
                 "query": Arr(bound=(0, 1, 3)),
                 "key": Arr(bound=(0, 1, 2, 3)),
                 "value": Arr(bound=(0, 1, 2)),
-                "key_start": Arr("integer", (0, 1), ranks=False, shapes=((), (1, B, T)), known=(("falling", np.arange(T, 0, -1)[None] % T),)),
-                "key_end": Arr("integer", (0, 1), ranks=False, shapes=((), (1, B, T)), known=(("falling", np.arange(T, 0, -1)[None]),)),
+                "key_start": Arr(
+                    "integer",
+                    (0, 1),
+                    ranks=False,
+                    shapes=((), (1, B, T)),
+                    known=(("falling", np.arange(T, 0, -1)[None] % T),),
+                ),
+                "key_end": Arr(
+                    "integer",
+                    (0, 1),
+                    ranks=False,
+                    shapes=((), (1, B, T)),
+                    known=(("falling", np.arange(T, 0, -1)[None]),),
+                ),
                 "scale": SCALE,
                 "logits_soft_cap": CAP,
                 "implementation": IMPLEMENTATION,
@@ -654,7 +666,10 @@ def layers() -> list[Call]:
     rule = filled(lambda: nn.GatedDeltaNet(**net, rngs=nnx.Rngs(0)))
     x, cache = floats(B, T, 24), gdn.GDNCache(floats(B, N, H, 4), floats(B, 3, 40), ints(B))
     call = {"x": x, "positions": ints(T), "mask": None, "seq_len": T}
-    call_kinds: dict[str, Any] = {"x": Arr(bound=(2,)), "positions": maybe(Arr("integer", (0,), ranks=False, shapes=((), (3, T), (1, 1, T))))}
+    call_kinds: dict[str, Any] = {
+        "x": Arr(bound=(2,)),
+        "positions": maybe(Arr("integer", (0,), ranks=False, shapes=((), (3, T), (1, 1, T)))),
+    }
     call_kinds |= {"mask": maybe(MaskLike()), "seq_len": maybe(Count(0, T))}
     fused = {"qkvz": floats(5, 2 * K * H + 2 * N * 4), "ba": floats(5, 2 * N), "heads": HEADS}
     rope = {"x": floats(B, T, N, H), "positions": ints(T), "theta": 1e4, "rotary_fraction": 1.0}

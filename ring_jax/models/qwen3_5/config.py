@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ring_jax import _repr
 from ring_jax._checks import (
     check_choice,
     check_count,
@@ -107,6 +108,7 @@ class Config:
     tie_embeddings: bool = False
     layer_types: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    __repr__ = _repr.of_fields
 
     def __post_init__(self):
         self._check_values()

@@ -27,6 +27,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from ring_jax import _repr
 from ring_jax._checks import (
     check_array,
     check_choice,
@@ -101,6 +102,10 @@ class Qwen3_5(nnx.Module):
         )
         if rngs is not None:
             initialise(self, rngs.params())
+
+    def __repr__(self) -> str:
+        sizes = {"family": self.config.family, "layers": self.config.num_layers, "dtype": str(self.dtype)}
+        return _repr.of_module(self, **sizes, sharding=self.sharding)
 
     # -- running ---------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from ring_jax import _repr
 from ring_jax._checks import (
     check_choice,
     check_count,
@@ -68,6 +69,7 @@ class Sharding:
     expert: str | None = None
     weights: Axis | None = None
     way: str = "auto"
+    __repr__ = _repr.of_fields
 
     def __post_init__(self):
         check_instance("context", self.context, ContextParallel, "a ring_jax.ContextParallel")
