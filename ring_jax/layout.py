@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_jax import _repr
-from ring_jax._checks import check_array, check_axis, check_count, check_instance, describe, is_array
+from ring_jax._checks import Sizes, check_array, check_axis, check_count, check_instance, describe, is_array
 
 # A position, a rank or an index: a Python int, a NumPy array or a (traced) JAX array of int32.
 Index = Any
@@ -333,7 +333,7 @@ def work_per_rank(starts: np.ndarray, ends: np.ndarray, layout: "Layout | str", 
     """
     layout = as_layout(layout)
     check_count("ranks", ranks, 1)
-    sizes: dict[str, int] = {}
+    sizes = Sizes()
     for name, x in (("starts", starts), ("ends", ends)):
         check_array(name, x, "S", sizes, kind="integer")
         check_instance(name, x, (np.ndarray, jax.Array), "known outside of jit")

@@ -260,8 +260,9 @@ class Mask:
         """
         q_len = static_length("q_len", q_len)
         kv_len = q_len if kv_len is None else static_length("kv_len", kv_len)
+        rows = max([1] + [x.shape[0] for x in jax.tree.leaves(_parts(self))])
+        row = check_count("row", row, 0, rows - 1)
         start, end = (np.asarray(x) for x in self.interval(q_len=q_len, kv_len=kv_len))
-        row = check_count("row", row, 0, start.shape[0] - 1)
         return _repr.draw_mask(start[row], end[row], kv_len)
 
 
@@ -339,7 +340,7 @@ def local_window(size: "int | tuple[int | None, int | None]") -> Mask:
         raise ValueError(f"local_window_size takes an integer or (left, right), got {describe(size)}")
     for side in sides:
         if side is not None:
-            as_integers("local_window_size", side, "()")
+            per_row("local_window_size", as_integers("local_window_size", side, "()"))
     return window(*sides)
 
 
@@ -433,7 +434,7 @@ def _segment_ids(ids) -> Array:
         values, counts = np.unique(runs, return_counts=True)
         if np.any(counts > 1):
             raise ValueError(
-                f"segment id {values[counts > 1][0]} is used by two separate runs: its tokens would see two intervals of keys. "
+                f"segment_ids: segment id {values[counts > 1][0]} is used by two separate runs: its tokens would see two intervals of keys. "
                 "Give every document one contiguous run of its own id."
             )
     return out

@@ -73,9 +73,9 @@ def compiled():
     """What has been compiled since the test began."""
     found: list[str] = []
 
-    def listen(event: str, seconds: float, **_) -> None:
+    def listen(event: str, seconds: float, **about) -> None:
         if "backend_compile" in event:
-            found.append(event)
+            found.append(str(about))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
@@ -84,11 +84,16 @@ def compiled():
 
 def test_good_arguments_are_accepted(entries):
     """Else a try would prove nothing."""
+    refused = []
     for call in entries:
-        if call.check is not None:
-            call.check()
-        else:
-            call.trace(call.good)
+        try:
+            if call.check is not None:
+                call.check()
+            else:
+                call.trace(call.good)
+        except Exception as error:
+            refused.append(f"{call.name}: {type(error).__name__}: {str(error)[:300]}")
+    assert not refused, "\n".join(refused)
 
 
 def test_bad_arguments_raise_errors_that_help(entries, whole_tracebacks, compiled):
@@ -99,7 +104,7 @@ def test_bad_arguments_raise_errors_that_help(entries, whole_tracebacks, compile
             before = len(compiled)
             found = outcome(attempt)
             if found is None and len(compiled) > before:
-                found = "compiled"
+                found = f"compiled: {compiled[before:]}"
             if found is not None:
                 counts[found.split(":")[0]] += 1
                 wrong.append(f"{attempt} -> {found}")

@@ -27,7 +27,7 @@ from ring_jax.context.strategies import NAMES, STRATEGIES, choose
 from ring_jax.flash import backends
 from ring_jax.flash.api import make_spec, static_scalars
 from ring_jax.flash.merge import partial_dtype
-from ring_jax.flash.packed import pack
+from ring_jax.flash.packed import pack, pack_like
 from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
 
 
@@ -116,7 +116,6 @@ def ring_attention(
     backends.check_inputs(query, key, value)
     if sinks is not None:
         check_array("sinks", sinks, "N", {"N": query.shape[2]}, advice="one logit for each query head")
-        sinks = jnp.asarray(sinks)
     mask = _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset)
     if isinstance(mask, ResolvedMask):
         seq_len, key_value_seq_len = _resolved_lengths(mask, context, seq_len, key_value_seq_len)
@@ -125,6 +124,7 @@ def ring_attention(
         query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
     )
     call = dataclasses.replace(call, deterministic=deterministic)
+    sinks = None if sinks is None else jnp.asarray(sinks)
     resolved = isinstance(mask, ResolvedMask)
     if not isinstance(mask, ResolvedMask):
         _check_rows(mask, query_offset, query.shape[0])
@@ -202,7 +202,7 @@ def _ring_for_cudnn(call: _Call, mask: Mask, query_offset, query, key, value) ->
     ring = dataclasses.replace(ring, whole=_whole(ring, mask, query_offset))
     if ring.whole == call.whole:
         return call
-    inputs = query, jax.eval_shape(pack, key, value), call.logits_soft_cap, ring.whole, call.deterministic
+    inputs = query, pack_like(key, value), call.logits_soft_cap, ring.whole, call.deterministic
     implementation = backends.select(None, *inputs).name if call.implementation is None else call.implementation
     return ring if implementation == "cudnn" else call
 
@@ -231,11 +231,7 @@ def _plan(
     whole = ranks if context.is_manual else 1
     query_len, key_len = query.shape[1] * whole, key.shape[1] * whole
     for name, length in (("query", query_len), ("key", key_len)):
-        if context.layout.padded_length(length, ranks) != length:
-            raise ValueError(
-                f"{name} length {length} does not divide over {ranks} context ranks in layout {context.layout}: lay the arrays out with "
-                f"context.to_layout, which pads to {context.layout.padded_length(length, ranks)}, and pass seq_len={length}"
-            )
+        check_divides(name, length, ranks, context)
     q_len = query_len if seq_len is None else static_length("seq_len", seq_len)
     if key_value_seq_len is not None:
         kv_len = static_length("key_value_seq_len", key_value_seq_len)
@@ -341,6 +337,16 @@ def _check_rows(mask: Mask, query_offset, batch: int) -> None:
     for rows in {x.shape[0] for x in jax.tree.leaves((mask, per_row("query_offset", query_offset)))} - {1, batch}:
         raise ValueError(
             f"mask, query_seq_lengths, key_value_seq_lengths and query_offset must have one row or the batch's {batch}, got {rows}"
+        )
+
+
+def check_divides(name: str, length: int, ranks: int, context: ContextParallel) -> None:
+    """Raises ValueError where a sequence was not laid out."""
+    padded = context.layout.padded_length(length, ranks)
+    if padded != length:
+        raise ValueError(
+            f"{name} length {length} does not divide over {ranks} context ranks in layout {context.layout}: lay the arrays out with "
+            f"context.to_layout, which pads to {padded}, and pass seq_len={length}"
         )
 
 

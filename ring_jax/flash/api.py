@@ -15,7 +15,7 @@ from ring_jax._vma import align
 from ring_jax.flash import parts
 from ring_jax.flash.backends import Backend, check_inputs, check_options, select
 from ring_jax.flash.merge import carry_gradient, partial_dtype
-from ring_jax.flash.packed import pack
+from ring_jax.flash.packed import pack, pack_like
 
 Partial = tuple[jax.Array, jax.Array]  # (out, lse)
 
@@ -176,9 +176,11 @@ def flash_attention(
         sizes = {"B": B, "T": T, "N": N, "Hv": value.shape[3]}
         check_array("carry[0]", carry[0], "B T N Hv", sizes)
         check_array("carry[1]", carry[1], "B T N", sizes)
-    start, end = _check_bounds(key_start, key_end, B, T, S)
+    _check_bounds(key_start, key_end, B, T, S)
+    whole = _whole(key_start, key_end, T, S)
+    spec = make_spec(query, pack_like(key, value), scale, logits_soft_cap, implementation, whole, deterministic)
+    start, end = _clipped(key_start, key_end, B, T, S)
     kv = pack(key, value)
-    spec = make_spec(query, kv, scale, logits_soft_cap, implementation, _whole(key_start, key_end, T, S), deterministic)
     acc_dtype = partial_dtype(query.dtype)
     if carry is not None:
         out_in, lse_in = carry
@@ -199,7 +201,7 @@ def _whole(key_start, key_end, T: int, S: int) -> str | None:
     return "causal" if np.all(np.minimum(end, S) == np.minimum(np.arange(1, T + 1), S)) else None
 
 
-def _check_bounds(key_start, key_end, B: int, T: int, S: int):
+def _check_bounds(key_start, key_end, B: int, T: int, S: int) -> None:
     for name, x in (("key_start", key_start), ("key_end", key_end)):
         check_array(name, x, kind="integer")
         if x.shape not in ((T,), (1, T), (B, T)):
@@ -211,6 +213,10 @@ def _check_bounds(key_start, key_end, B: int, T: int, S: int):
         low, high = np.clip(low, 0, S), np.clip(high, 0, S)
         _check_ascending("key_start", low)
         _check_ascending("key_end", np.maximum(low, high))
+
+
+def _clipped(key_start, key_end, B: int, T: int, S: int):
+    """Bounds as int32 [B, T], 0 <= start <= end <= S."""
     start, end = (jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)) for x in (key_start, key_end))
     return start, jnp.maximum(start, end)
 

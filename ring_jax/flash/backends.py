@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ring_jax._checks import check_array, check_choice, check_flag
+from ring_jax._checks import Sizes, check_array, check_choice, check_flag
 from ring_jax.flash import cudnn, reference, xla
 from ring_jax.flash.hopper import backend as mosaic
 
@@ -152,7 +152,7 @@ def check_inputs(query, key, value) -> None:
     Raises:
         TypeError, ValueError: with what came and what was expected.
     """
-    sizes: dict[str, int] = {}
+    sizes = Sizes()
     for name, x, axes in (("query", query, "B T N H"), ("key", key, "B S K H"), ("value", value, "B S K Hv")):
         check_array(name, x, axes, sizes)
         if x.dtype not in _DTYPES:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ring_jax._checks import check_array
+from ring_jax._checks import Sizes, check_array
 
 
 def state_dtype(*arrays: jax.Array) -> jnp.dtype:
@@ -20,7 +20,7 @@ def widened(x: jax.Array) -> jax.Array:
 
 def check_operands(query, key, value, log_decay, beta, initial_state, segment_ids) -> None:
     """Raises unless the operands of one gated delta rule fit together."""
-    sizes: dict[str, int] = {}
+    sizes = Sizes()
     check_array("key", key, "B T K dk", sizes)
     check_array("query", query, "B T K dk", sizes, advice="query must have the shape of key")
     check_array("value", value, "B T N dv", sizes, advice="value must have the batch and time of key")

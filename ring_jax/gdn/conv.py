@@ -11,7 +11,7 @@ stands right before the first valid token.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ring_jax._checks import check_array
+from ring_jax._checks import Sizes, check_array
 from ring_jax.gdn.checks import check_segments, state_dtype
 from ring_jax.gdn.segments import PADDING, blank_padding, first_valid, last_valid, segment_at
 
@@ -62,7 +62,7 @@ def causal_convolution(
 
 def check_convolution(x, weight, tail, segment_ids) -> None:
     """Raises unless the operands of one convolution fit together."""
-    sizes: dict[str, int] = {}
+    sizes = Sizes()
     check_array("x", x, "B T F", sizes)
     check_array("weight", weight, "W F", sizes, advice="a checkpoint's conv1d.weight [F, 1, W] is weight[:, 0].T")
     if sizes["W"] < 1:

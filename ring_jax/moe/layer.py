@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ring_jax._checks import check_array, check_choice, check_flag, check_instance, check_mesh_axes
+from ring_jax._checks import Sizes, check_array, check_choice, check_flag, check_instance, check_mesh_axes
 from ring_jax._device import target
 from ring_jax.context.shard import Axis, axis_names
 from ring_jax.moe.blocks import Blocks, block_size
@@ -90,6 +90,10 @@ def moe(
     shared = set(axis_names(expert_axis)) & set(axis_names(tensor_axis))
     if shared:
         raise ValueError(f"expert_axis and tensor_axis must differ, both name {sorted(shared)}")
+    if exchange is not None and (expert_axis is None or not tokens_spread):
+        raise ValueError(
+            f"exchange={exchange!r} moves tokens that differ between ranks: it needs an expert_axis and tokens_spread=True"
+        )
     _check(x, weights, top_k, ranks, valid)
     if valid is not None:
         x = jnp.where(valid[:, None], x, jnp.zeros_like(x))
@@ -97,10 +101,6 @@ def moe(
     stats = RouterStats.of(routing, valid)
     with jax.named_scope("moe"):
         if expert_axis is None or not tokens_spread:
-            if exchange is not None:
-                raise ValueError(
-                    f"exchange={exchange!r} moves tokens that differ between ranks: it needs an expert_axis and tokens_spread=True"
-                )
             here = Here(expert_axis, tensor_axis)
             y = _run(x, routing.experts, routing.weights, weights, expert_axis, lambda experts: here)
         else:
@@ -148,7 +148,7 @@ def _run(x, experts, factors, weights: MoEWeights, axis: Axis | None, make_excha
 
 def _check(x, weights: MoEWeights, top_k: int, ranks: int, valid) -> None:
     check_instance("weights", weights, MoEWeights, "a ring_jax.moe.MoEWeights")
-    sizes: dict[str, int] = {}
+    sizes = Sizes()
     check_array("x", x, "T D", sizes, advice="flatten batch and sequence first")
     check_array("weights.router", weights.router, "D E", sizes)
     check_array("weights.gate_up", weights.gate_up, "e D 2 F", sizes, advice="gate first")

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ring_jax import _repr
-from ring_jax._checks import check_array, check_count, check_flag, check_instance, describe
+from ring_jax._checks import Sizes, check_array, check_count, check_flag, check_instance, describe
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +90,7 @@ def route(
         >>> route(jnp.eye(2), jnp.array([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]]), top_k=2).experts.tolist()
         [[2, 1], [0, 2]]
     """
-    sizes: dict[str, int] = {}
+    sizes = Sizes()
     check_array("x", x, "T D", sizes, advice="flatten batch and sequence first")
     check_array("router", router, "D E", sizes)
     if router.dtype != x.dtype:
@@ -139,7 +139,7 @@ def load_balance_loss(stats: RouterStats) -> Float[Array, ""]:
     transformers' `load_balancing_loss_func` does.
     """
     check_instance("stats", stats, RouterStats, "a ring_jax.moe.RouterStats")
-    sizes: dict[str, int] = {}
+    sizes = Sizes()
     check_array("stats.counts", stats.counts, "E", sizes)
     check_array("stats.probs", stats.probs, "E", sizes)
     check_array("stats.tokens", stats.tokens, "")

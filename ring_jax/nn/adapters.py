@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import (
@@ -40,6 +41,7 @@ from ring_jax._checks import (
     check_flag,
     check_instance,
     check_number,
+    check_precision,
     describe,
     is_array,
 )
@@ -78,11 +80,17 @@ def attention_fn(context: ContextParallel, **defaults: Any) -> AttentionFn:
     for name, value in defaults.items():
         if name not in known:
             raise TypeError(f"attention_fn got an unknown default {name!r}; it takes {', '.join(sorted(known))}")
-        if is_array(value) or any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+    _check_defaults(defaults)
+    for name, value in defaults.items():
+        if isinstance(value, np.ndarray) or any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
             raise ValueError(
                 f"the attention_fn default {name!r} holds an array, which would be frozen into the layer. Pass it to "
                 "the layer's call (mask=ring_jax.documents(...)), or call ring_jax.ring_attention yourself"
             )
+    return AttentionFn(context, tuple(sorted(defaults.items())))
+
+
+def _check_defaults(defaults: dict[str, Any]) -> None:
     checked = {name: value for name, value in defaults.items() if name in _CHECKED}
     check_options(**checked)
     check_callable("rope", defaults.get("rope"), "a function (x, positions) -> x", optional=True)
@@ -91,7 +99,6 @@ def attention_fn(context: ContextParallel, **defaults: Any) -> AttentionFn:
             per_row(name, defaults[name])
     if defaults.get("sinks") is not None:
         raise ValueError("attention_fn takes no sinks, which are an array: call ring_jax.ring_attention yourself")
-    return AttentionFn(context, tuple(sorted(defaults.items())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +156,7 @@ class AttentionFn:
         _reject(bias=bias, module=module, einsum_dot_general=einsum_dot_general)
         _reject(qk_attn_weights_einsum=qk_attn_weights_einsum, attn_weights_value_einsum=attn_weights_value_einsum)
         _reject_dropout(dropout_rate, deterministic)
+        check_precision("precision", precision)
         _reject_precision(precision)
 
         options = dict(self.defaults)

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int
 from ring_jax import _repr
 from ring_jax._checks import check_array, check_count, check_flag, check_instance, check_number
 from ring_jax.context import ContextParallel, ring_attention
-from ring_jax.context.attention import check_options
+from ring_jax.context.attention import check_divides, check_options
 from ring_jax.flash import flash_attention
 from ring_jax.mask import Mask, ResolvedMask, causal, local_window
 from ring_jax.nn.projections import check_projections
-from ring_jax.nn.rope import apply_rope, check_rotary
+from ring_jax.nn.rope import apply_rope, check_positions, check_rotary
 
 
 class Attention(nnx.Module):
@@ -107,6 +107,7 @@ class Attention(nnx.Module):
             check_flag(name, flag)
         check_number("norm_epsilon", norm_epsilon, above=0)
         if rope_theta is not None:
+            check_number("rope_theta", rope_theta, above=0)
             check_rotary(head_dim, rope_theta, rotary_fraction)
         check_projections(dtype, param_dtype, precision, kernel_init, rngs)
         self.features = features
@@ -170,11 +171,17 @@ class Attention(nnx.Module):
         check_options(mask=mask)
         if positions is not None and self.rope_theta is None:
             raise ValueError("positions act through rotary embedding only, and this layer has rope_theta=None")
-        if self.context is None and seq_len is not None:
+        if positions is not None:
+            check_positions(positions, x)
+        if self.context is not None:
+            ranks = self.context.ranks(x)
+            check_divides("x", x.shape[1] * (ranks if self.context.is_manual else 1), ranks, self.context)
+        elif seq_len is not None:
             seq_len = check_count("seq_len", seq_len, 0, x.shape[1])
         if self.context is None and (self.strategy is not None or isinstance(mask, ResolvedMask)):
             what = "a resolved mask" if self.strategy is None else f"strategy={self.strategy!r}"
             raise ValueError(f"{what} needs a context; this layer has context=None")
+        bounds = self._bounds(x, mask, seq_len) if self.context is None else None
         query, key, value = self.query(x), self.key(x), self.value(x)
         gate = None
         if self.output_gate:
@@ -186,7 +193,11 @@ class Attention(nnx.Module):
             rope = functools.partial(apply_rope, theta=self.rope_theta, rotary_fraction=self.rotary_fraction)
             query, key = rope(query, positions), rope(key, positions)
 
-        attended = self._attend(query, key, value, mask, seq_len)
+        if bounds is None:
+            attended = self._attend(query, key, value, mask, seq_len)
+        else:
+            out, _ = flash_attention(query, key, value, *bounds, implementation=self.implementation)
+            attended = out.astype(query.dtype)
         if gate is not None:
             attended = attended * jax.nn.sigmoid(gate)
         return self.out(attended)
@@ -200,8 +211,7 @@ class Attention(nnx.Module):
     def _attend(
         self, query: Array, key: Array, value: Array, mask: Mask | ResolvedMask | None, seq_len: int | None
     ) -> Array:
-        if self.context is None:
-            return self._attend_here(query, key, value, mask, seq_len)
+        assert self.context is not None
         out = ring_attention(
             query,
             key,
@@ -217,18 +227,14 @@ class Attention(nnx.Module):
         assert isinstance(out, jax.Array)
         return out
 
-    def _attend_here(
-        self, query: Array, key: Array, value: Array, mask: Mask | ResolvedMask | None, seq_len: int | None
-    ) -> Array:
-        assert not isinstance(mask, ResolvedMask)
+    def _bounds(self, x: Array, mask: Mask | None, seq_len: int | None) -> tuple[Array, Array]:
+        """Key bounds of every query on one device, int32 [B, T]."""
         mask = Mask() if mask is None else mask
         if self.is_causal:
             mask = mask & causal()
         if self.local_window_size is not None:
             mask = mask & local_window(self.local_window_size)
-        length = query.shape[1]
+        length = x.shape[1]
         real = length if seq_len is None else seq_len
         start, end = mask.interval(jnp.arange(length, dtype=jnp.int32), q_len=real, kv_len=real)
-        start, end = (jnp.broadcast_to(x, query.shape[:2]) for x in (start, end))
-        out, _ = flash_attention(query, key, value, start, end, implementation=self.implementation)
-        return out.astype(query.dtype)
+        return jnp.broadcast_to(start, x.shape[:2]), jnp.broadcast_to(end, x.shape[:2])

@@ -35,10 +35,8 @@ def apply_rope(
       >>> query = ring_jax.nn.apply_rope(query, context.positions(seq_len))
     """
     check_array("x", x, "B T N H")
-    check_array("positions", positions, kind="integer")
+    check_positions(positions, x)
     rotary = check_rotary(x.shape[-1], theta, rotary_fraction)
-    if positions.shape not in ((x.shape[1],), x.shape[:2], (1, x.shape[1])):
-        raise ValueError(f"positions must be [{x.shape[1]}] or {list(x.shape[:2])} as x, got {list(positions.shape)}")
 
     # In NumPy, once, and as checkpoints were trained: far out, one more rounding turns an angle by a hundredth.
     frequency = 1 / theta ** (np.arange(0, rotary, 2, dtype=np.float32) / rotary)
@@ -61,3 +59,10 @@ def check_rotary(head_size: int, theta: float, rotary_fraction: float) -> int:
             f"{rotary_fraction} * {head_size} = {rotary}"
         )
     return rotary
+
+
+def check_positions(positions: Array, x: Array) -> None:
+    """Raises unless these are positions [T], [1, T] or [B, T] for x [B, T, ...]."""
+    check_array("positions", positions, kind="integer")
+    if positions.shape not in ((x.shape[1],), x.shape[:2], (1, x.shape[1])):
+        raise ValueError(f"positions must be [{x.shape[1]}] or {list(x.shape[:2])} as x, got {list(positions.shape)}")

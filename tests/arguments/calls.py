@@ -85,6 +85,7 @@ def layouts() -> list[Call]:
                 "ranks": RANKS,
             },
             check=lambda: layout.work_per_rank(ints(8, value=0), ints(8), "zigzag", 2),
+            traceable=False,
         ),
     ]
     for cls in (ring_jax.Contiguous, ring_jax.Striped, ring_jax.Zigzag):
@@ -99,7 +100,7 @@ def layouts() -> list[Call]:
     sizes = {"length": Count(0), "ranks": RANKS}
     aliases = {"length": ("seq_len", "positions")}
     x = {"x": floats(2, 8), "axis": 1, "ranks": 2}
-    moved = {"x": Arr("any", (1,), ranks=False), "axis": Count(-2, 1), "ranks": RANKS}
+    moved = {"x": Arr("any", (1,), ranks=False, much=False), "axis": Count(-2, 1), "ranks": RANKS}
     calls += [
         Call(
             cyclic.position,
@@ -136,6 +137,7 @@ def layouts() -> list[Call]:
             made.positions,
             aliases=aliases,
         ),
+        Call(cyclic.describe, {"seq_len": 7, "ranks": 2}, {"seq_len": SEQ, "ranks": RANKS}, made.describe),
         Call(cyclic.restore, x, moved, made.restore, aliases={"x": ("length", "axis")}),
         Call(cyclic.scatter, x, moved, made.scatter, aliases={"x": ("length", "axis")}),
     ]
@@ -147,11 +149,12 @@ ROWS = Arr("integer", lists=True, scalars=True, known=(("negative", [-1]),))
 
 def masks() -> list[Call]:
     width = Custom(
-        types=("3", 2.5, float("nan"), True, len, [[1]], np.True_), values=(-1, np.int64(-5), ints(2), 2**70, floats(1))
+        types=("3", 2.5, float("nan"), True, len),
+        values=(-1, np.int64(-5), ints(2), 2**70, floats(1), [[1]], np.True_),
     )
     size = Custom(
-        types=("3", 2.5, True, len, ("a", 1), (2.5, 1), (True, 1), np.True_),
-        values=(-1, (-1, 0), (0, -5), (1, 2, 3), (1,), (), ints(3), 2**70, floats(2), (ints(2), 0)),
+        types=("3", 2.5, True, len, ("a", 1), (2.5, 1), (True, 1)),
+        values=(-1, (-1, 0), (0, -5), (1, 2, 3), (1,), (), ints(3), 2**70, floats(2), (ints(2), 0), np.True_),
     )
     flat = {"lists": True, "ranks": False, "shapes": ((), (1, 2, 8))}
     ids = Arr("integer", **flat, known=(("two runs", [0, 1, 0, 1]), ("beyond int32", [2**40, 0])))
@@ -175,7 +178,7 @@ def masks() -> list[Call]:
         Call(
             ring_jax.documents,
             {"segment_ids": ints(2, 8)},
-            {"segment_ids": ids},
+            {"segment_ids": maybe(ids)},
             conflicts=(
                 ({"cu_seqlens": ints(3)}, "cu_seqlens"),
                 ({"kv_cu_seqlens": ints(3)}, "kv_cu_seqlens"),
@@ -185,10 +188,11 @@ def masks() -> list[Call]:
         Call(
             ring_jax.documents,
             {"cu_seqlens": np.array([0, 3, 8]), "kv_cu_seqlens": np.array([0, 3, 8])},
-            {"cu_seqlens": borders, "kv_cu_seqlens": maybe(borders)},
+            {"cu_seqlens": maybe(borders), "kv_cu_seqlens": maybe(borders)},
             conflicts=(
                 ({"kv_cu_seqlens": np.array([0, 8])}, "kv_cu_seqlens"),
                 ({"cu_seqlens": np.array([0])}, "cu_seqlens"),
+                ({"cu_seqlens": None}, "cu_seqlens"),,
             ),
         ),
         Call(
@@ -196,6 +200,13 @@ def masks() -> list[Call]:
             interval,
             {"index": maybe(Arr("integer")), "q_len": SEQ, "kv_len": SEQ, "query_offset": ROWS},
             both.interval,
+        ),
+        Call(
+            ring_jax.Mask.describe,
+            {"q_len": 4, "kv_len": 4, "row": 0},
+            {"q_len": SEQ, "kv_len": maybe(SEQ), "row": Count(0, 0)},
+            both.describe,
+            check=lambda: both.describe(4, 4),
         ),
         Call(
             ring_jax.Mask.__and__,
@@ -217,7 +228,7 @@ def contexts() -> list[Call]:
     good = {"axis": "context", "layout": "zigzag", "batch_axis": None, "head_axis": None, "mesh": mesh("context")}
     array = Arr("any", ranks=False)
     seq_axis, head_dim = Count(-4, 3), maybe(Count(-4, 3))
-    moved = {"x": Arr("any", (1,), ranks=False), "seq_axis": seq_axis, "head_dim": head_dim}
+    moved = {"x": Arr("any", (1,), ranks=False, much=False), "seq_axis": seq_axis, "head_dim": head_dim}
     taken = (({"head_dim": 1}, "head_dim"), ({"head_dim": 0}, "head_dim"), ({"head_dim": -3}, "head_dim"))
     names = {"x": ("length", "axis")}
     return [
@@ -265,6 +276,7 @@ def contexts() -> list[Call]:
             aliases=names | {"other": ("layout",)},
         ),
         Call(cls.positions, {"seq_len": 7, "like": x}, {"seq_len": SEQ, "like": like}, cp.positions),
+        Call(cls.describe, {"seq_len": 7, "like": x}, {"seq_len": SEQ, "like": like}, cp.describe),
         Call(
             cls.resolve,
             {"mask": ring_jax.causal(), "seq_len": 7, "key_value_seq_len": 7, "query_offset": 0, "like": x},
@@ -478,8 +490,9 @@ def rules() -> list[Call]:
         Call(
             gdn.gated_delta_rule,
             spread,
-            kinds | {"context": Instance()},
+            kinds,
             conflicts=(
+                ({"context": None}, "context"),
                 ({"context": context(layout="striped")}, "state"),
                 ({"way": "auto", "context": ring_jax.ContextParallel("context")}, "mesh"),
                 ({name: x[:, :7] for name, x in rule_operands().items() if name != "initial_state"}, "7"),
@@ -493,7 +506,8 @@ def rules() -> list[Call]:
                 "layers": Function(),
                 "x": Custom(
                     types=("text", 3, [1, 2], [2.5]),
-                    values=([], floats(3), [floats(B, T), floats(B, 7)]),
+                    values=([], {}, floats(3), [floats(B, T), floats(B, 7)]),
+                    common=False,
                 ),
                 "context": Instance(),
                 "way": Choice(),
@@ -679,7 +693,7 @@ def layers() -> list[Call]:
     flax |= {"force_fp32_for_softmax": False, "input_positions": None, "bias": None}
     options = {name: kind for name, kind in ring_options().items()}
     defaults = {name: None for name in options} | {"is_causal": True, "seq_len": 7, "rope": None, "query_offset": 0}
-    options |= {"seq_len": maybe(SEQ), "rope": maybe(Function()), "query_offset": Count()}
+    options |= {"seq_len": maybe(SEQ), "rope": maybe(Function()), "query_offset": Custom(types=("3", 2.5, True), values=(-1, floats(1)))}
     return [
         Call(
             nn.Attention,
@@ -838,7 +852,7 @@ def layers() -> list[Call]:
         Call(
             hook.__call__,
             flax | {"input_positions": ints(T)},
-            {"input_positions": Arr("integer", (0,), ranks=False)},
+            {"input_positions": maybe(Arr("integer", (0,), ranks=False))},
             context().attention_fn(rope=nn.apply_rope),
             conflicts=(({"input_positions": None}, "input_positions"),),
         ),

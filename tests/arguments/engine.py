@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import ring_jax
+from ring_jax._checks import describe
 from tests.arguments.kinds import EITHER, Bad, Errors, Kind
 
 PACKAGE = str(pathlib.Path(ring_jax.__file__).parent)
@@ -32,6 +33,7 @@ class Call:
         conflicts: arguments that are good by themselves and not together, each with a word that the message must have.
         check: how to see that the good arguments are accepted (default: tracing).
         aliases: other names of arguments in messages.
+        traceable: whether its arrays may be traced.
     """
 
     target: Any
@@ -41,6 +43,7 @@ class Call:
     conflicts: tuple[tuple[dict[str, Any], str], ...] = ()
     check: Callable[..., Any] | None = None
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    traceable: bool = True
 
     @property
     def name(self) -> str:
@@ -90,7 +93,7 @@ def tries(call: Call, pairs: int, seed: int = 0) -> Iterator[Try]:
     """Every bad value of every argument, `pairs` times two at once, and what does not go together."""
     bad = {name: list(kind.bad(call.good.get(name))) for name, kind in call.kinds.items()}
     has_arrays = any(_can_be_traced(x) for x in call.good.values())
-    modes = (False, True) if has_arrays else (False,)
+    modes = (False, True) if has_arrays and call.traceable else (False,)
     for name, values in bad.items():
         for value in values:
             for traced in modes:
@@ -105,7 +108,7 @@ def tries(call: Call, pairs: int, seed: int = 0) -> Iterator[Try]:
         arguments = call.good | {name: value.value for name, value in found.items()}
         yield Try(call, found, arguments, EITHER, traced)
     for overrides, word in call.conflicts:
-        label = {name: Bad(repr(value)[:60], value, EITHER) for name, value in overrides.items()}
+        label = {name: Bad(describe(value), value, EITHER) for name, value in overrides.items()}
         for traced in modes:
             yield Try(call, label, call.good | overrides, EITHER, traced, word)
 

@@ -83,6 +83,7 @@ class Arr(Kind):
     dtype: str = "floating"
     bound: tuple[int, ...] = ()
     ranks: bool = True
+    much: bool = True  # whether three times the size is bad, too
     shapes: tuple[tuple[int, ...], ...] = ()  # bad ones
     lists: bool = False
     scalars: bool = False
@@ -92,7 +93,8 @@ class Arr(Kind):
         good = np.asarray(good)
         yield from _types(text="text", function=len, type=np.ndarray)
         if not self.scalars:
-            yield from _types(bool=True, int=3, float=2.5, nan=float("nan"))
+            yield from _types(bool=True, float=2.5, nan=float("nan"))
+            yield Bad("int", 3, EITHER if self.lists else TYPE)
         else:
             yield Bad("bool", True, TYPE)
             yield Bad("float", 2.5, TYPE)
@@ -122,7 +124,8 @@ class Arr(Kind):
             yield Bad(f"shape {shape}", np.ones(shape, good.dtype), VALUE)
         for axis in self.bound:
             yield Bad(f"axis {axis} longer", np.concatenate([good, good[_first(axis)]], axis), VALUE)
-            yield Bad(f"axis {axis} much longer", np.repeat(good, 3, axis), VALUE)
+            if self.much:
+                yield Bad(f"axis {axis} much longer", np.repeat(good, 3, axis), VALUE)
             if good.shape[axis] > 2:
                 yield Bad(f"axis {axis} shorter", np.delete(good, 0, axis), VALUE)
         for what, value in self.known:
@@ -143,8 +146,8 @@ class Number(Kind):
 
     def more(self, good):
         yield from _types(text="1.0", bool=True, list=[1.0], tuple=(1.0,), function=len, type=float)
-        yield Bad("NumPy bool", np.True_, TYPE)
-        yield Bad("several", np.ones(2, np.float32), TYPE)
+        yield Bad("NumPy bool", np.True_, EITHER)
+        yield Bad("several", np.ones(2, np.float32), EITHER)  # a traced one is a wrong value
         yield Bad("complex array", np.complex64(1j), TYPE)
         yield from _values(nan=float("nan"), inf=float("inf"), minus_inf=-float("inf"), NumPy_nan=np.float32("nan"))
         if self.above is not None:
@@ -164,7 +167,8 @@ class Count(Kind):
 
     def more(self, good):
         yield from _types(text="3", bool=True, float=2.5, whole_float=3.0, nan=float("nan"), list=[3], tuple=(3,))
-        yield from _types(NumPy_float=np.float32(3), NumPy_bool=np.True_, several=np.array([1, 2]), function=len)
+        yield from _types(NumPy_float=np.float32(3), NumPy_bool=np.True_, function=len)
+        yield Bad("several", np.array([1, 2]), EITHER)  # a traced one is a wrong value
         yield from _values(below=self.low - 1, far_below=-(10**30), NumPy_below=np.int64(self.low - 1))
         if self.high is not None:
             yield from _values(beyond=self.high + 1, far_beyond=10**30, NumPy_beyond=np.int64(self.high + 1))

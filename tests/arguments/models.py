@@ -223,7 +223,7 @@ def models() -> list[Call]:
             },
             model().decode,
             conflicts=(
-                ({"cache": other}, "tokens"),
+                ({"cache": other}, "cache"),
                 (
                     {
                         "cache": jax.tree.map(lambda x: x[:1], full, is_leaf=lambda x: x is full.count)
@@ -243,9 +243,11 @@ def models() -> list[Call]:
         Call(
             cls.set_parameters,
             {"values": state},
-            {"values": Custom(types=(3, "text", [1], np.ones(2)), values=wrong)},
+            {"values": Custom(types=(3, "text", [1], np.ones(2), None), values=({}, *wrong), common=False)},
             model().set_parameters,
             check=lambda: model().set_parameters(state),
+            traceable=False,
+            aliases={"values": ("parameters",)},
         ),
     ]
 

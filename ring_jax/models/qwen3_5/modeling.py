@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from ring_jax import _repr
 from ring_jax._checks import (
+    Sizes,
     check_array,
     check_choice,
     check_count,
@@ -135,12 +136,12 @@ class Qwen3_5(nnx.Module):
         Raises:
             ValueError: arguments that do not fit together, or more tokens than the model has positions.
         """
-        self._check_inputs(tokens, lengths, segment_ids)
+        if cache_room is not None:
+            cache_room = check_count("cache_room", cache_room, 1)
+        self._check_inputs(tokens, lengths, segment_ids, cache_room or 0)
         check_choice("logits", logits, LOGITS)
         check_flag("return_hidden", return_hidden)
         check_flag("return_stats", return_stats)
-        if cache_room is not None:
-            cache_room = check_count("cache_room", cache_room, 1)
         if segment_ids is not None and (logits == "last" or cache_room is not None):
             raise ValueError("packed documents (segment_ids) have no one last token: no logits='last', no cache_room")
         if return_stats and self.config.experts is None:
@@ -226,9 +227,7 @@ class Qwen3_5(nnx.Module):
 
     def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
         """`local` on every rank's share of the prompts, laid out by itself."""
-        length, room, limit = tokens.shape[1], ask.cache_room or 0, self.config.max_positions
-        if length + room > limit:
-            raise ValueError(f"{length} tokens and room for {room} more exceed the model's {limit} positions")
+        length = tokens.shape[1]
         graph, params = self._split()
         if self.sharding is None:
             return _run_here(Static(local, (graph, ask)), params, tokens, lengths, segment_ids, labels)
@@ -248,13 +247,17 @@ class Qwen3_5(nnx.Module):
         operands = (params, tokens, lengths, segment_ids, labels)
         return run_sharded(Static(local, (graph, ask)), mesh, in_specs, out_specs, operands)
 
-    def _check_inputs(self, tokens, lengths, segment_ids) -> None:
+    def _check_inputs(self, tokens, lengths, segment_ids, room: int = 0) -> None:
         """Raises for shapes and values that do not fit; values only where they are known now."""
-        sizes: dict[str, int] = {}
+        sizes = Sizes()
         check_array("tokens", tokens, "B S", sizes, kind="integer")
         if 0 in tokens.shape:
             raise ValueError(f"tokens must hold at least one token, got shape {tokens.shape}")
         batch, length = tokens.shape
+        if length + room > self.config.max_positions:
+            raise ValueError(
+                f"{length} tokens and room for {room} more exceed the model's {self.config.max_positions} positions"
+            )
         if lengths is not None and segment_ids is not None:
             raise ValueError("give lengths or segment_ids, not both: padding has negative segment ids")
         if segment_ids is not None:
