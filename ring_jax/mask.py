@@ -434,8 +434,8 @@ def _segment_ids(ids) -> Array:
         values, counts = np.unique(runs, return_counts=True)
         if np.any(counts > 1):
             raise ValueError(
-                f"segment_ids: segment id {values[counts > 1][0]} is used by two separate runs: its tokens would see two intervals of keys. "
-                "Give every document one contiguous run of its own id."
+                f"segment_ids: segment id {values[counts > 1][0]} is used by two separate runs, its tokens would see two intervals: "
+                "give every document one contiguous run of its own id."
             )
     return out
 

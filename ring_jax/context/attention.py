@@ -202,7 +202,7 @@ def _ring_for_cudnn(call: _Call, mask: Mask, query_offset, query, key, value) ->
     ring = dataclasses.replace(ring, whole=_whole(ring, mask, query_offset))
     if ring.whole == call.whole:
         return call
-    inputs = query, pack_like(key, value), call.logits_soft_cap, ring.whole, call.deterministic
+    inputs: Any = query, pack_like(key, value), call.logits_soft_cap, ring.whole, call.deterministic
     implementation = backends.select(None, *inputs).name if call.implementation is None else call.implementation
     return ring if implementation == "cudnn" else call
 

@@ -77,7 +77,7 @@ def attention_fn(context: ContextParallel, **defaults: Any) -> AttentionFn:
     check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
     known = _ring_options()
     defaults = {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()}
-    for name, value in defaults.items():
+    for name in defaults:
         if name not in known:
             raise TypeError(f"attention_fn got an unknown default {name!r}; it takes {', '.join(sorted(known))}")
     _check_defaults(defaults)

@@ -227,7 +227,7 @@ class Attention(nnx.Module):
         assert isinstance(out, jax.Array)
         return out
 
-    def _bounds(self, x: Array, mask: Mask | None, seq_len: int | None) -> tuple[Array, Array]:
+    def _bounds(self, x: Array, mask: Any, seq_len: int | None) -> tuple[Array, Array]:
         """Key bounds of every query on one device, int32 [B, T]."""
         mask = Mask() if mask is None else mask
         if self.is_causal:

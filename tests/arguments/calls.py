@@ -192,7 +192,7 @@ def masks() -> list[Call]:
             conflicts=(
                 ({"kv_cu_seqlens": np.array([0, 8])}, "kv_cu_seqlens"),
                 ({"cu_seqlens": np.array([0])}, "cu_seqlens"),
-                ({"cu_seqlens": None}, "cu_seqlens"),,
+                ({"cu_seqlens": None}, "cu_seqlens"),
             ),
         ),
         Call(
@@ -693,7 +693,11 @@ def layers() -> list[Call]:
     flax |= {"force_fp32_for_softmax": False, "input_positions": None, "bias": None}
     options = {name: kind for name, kind in ring_options().items()}
     defaults = {name: None for name in options} | {"is_causal": True, "seq_len": 7, "rope": None, "query_offset": 0}
-    options |= {"seq_len": maybe(SEQ), "rope": maybe(Function()), "query_offset": Custom(types=("3", 2.5, True), values=(-1, floats(1)))}
+    options |= {
+        "seq_len": maybe(SEQ),
+        "rope": maybe(Function()),
+        "query_offset": Custom(types=("3", 2.5, True), values=(-1, floats(1))),
+    }
     return [
         Call(
             nn.Attention,
