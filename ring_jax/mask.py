@@ -117,11 +117,6 @@ class _Segments:
     def interval(self, q: Queries) -> Interval:
         ids = jnp.asarray(self.ids)
         length = ids.shape[1]
-        if length < q.kv_len:
-            raise ValueError(
-                f"segment_ids cover {length} of {q.kv_len} positions: they describe the whole sequence in natural order (also inside a "
-                "shard_map, on every rank)"
-            )
         index = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
         border = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
         first = lax.cummax(jnp.where(border, index, 0), axis=1)
@@ -230,6 +225,7 @@ class Mask:
         q_len, kv_len = static_length("q_len", q_len), static_length("kv_len", kv_len)
         if index is not None:
             check_array("index", index, "T", kind="integer")
+        check_covers(self, kv_len)
         index = jnp.arange(q_len, dtype=jnp.int32) if index is None else index
         offset = per_row("query_offset", query_offset)
         queries = Queries(index, index[None, :] + offset[:, None], q_len, kv_len)
@@ -285,6 +281,16 @@ def _parts(mask: Mask) -> "tuple[_Part, ...]":
     if not isinstance(mask.parts, tuple) or not all(isinstance(part, _Part) for part in mask.parts):
         raise TypeError(f"the parts of a Mask come from causal(), window(), ...; got Mask({describe(mask.parts)})")
     return mask.parts
+
+
+def check_covers(mask: Mask, kv_len: int) -> None:
+    """Raises ValueError where segment ids are shorter than the keys."""
+    for part in _parts(mask):
+        if isinstance(part, _Segments) and part.ids.shape[1] < kv_len:
+            raise ValueError(
+                f"segment_ids cover {part.ids.shape[1]} of {kv_len} positions: they describe the whole sequence in natural order "
+                "(also inside a shard_map, on every rank)"
+            )
 
 
 def _checked(parts: tuple[_Part, ...]) -> tuple[_Part, ...]:

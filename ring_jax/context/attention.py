@@ -124,13 +124,13 @@ def ring_attention(
         query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
     )
     call = dataclasses.replace(call, deterministic=deterministic)
-    sinks = None if sinks is None else jnp.asarray(sinks)
     resolved = isinstance(mask, ResolvedMask)
     if not isinstance(mask, ResolvedMask):
         _check_rows(mask, query_offset, query.shape[0])
         call = dataclasses.replace(call, whole=_whole(call, mask, query_offset))
         if strategy == "auto" and call.strategy == "all_gather":
             call = _ring_for_cudnn(call, mask, query_offset, query, key, value)
+    sinks = None if sinks is None else jnp.asarray(sinks)
     where = mask if resolved else (mask, per_row("query_offset", query_offset))
     if context.is_manual:
         out, lse = call(query, key, value, where, sinks)

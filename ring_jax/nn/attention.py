@@ -15,7 +15,7 @@ from ring_jax._checks import check_array, check_count, check_flag, check_instanc
 from ring_jax.context import ContextParallel, ring_attention
 from ring_jax.context.attention import check_divides, check_options
 from ring_jax.flash import flash_attention
-from ring_jax.mask import Mask, ResolvedMask, causal, local_window
+from ring_jax.mask import Mask, ResolvedMask, causal, check_covers, local_window
 from ring_jax.nn.projections import check_projections
 from ring_jax.nn.rope import apply_rope, check_positions, check_rotary
 
@@ -173,11 +173,13 @@ class Attention(nnx.Module):
             raise ValueError("positions act through rotary embedding only, and this layer has rope_theta=None")
         if positions is not None:
             check_positions(positions, x)
+        length = x.shape[1]
         if self.context is not None:
             ranks = self.context.ranks(x)
-            check_divides("x", x.shape[1] * (ranks if self.context.is_manual else 1), ranks, self.context)
-        elif seq_len is not None:
-            seq_len = check_count("seq_len", seq_len, 0, x.shape[1])
+            length *= ranks if self.context.is_manual else 1
+            check_divides("x", length, ranks, self.context)
+        if seq_len is not None:
+            seq_len = check_count("seq_len", seq_len, 0, length)
         if self.context is None and (self.strategy is not None or isinstance(mask, ResolvedMask)):
             what = "a resolved mask" if self.strategy is None else f"strategy={self.strategy!r}"
             raise ValueError(f"{what} needs a context; this layer has context=None")
@@ -236,5 +238,6 @@ class Attention(nnx.Module):
             mask = mask & local_window(self.local_window_size)
         length = x.shape[1]
         real = length if seq_len is None else seq_len
+        check_covers(mask, real)
         start, end = mask.interval(jnp.arange(length, dtype=jnp.int32), q_len=real, kv_len=real)
         return jnp.broadcast_to(start, x.shape[:2]), jnp.broadcast_to(end, x.shape[:2])
