@@ -9,13 +9,23 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ring_jax._checks import check_array, check_instance, concrete, static_length
+from ring_jax._checks import (
+    check_array,
+    check_choice,
+    check_flag,
+    check_instance,
+    concrete,
+    describe,
+    is_array,
+    static_length,
+)
 from ring_jax._mesh import axis_size, run_sharded
 from ring_jax.context.call import Call
 from ring_jax.context.parallel import ContextParallel, mask_specs
 from ring_jax.context.shard import Shard
-from ring_jax.context.strategies import check_strategy
-from ring_jax.flash.backends import FixedMask, check_inputs
+from ring_jax.context.strategies import NAMES, check_strategy
+from ring_jax.flash import backends
+from ring_jax.flash.backends import FixedMask
 from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
@@ -101,8 +111,20 @@ def ring_attention(
 
     Source: Liu et al., Ring Attention, arXiv 2310.01889; vLLM pull request 39875.
     """
-    _check_call(bias, mask, context, return_residual, is_causal)
-    check_inputs(query, key, value)
+    check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
+    if bias is not None:
+        raise NotImplementedError(
+            "bias is not supported: blocks see intervals of keys, not arrays of logits. Express masking with mask=; "
+            "for additive biases gather the sequence and use jax.nn.dot_product_attention"
+        )
+    check_options(
+        mask=mask, scale=scale, is_causal=is_causal, local_window_size=local_window_size, implementation=implementation,
+        return_residual=return_residual, seq_len=seq_len, key_value_seq_len=key_value_seq_len, strategy=strategy,
+        logits_soft_cap=logits_soft_cap, deterministic=deterministic,
+    )  # fmt: skip
+    backends.check_inputs(query, key, value)
+    if sinks is not None:
+        check_array("sinks", sinks, "N", {"N": query.shape[2]}, advice="one logit for each query head")
     mask = _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset)
     if isinstance(mask, ResolvedMask):
         seq_len, key_value_seq_len = _resolved_lengths(mask, context, seq_len, key_value_seq_len)
@@ -110,6 +132,8 @@ def ring_attention(
     options = BlockOptions.of_call(query.shape[-1], scale, logits_soft_cap, deterministic)
     call = _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implementation, options)
     fixed_mask = None if isinstance(mask, ResolvedMask) else _fixed_mask(call, mask, query_offset)
+    if not isinstance(mask, ResolvedMask):
+        _check_rows(mask, query_offset, query.shape[0])
     call = dataclasses.replace(call, fixed_mask=fixed_mask, returns_partial=return_partial)
     sinks = _check_sinks(sinks, carry, query)
     carry = _check_carry(carry, query, value)
@@ -187,11 +211,7 @@ def _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implem
     local_to_global = ranks if context.is_manual else 1
     query_len, key_len = query.shape[1] * local_to_global, key.shape[1] * local_to_global
     for name, length in (("query", query_len), ("key", key_len)):
-        if context.layout.padded_length(length, ranks) != length:
-            raise ValueError(
-                f"{name} length {length} does not divide over {ranks} context ranks in layout {context.layout}: lay the arrays out with "
-                f"context.to_layout, which pads to {context.layout.padded_length(length, ranks)}, and pass seq_len={length}"
-            )
+        check_divides(name, length, ranks, context)
     q_len = query_len if seq_len is None else static_length("seq_len", seq_len)
     if key_value_seq_len is not None:
         kv_len = static_length("key_value_seq_len", key_value_seq_len)
@@ -212,6 +232,10 @@ def _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implem
 
 def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset):
     """`mask` and the shorthand arguments as one mask."""
+    counts = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
+    for name, count in (counts | {"query_offset": query_offset}).items():
+        if count is not None or name == "query_offset":
+            per_row(name, count)
     shorthand = Mask()
     if is_causal:
         shorthand &= causal()
@@ -245,22 +269,54 @@ def _resolved_lengths(mask: ResolvedMask, context: ContextParallel, seq_len, key
     return mask.q_len, mask.kv_len
 
 
-def _check_call(bias, mask, context, return_residual, is_causal) -> None:
-    if not isinstance(context, ContextParallel):
-        raise ValueError(f"context must be a ring_jax.ContextParallel, got {type(context).__name__}")
-    if bias is not None:
-        raise NotImplementedError(
-            "bias is not supported: blocks see intervals of keys, not arrays of logits. Express masking with mask=; "
-            "for additive biases gather the sequence and use jax.nn.dot_product_attention"
-        )
+def check_options(
+    *,
+    mask=None,
+    scale=None,
+    is_causal=False,
+    local_window_size=None,
+    implementation=None,
+    return_residual=False,
+    seq_len=None,
+    key_value_seq_len=None,
+    strategy=None,
+    logits_soft_cap=None,
+    deterministic=None,
+) -> None:
+    """Checks what is known before any array is, of `ring_attention` and of the defaults of an `attention_fn`."""
     if mask is not None and not isinstance(mask, (Mask, ResolvedMask)):
-        raise NotImplementedError(
-            f"mask must be a ring_jax.Mask such as causal() & documents(segment_ids=...), got {type(mask).__name__}: a mask array need not "
-            "be one interval of keys per query, and would cost O(T S) memory"
+        kind = NotImplementedError if is_array(mask) else TypeError
+        raise kind(
+            f"mask must be a ring_jax.Mask such as causal() & documents(segment_ids=...), got {describe(mask)}: a mask array need "
+            "not be one interval of keys per query, and would cost O(T S) memory"
         )
-    for name, flag in (("is_causal", is_causal), ("return_residual", return_residual)):
-        if not isinstance(flag, bool):
-            raise ValueError(f"{name} must be True or False, known at trace time, got {flag!r}")
+    check_flag("is_causal", is_causal)
+    check_flag("return_residual", return_residual)
+    check_choice("strategy", strategy, NAMES, optional=True)
+    backends.check_options(implementation, deterministic)
+    BlockOptions.of_call(1, scale, logits_soft_cap, deterministic)
+    for name, length in (("seq_len", seq_len), ("key_value_seq_len", key_value_seq_len)):
+        if length is not None:
+            static_length(name, length)
+    if local_window_size is not None:
+        local_window(local_window_size)
+
+
+def _check_rows(mask: Mask, query_offset, batch: int) -> None:
+    for rows in {x.shape[0] for x in jax.tree.leaves((mask, per_row("query_offset", query_offset)))} - {1, batch}:
+        raise ValueError(
+            f"mask, query_seq_lengths, key_value_seq_lengths and query_offset must have one row or the batch's {batch}, got {rows}"
+        )
+
+
+def check_divides(name: str, length: int, ranks: int, context: ContextParallel) -> None:
+    """Raises ValueError where a sequence was not laid out."""
+    padded = context.layout.padded_length(length, ranks)
+    if padded != length:
+        raise ValueError(
+            f"{name} length {length} does not divide over {ranks} context ranks in layout {context.layout}: lay the arrays out with "
+            f"context.to_layout, which pads to {padded}, and pass seq_len={length}"
+        )
 
 
 def _check_divides(what: str, size: int, mesh, axis) -> None:

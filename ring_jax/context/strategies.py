@@ -40,9 +40,12 @@ STRATEGIES: dict[str, Callable[..., Partial]] = {
 _SHORT_SHARD, _GATHERED = 8192, 2**18
 
 
+NAMES = get_args(StrategyName)
+
+
 def check_strategy(strategy: str, axis: Axis | None = None) -> None:
     """Raises unless `strategy` is a name that fits the context axis."""
-    check_choice("strategy", strategy, dict.fromkeys((*get_args(StrategyName), *STRATEGIES)))
+    check_choice("strategy", strategy, dict.fromkeys((*NAMES, *STRATEGIES)))
     if axis is not None and strategy != "auto" and (strategy == "ring_ulysses") != isinstance(axis, tuple):
         raise ValueError(
             f"strategy {strategy!r} does not fit context axis {axis!r}: 'ring_ulysses' takes two mesh axes (outer, inner), "

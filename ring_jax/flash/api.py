@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ring_jax._checks import concrete
+from ring_jax._checks import check_array, check_instance, concrete
 from ring_jax._vma import align
-from ring_jax.flash.backends import FixedMask, check_inputs, select
+from ring_jax.flash.backends import FixedMask, check_inputs, check_options, select
 from ring_jax.flash.block import Block, attention_block
-from ring_jax.flash.kv import pack
+from ring_jax.flash.kv import pack, pack_like
 from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.operands import BlockOptions, Bounds
 
@@ -66,19 +66,25 @@ def flash_attention(
     Source: Dao, FlashAttention-2, arXiv 2307.08691; the resumed form is Liu et al., Ring Attention, arXiv 2310.01889.
     """
     check_inputs(query, key, value)
+    options = BlockOptions.of_call(query.shape[-1], scale, logits_soft_cap, deterministic)
+    check_options(implementation, deterministic)
     B, T, N, _ = query.shape
     S = key.shape[1]
-    start, end = _check_bounds(key_start, key_end, B, T, S)
+    if carry is not None:
+        check_instance("carry", carry, (tuple, list), "a pair (out, lse) of arrays")
+        if len(carry) != 2:
+            raise ValueError(f"carry must be a pair (out, lse) of arrays, got {len(carry)}")
+        sizes = {"B": B, "T": T, "N": N, "Hv": value.shape[3]}
+        check_array("carry[0]", carry[0], "B T N Hv", sizes)
+        check_array("carry[1]", carry[1], "B T N", sizes)
+    _check_bounds(key_start, key_end, B, T, S)
+    fixed_mask = _fixed_mask(key_start, key_end, T, S)
+    block = Block(select(implementation, query, pack_like(key, value), options, fixed_mask), options)
+    start, end = _clipped(key_start, key_end, B, T, S)
     kv = pack(key, value)
-    options = BlockOptions.of_call(query.shape[-1], scale, logits_soft_cap, deterministic)
-    block = Block(select(implementation, query, kv, options, _fixed_mask(key_start, key_end, T, S)), options)
     acc_dtype = partial_dtype(query.dtype)
     if carry is not None:
         out_in, lse_in = carry
-        if out_in.shape != (B, T, N, value.shape[3]) or lse_in.shape != (B, T, N):
-            raise ValueError(
-                f"carry must be (out {(B, T, N, value.shape[3])}, lse {(B, T, N)}), got {out_in.shape} and {lse_in.shape}"
-            )
         carry = (out_in.astype(acc_dtype), lse_in.astype(acc_dtype))
     if S == 0 or T == 0:
         return carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
@@ -96,22 +102,23 @@ def _fixed_mask(key_start, key_end, T: int, S: int) -> FixedMask | None:
     return "causal" if np.all(np.minimum(end, S) == np.minimum(np.arange(1, T + 1), S)) else None
 
 
-def _check_bounds(key_start, key_end, B: int, T: int, S: int):
-    bounds = []
+def _check_bounds(key_start, key_end, B: int, T: int, S: int) -> None:
     for name, x in (("key_start", key_start), ("key_end", key_end)):
-        if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-            raise ValueError(f"{name} must be int32, got {jnp.result_type(x)}")
+        check_array(name, x, kind="integer")
         if x.shape not in ((T,), (1, T), (B, T)):
             raise ValueError(
                 f"{name} must have shape {(B, T)} (or {(1, T)}, {(T,)}) for query [B, T, ...], got {x.shape}"
             )
-        bounds.append(jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)))
-    start, end = bounds
     low, high = concrete(key_start), concrete(key_end)
     if low is not None and high is not None:
         low, high = np.clip(low, 0, S), np.clip(high, 0, S)
         _check_ascending("key_start", low)
         _check_ascending("key_end", np.maximum(low, high))
+
+
+def _clipped(key_start, key_end, B: int, T: int, S: int):
+    """Bounds as int32 [B, T], 0 <= start <= end <= S."""
+    start, end = (jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)) for x in (key_start, key_end))
     return start, jnp.maximum(start, end)
 
 
