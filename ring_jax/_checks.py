@@ -5,6 +5,7 @@ an array is due, text where a number is), ValueError for a wrong value (rank, si
 expected and what to do. Values that are traced cannot be read: what depends on them saturates instead, see `to_int32`.
 """
 
+import functools
 import math
 import operator
 import os
@@ -302,6 +303,7 @@ _KINDS = {
 }
 
 
+@functools.cache
 def _is_kind(dtype: Any, kind: Kind) -> bool:
     if kind == "any":  # not NumPy's objects, texts and times
         return any(jnp.issubdtype(dtype, x) for x in (jnp.number, jnp.bool_, jax.dtypes.extended))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 
 from ring_jax import _repr
 from ring_jax._checks import (
+    INT32,
     as_integers,
     check_array,
     check_count,
@@ -413,6 +414,8 @@ def documents(
 
 def per_row(name: str, n) -> Array:
     """A count >= 0 as int32 [1] or [B]: NumPy while it is known, so that masks made at import touch no device."""
+    if type(n) is int and 0 <= n <= INT32.max:  # the usual offset, in every eager call
+        return np.full(1, n, np.int32)  # type: ignore[return-value]
     n = as_integers(name, n, "() | B")
     n = n if isinstance(n, jax.Array) else np.asarray(n)
     known = concrete(n)

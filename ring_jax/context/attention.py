@@ -98,7 +98,8 @@ def ring_attention(
         that sees no key gives out 0 and lse -inf (or its sink), with zero gradients; jax.nn gives the mean of V there.
 
     Raises:
-        ValueError: arguments that do not fit together. NotImplementedError: what is not supported, with the reason.
+        TypeError, ValueError: arguments that are not what they should be, or do not fit together.
+        NotImplementedError: what is not supported, with the reason.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -125,6 +126,7 @@ def ring_attention(
     backends.check_inputs(query, key, value)
     if sinks is not None:
         check_array("sinks", sinks, "N", {"N": query.shape[2]}, advice="one logit for each query head")
+    offset = per_row("query_offset", query_offset)
     mask = _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset)
     if isinstance(mask, ResolvedMask):
         seq_len, key_value_seq_len = _resolved_lengths(mask, context, seq_len, key_value_seq_len)
@@ -133,11 +135,11 @@ def ring_attention(
     call = _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implementation, options)
     fixed_mask = None if isinstance(mask, ResolvedMask) else _fixed_mask(call, mask, query_offset)
     if not isinstance(mask, ResolvedMask):
-        _check_rows(mask, query_offset, query.shape[0])
+        _check_rows((mask, offset), query.shape[0])
     call = dataclasses.replace(call, fixed_mask=fixed_mask, returns_partial=return_partial)
     sinks = _check_sinks(sinks, carry, query)
     carry = _check_carry(carry, query, value)
-    where = mask if isinstance(mask, ResolvedMask) else (mask, per_row("query_offset", query_offset))
+    where = mask if isinstance(mask, ResolvedMask) else (mask, offset)
     operands = query, key, value, where, sinks, carry
     if context.is_manual:
         out, lse = call(*operands)
@@ -233,8 +235,8 @@ def _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implem
 def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset):
     """`mask` and the shorthand arguments as one mask."""
     counts = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
-    for name, count in (counts | {"query_offset": query_offset}).items():
-        if count is not None or name == "query_offset":
+    for name, count in counts.items():
+        if count is not None:
             per_row(name, count)
     shorthand = Mask()
     if is_causal:
@@ -302,8 +304,8 @@ def check_options(
         local_window(local_window_size)
 
 
-def _check_rows(mask: Mask, query_offset, batch: int) -> None:
-    for rows in {x.shape[0] for x in jax.tree.leaves((mask, per_row("query_offset", query_offset)))} - {1, batch}:
+def _check_rows(mask_and_offset, batch: int) -> None:
+    for rows in {x.shape[0] for x in jax.tree.leaves(mask_and_offset)} - {1, batch}:
         raise ValueError(
             f"mask, query_seq_lengths, key_value_seq_lengths and query_offset must have one row or the batch's {batch}, got {rows}"
         )

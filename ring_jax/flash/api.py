@@ -53,8 +53,8 @@ def flash_attention(
         partial result. An empty row gives out 0 and lse -inf, with zero gradients, or its carry unchanged.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit. NotImplementedError: a named implementation that
-        cannot run these inputs on this device.
+        TypeError: what is no array, number, flag or name. ValueError: shapes, dtypes or values that do not fit.
+        NotImplementedError: a named implementation that cannot run these inputs on this device.
 
     Example:
         >>> import jax.numpy as jnp

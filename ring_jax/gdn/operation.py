@@ -20,12 +20,13 @@ IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "recurrent": recu
 WAYS = ("batch", "head", "state")  # to spread a sequence over ranks, see `ring_jax.gdn.context`
 
 
-def check_options(scale, implementation, way) -> None:
-    """Raises unless these are what a gated delta rule can be asked for."""
+def check_options(scale, implementation, way) -> float | None:
+    """Raises unless these are what a gated delta rule can be asked for; `scale` as a Python float."""
     if scale is not None:
-        check_number("scale", scale, advice="multiply a traced scale into the query instead")
+        scale = check_number("scale", scale, advice="multiply a traced scale into the query instead")
     check_choice("implementation", implementation, sorted(IMPLEMENTATIONS), optional=True)
     check_choice("way", way, ("auto", *WAYS))
+    return scale
 
 
 def gated_delta_rule(
@@ -72,8 +73,9 @@ def gated_delta_rule(
         All arithmetic is float32 at highest precision.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown implementation, or a way that the layout or the
-            number of heads does not allow.
+        TypeError: what is no array, number or name.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, a way without a context or one that the
+            layout or the number of heads does not allow, a positive log_decay (of NumPy: a device's is not read).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -84,7 +86,7 @@ def gated_delta_rule(
 
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (arXiv 2412.06464); Qwen3-Next and Qwen3.5 use it so.
     """
-    check_options(scale, implementation, way)
+    scale = check_options(scale, implementation, way)
     if context is not None:
         from ring_jax.gdn.context import gated_delta_rule_across  # it stands on this module
 

@@ -70,7 +70,7 @@ def moe(
         tokens are); and the router's statistics over the tokens here.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown exchange.
+        TypeError, ValueError: shapes or dtypes that do not fit, an unknown exchange, or an axis that is none here.
         NotImplementedError: exchange="ragged" on CPUs.
 
     Example:

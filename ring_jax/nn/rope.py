@@ -29,7 +29,7 @@ def apply_rope(
       The rotated array, shape and dtype of `x`.
 
     Raises:
-      ValueError: where rotary_fraction * H is not a positive even number, or positions do not match `x`.
+      TypeError, ValueError: where rotary_fraction * H is not a positive even number, or positions do not match `x`.
 
     Example:
       >>> query = ring_jax.nn.apply_rope(query, context.positions(seq_len))
@@ -39,7 +39,7 @@ def apply_rope(
     rotary = check_rotary(x.shape[-1], theta, rotary_fraction)
 
     # In NumPy, once, and as checkpoints were trained: far out, one more rounding turns an angle by a hundredth.
-    frequency = 1 / theta ** (np.arange(0, rotary, 2, dtype=np.float32) / rotary)
+    frequency = 1 / float(theta) ** (np.arange(0, rotary, 2, dtype=np.float32) / rotary)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency  # [(B,) T, 1, R/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x[..., :rotary].astype(jnp.float32), 2, axis=-1)
