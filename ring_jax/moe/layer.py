@@ -10,9 +10,8 @@ from jaxtyping import Array, Bool, Float
 from ring_jax._checks import Sizes, check_array, check_choice, check_flag, check_instance, check_mesh_axes
 from ring_jax._device import target
 from ring_jax._mesh import Axis, axis_names
-from ring_jax.moe.blocks import Blocks, block_size
+from ring_jax.moe.backends import BACKENDS, select
 from ring_jax.moe.exchange import WAYS, Exchange, Gathered, Here, choose_way, slices
-from ring_jax.moe.experts import blocks_per_step, run_experts
 from ring_jax.moe.ragged import Ragged
 from ring_jax.moe.router import RouterStats, Routing, check_top_k, route
 
@@ -44,6 +43,7 @@ def moe(
     tensor_axis: Axis | None = None,
     valid: Bool[Array, " T"] | None = None,
     exchange: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "T D"], RouterStats]:
     """Each token through the k experts that the router picks for it; no token is ever dropped.
 
@@ -63,6 +63,7 @@ def moe(
         tensor_axis: mesh axis of the experts' features; the same tokens are on all of its ranks.
         exchange: how different tokens reach the experts: "gather" (all_gather and psum_scatter), "ragged"
             (ragged_all_to_all, on GPUs); None takes the one that moves fewer bytes (see `ring_jax.moe.exchange`).
+        implementation: of the experts' products, "mosaic" (Hopper kernels) or "xla"; None takes the best that runs here.
         valid: False for padding, which is not routed, gives zeros and is not counted, whatever x holds there.
 
     Returns:
@@ -71,7 +72,7 @@ def moe(
 
     Raises:
         TypeError, ValueError: shapes or dtypes that do not fit, an unknown exchange, or an axis that is none here.
-        NotImplementedError: exchange="ragged" on CPUs.
+        NotImplementedError: exchange="ragged" on CPUs, or a named implementation that cannot run here.
 
     Example:
         >>> import jax.numpy as jnp
@@ -95,6 +96,7 @@ def moe(
             f"exchange={exchange!r} moves tokens that differ between ranks: it needs an expert_axis and tokens_spread=True"
         )
     _check(x, weights, top_k, ranks, valid)
+    check_choice("implementation", implementation, BACKENDS, optional=True)
     if valid is not None:
         x = jnp.where(valid[:, None], x, jnp.zeros_like(x))
     routing = route(x, weights.router, top_k=top_k, renormalize=renormalize, valid=valid)
@@ -102,14 +104,14 @@ def moe(
     with jax.named_scope("moe"):
         if expert_axis is None or not tokens_spread:
             here = Here(expert_axis, tensor_axis)
-            y = _run(x, routing.experts, routing.weights, weights, expert_axis, lambda experts: here)
+            y = _run(x, routing.experts, routing.weights, weights, expert_axis, lambda experts: here, implementation)
         else:
             way = choose_way(exchange, ranks, top_k, target().platform)
-            y = _run_spread(x, routing, weights, expert_axis, tensor_axis, way)
+            y = _run_spread(x, routing, weights, expert_axis, tensor_axis, way, implementation)
     return y.astype(x.dtype), stats
 
 
-def _run_spread(x, routing: Routing, weights: MoEWeights, axis: Axis, tensor: Axis | None, way: str):
+def _run_spread(x, routing: Routing, weights: MoEWeights, axis: Axis, tensor: Axis | None, way: str, implementation):
     """Tokens differ between the ranks of `axis`; long sequences go slice by slice."""
 
     def exchange(experts) -> Exchange:
@@ -117,7 +119,7 @@ def _run_spread(x, routing: Routing, weights: MoEWeights, axis: Axis, tensor: Ax
 
     parts = slices(x.shape[0], lax.axis_size(axis))
     if parts == 1:
-        return _run(x, routing.experts, routing.weights, weights, axis, exchange)
+        return _run(x, routing.experts, routing.weights, weights, axis, exchange, implementation)
 
     def cut(a, fill=0):
         size = -(-x.shape[0] // parts)
@@ -126,13 +128,15 @@ def _run_spread(x, routing: Routing, weights: MoEWeights, axis: Axis, tensor: Ax
 
     pieces = cut(x), cut(routing.experts, weights.router.shape[1]), cut(routing.weights)
     # The rows of other ranks are not kept for the backward pass: those of all slices would need the room again.
-    part = jax.checkpoint(lambda x, experts, factors: _run(x, experts, factors, weights, axis, exchange))
+    part = jax.checkpoint(
+        lambda x, experts, factors: _run(x, experts, factors, weights, axis, exchange, implementation)
+    )
     return lax.map(lambda piece: part(*piece), pieces).reshape(-1, x.shape[1])[: x.shape[0]]
 
 
-def _run(x, experts, factors, weights: MoEWeights, axis: Axis | None, make_exchange):
+def _run(x, experts, factors, weights: MoEWeights, axis: Axis | None, make_exchange, implementation: str | None):
     """Sums of the experts' outputs, float32 [T, D], for int32 [T, k] experts (E: none) and their factors."""
-    count, per_token, total = weights.gate_up.shape[0], experts.shape[1], weights.router.shape[1]
+    count, total = weights.gate_up.shape[0], weights.router.shape[1]
     exchange = make_exchange(experts)
     # Numbers of experts travel with their factors, as one array; 0 is none, and exact: there are fewer than 2^24.
     number = (experts + 1) % (total + 1)
@@ -141,9 +145,8 @@ def _run(x, experts, factors, weights: MoEWeights, axis: Axis | None, make_excha
     factors, number = jnp.split(packed, 2, axis=1)
     first = 0 if axis is None else lax.axis_index(axis).astype(jnp.int32) * count
     experts = lax.stop_gradient(number).astype(jnp.int32) - 1 - first
-    step = blocks_per_step(weights.gate_up, target().platform)
-    blocks = Blocks.of(experts, count, block_size(x.shape[0], per_token, total), step)
-    return exchange.combine(run_experts(x, weights.gate_up, weights.down, factors, blocks, step))
+    arrays = x, weights.gate_up, weights.down
+    return exchange.combine(select(implementation, *arrays).run(*arrays, factors, experts, total))
 
 
 def _check(x, weights: MoEWeights, top_k: int, ranks: int, valid) -> None:
