@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ring_jax.bench import flash_backward, flash_forward
 from ring_jax.flash.hopper.backward_common import BackwardConfig, default_config
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, forward_config
-from ring_jax.flash.hopper.support import device_reason
+from ring_jax.mosaic.device import hopper_reason
 
 # What --tune tries, as changes of the checked-in config; what does not fit shared memory is left out.
 FORWARD_CHANGES = [
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def unavailable(_: argparse.Namespace) -> str | None:
     """Why this host cannot run the benchmark, or None."""
-    reason = device_reason()
+    reason = hopper_reason()
     return f"times the Hopper kernels, and {reason.replace('needs', 'that needs', 1)}" if reason else None
 
 

@@ -5,30 +5,20 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
-from ring_jax._device import target
 from ring_jax.flash.hopper.backward_common import keys_of_a_program
 from ring_jax.flash.hopper.backward_launch import splits
 from ring_jax.flash.kv import HeadSlice, value_size
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import in_place
+from ring_jax.mosaic.device import hopper_reason
 
 # Thread blocks that come near to giving each of a Hopper GPU's 132 multiprocessors one.
 _ONE_EACH = 128
 
 
-def device_reason() -> str | None:
-    """Why the device that is being compiled for cannot run Hopper kernels, or None."""
-    device = target()
-    if device.platform != "gpu":
-        return f"needs an NVIDIA Hopper GPU, this is {device.kind}"
-    if not any(name in device.kind for name in ("H100", "H200", "H800", "H20", "GH200")):
-        return f"needs an NVIDIA Hopper GPU (compute capability 9.0), this is {device.kind}"
-    return None
-
-
 def unsupported_reason(query: Any, kv: Any, options: BlockOptions) -> str | None:
     """Why the kernels cannot run these inputs here, or None."""
-    return device_reason() or operand_reason(query, kv, options)
+    return hopper_reason() or operand_reason(query, kv, options)
 
 
 def operand_reason(query: Any, kv: Any, options: BlockOptions, heads: HeadSlice | None = None) -> str | None:

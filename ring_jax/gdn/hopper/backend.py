@@ -8,14 +8,14 @@ from functools import partial
 import jax
 
 from ring_jax._vma import pcast_to, varying_axes
-from ring_jax.flash.hopper.backend import device_reason
 from ring_jax.gdn.chunked import chunked
 from ring_jax.gdn.hopper import launch
+from ring_jax.mosaic.device import hopper_reason
 
 
 def unsupported(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
     """Why the kernels cannot run these inputs here, or None."""
-    return device_reason() or launch.unsupported_reason(query, key, value)
+    return hopper_reason() or launch.unsupported_reason(query, key, value)
 
 
 def hopper(query, key, value, log_decay, beta, *, scale, initial_state, segment_ids):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ring_jax._device import target
-from ring_jax._vma import align, pcast_to, varying_axes
+from ring_jax._vma import align
 from ring_jax.moe.hopper.config import ExpertsConfig, experts_config, outer_config, product_config
 from ring_jax.moe.hopper.outer_kernel import outer_product
 from ring_jax.moe.hopper.plan import Plan
