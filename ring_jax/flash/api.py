@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ring_jax._checks import concrete
+from ring_jax._checks import concrete, to_int32
 from ring_jax._vma import align
 from ring_jax.flash import parts
 from ring_jax.flash.backends import Backend, check_inputs, select
@@ -213,7 +213,8 @@ def _check_bounds(key_start, key_end, B: int, T: int, S: int):
             raise ValueError(
                 f"{name} must have shape {(B, T)} (or {(1, T)}, {(T,)}) for query [B, T, ...], got {x.shape}"
             )
-        bounds.append(jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)))
+        clipped = jnp.clip(jnp.asarray(to_int32(x)), 0, S)
+        bounds.append(jnp.broadcast_to(clipped if x.ndim == 2 else clipped[None], (B, T)))
     start, end = bounds
     low, high = concrete(key_start), concrete(key_end)
     if low is not None and high is not None:

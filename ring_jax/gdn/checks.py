@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from ring_jax.mask import check_segment_ids
+
 
 def state_dtype(*arrays: jax.Array) -> jnp.dtype:
     """The dtype of states and of all arithmetic: float64 if any array is float64, else float32."""
@@ -15,8 +17,8 @@ def widened(x: jax.Array) -> jax.Array:
     return x.astype(state_dtype(x))
 
 
-def check_operands(query, key, value, log_decay, beta, initial_state, segment_ids) -> None:
-    """Raises ValueError unless the operands of one gated delta rule fit together."""
+def check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural: bool = True) -> None:
+    """Raises ValueError unless the operands of one gated delta rule fit together; `natural` as in `check_segments`."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [batch, time, heads, head size], got shape {x.shape}")
@@ -44,16 +46,19 @@ def check_operands(query, key, value, log_decay, beta, initial_state, segment_id
         _check_shape("initial_state", initial_state, (batch, value_heads, dk, dv), "[batch, value heads, d_k, d_v]")
         if initial_state.dtype != dtype:
             raise ValueError(f"initial_state must be {dtype}, got {initial_state.dtype}: states are never rounded")
-    check_segments(segment_ids, batch, time)
+    check_segments(segment_ids, batch, time, natural)
 
 
-def check_segments(segment_ids, batch: int, time: int) -> None:
-    """Raises ValueError unless `segment_ids` is None or an integer array [batch, time]."""
+def check_segments(segment_ids, batch: int, time: int, natural: bool = True) -> None:
+    """Raises ValueError unless `segment_ids` is None or an integer array [batch, time]; in natural order also where an id that
+    is known comes back after another document."""
     if segment_ids is None:
         return
     _check_shape("segment_ids", segment_ids, (batch, time), "[batch, time]")
     if not jnp.issubdtype(segment_ids.dtype, jnp.signedinteger):
         raise ValueError(f"segment_ids must be signed integers (negative: padding), got {segment_ids.dtype}")
+    if natural:
+        check_segment_ids(segment_ids)
 
 
 def _check_shape(name: str, x, expected: tuple[int, ...], meaning: str) -> None:

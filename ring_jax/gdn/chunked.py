@@ -176,11 +176,11 @@ class _Decays:
 
 def _decays(g, documents) -> _Decays:
     size = g.shape[-1]
-    lower = jnp.tril(jnp.ones((size, size), bool))
-    summed = jnp.where(jnp.tril(lower, -1), g[..., :, None], 0)  # g_l where l > j
-    exponent = _einsum("il,...lj->...ij", lower.astype(g.dtype), summed)
-    start = _einsum("il,...l->...i", lower.astype(g.dtype), g)
-    same = lower
+    triangle = jnp.tril(jnp.ones((size, size), bool))
+    same = triangle.reshape((1,) * (g.ndim - 1) + triangle.shape)
+    summed = jnp.where(jnp.tril(same, -1), g[..., :, None], 0)  # g_l where l > j
+    exponent = _einsum("il,...lj->...ij", triangle.astype(g.dtype), summed)
+    start = _einsum("il,...l->...i", triangle.astype(g.dtype), g)
     from_start, to_end = jnp.exp(start), jnp.exp(exponent[..., -1, :])
     total = jnp.exp(start[..., -1])
     if documents is not None:

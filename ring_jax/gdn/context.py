@@ -16,9 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ring_jax._checks import concrete, to_int32
 from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import ContextParallel, axis_size, place
 from ring_jax.context.shard import Shard, axis_names, axis_to_seq, seq_to_axis
@@ -28,6 +30,7 @@ from ring_jax.gdn.mixer import Heads
 from ring_jax.gdn.plan import WAYS, GDNShape, choose_way
 from ring_jax.gdn.ranks import Chunks
 from ring_jax.gdn.spread import HeadSplit, OneDevice, Spread, StatePassing
+from ring_jax.mask import check_segment_ids
 
 
 def run(
@@ -76,8 +79,9 @@ def run(
     ranks = context.ranks(leaf)
     manual = context.is_manual
     length = length * ranks if manual else length
-    check_segments(segment_ids, batch, leaf.shape[1])
+    check_segments(segment_ids, batch, leaf.shape[1], natural=False)
     shard = context.shard(length, leaf)
+    _check_known_ids(segment_ids, shard, manual)
     rows = batch if manual else _local_rows(batch, context, leaf)
     way = _resolve_way(way, shape, rows, shard)
 
@@ -103,9 +107,10 @@ def run(
 def gated_delta_rule_across(operands, *, context: ContextParallel, way: str, initial_state, segment_ids, **options):
     """`ring_jax.gated_delta_rule(..., context=...)`: see there. Heads may be sharded over `context.head_axis`."""
     query, key, value, log_decay, beta = operands
-    check_operands(query, key, value, log_decay, beta, initial_state, segment_ids)
+    check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural=False)
     ranks, manual = context.ranks(query), context.is_manual
     shard = context.shard(query.shape[1] * (ranks if manual else 1), query)
+    _check_known_ids(segment_ids, shard, manual)
     mesh = None if manual else context.resolve_mesh(query)
     split = 1 if mesh is None else axis_size(mesh, context.head_axis)
     if key.shape[2] % split or value.shape[2] % split:
@@ -180,7 +185,15 @@ def _mask_padding(ids, x, shard: Shard, seq_len: int | None):
     positions = shard.positions()
     if ids is None:
         ids = jnp.zeros(x.shape[:2], jnp.int32)
-    return jnp.where(positions < seq_len, ids.astype(jnp.int32), segments.PADDING)
+    return jnp.where(positions[None] < seq_len, to_int32(ids), segments.PADDING)
+
+
+def _check_known_ids(ids, shard: Shard, manual: bool) -> None:
+    """`check_segment_ids` for ids in the order of the layout, of the whole sequence."""
+    known = None if manual else concrete(ids)
+    if known is not None:
+        order = np.concatenate([shard.layout.positions(r, shard.length, shard.ranks) for r in range(shard.ranks)])
+        check_segment_ids(known[:, np.argsort(order)])
 
 
 def _pad_rows(x, rows: int, value: int = 0):

@@ -156,7 +156,8 @@ def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, spread: Spr
         )
     )
     b, a = jnp.split(widened(ba), 2, axis=-1)
-    log_decay = -jnp.exp(widened(weights.a_log)) * jax.nn.softplus(a + widened(weights.dt_bias))
+    a_log, dt_bias = (widened(x)[None, None] for x in (weights.a_log, weights.dt_bias))
+    log_decay = -jnp.exp(a_log) * jax.nn.softplus(a + dt_bias)
     out, state = spread.gated_delta_rule(
         l2_normalize(query),
         l2_normalize(key),

@@ -47,9 +47,9 @@ def gated_delta_rule(
         beta: write strength, usually in (0, 1).
         scale: factor on the query, d_k^-0.5 by default.
         initial_state: float32, continues the first document of each row.
-        segment_ids: ids of packed documents, each one contiguous run; the state is exactly zero where a document
-            begins. Negative ids are padding, anywhere outside documents: it leaves the state untouched and gives
-            zeros, whatever the other arrays hold there.
+        segment_ids: ids of packed documents, each one contiguous run, as in `ring_jax.documents`; the state is exactly
+            zero where a document begins. Negative ids are padding: it ends a document, leaves the state untouched and
+            gives zeros, whatever the other arrays hold there.
         implementation: "chunked" (sequences), "recurrent" (one or a few tokens) or "reference" (token by token,
             for tests); None chooses by T.
         context: the mesh axes and the layout that the arrays lie in, for a sequence that is spread over ranks; the

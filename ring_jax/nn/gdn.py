@@ -181,7 +181,7 @@ class GatedDeltaNet(nnx.Module):
         if seq_len is not None and seq_len != x.shape[1]:
             valid = jnp.arange(x.shape[1], dtype=jnp.int32) < seq_len
             ids = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-            segment_ids = jnp.where(valid, ids, -1)
+            segment_ids = jnp.where(valid[None], ids, -1)
         return self._apply(x, cache, OneDevice(segment_ids))
 
     def shape(self, *, layers: int = 1, dtype: Any = jnp.bfloat16) -> GDNShape:
@@ -223,7 +223,7 @@ def gated_rms_norm(
     dtype = state_dtype(gate, weight)
     x = x.astype(dtype)
     x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return (weight.astype(dtype) * x * jax.nn.silu(gate.astype(dtype))).astype(gate.dtype)
+    return (weight.astype(dtype)[None, None, None] * x * jax.nn.silu(gate.astype(dtype))).astype(gate.dtype)
 
 
 def split_fused_projections(

@@ -22,14 +22,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ring_jax import _repr
-from ring_jax._checks import concrete
+from ring_jax._checks import concrete, to_int32
 from ring_jax.context.parallel import Static, axis_size, place, run_sharded
 from ring_jax.gdn import segments
+from ring_jax.mask import check_segment_ids
 from ring_jax.models.qwen3_5 import passes
 from ring_jax.models.qwen3_5.cache import Cache, cache_specs
 from ring_jax.models.qwen3_5.config import Config
@@ -110,7 +112,7 @@ class Qwen3_5(nnx.Module):
         Args:
             tokens: int32 [B, S].
             lengths: int32 [B], real tokens of each row, the rest is padding on the right.
-            segment_ids: int [B, S], packed documents; negative ids are padding. Not together with `lengths`.
+            segment_ids: int [B, S], packed documents as in `ring_jax.documents`. Not together with `lengths`.
             logits: "all", "last" (of each row's last real token) or "none".
             cache_room: return a cache with room for that many new tokens.
             return_hidden: return what every layer hands on.
@@ -120,7 +122,7 @@ class Qwen3_5(nnx.Module):
             ValueError: arguments that do not fit together, or more tokens than the model has positions.
         """
         tokens = jnp.asarray(tokens)
-        lengths, segment_ids = (None if x is None else jnp.asarray(x) for x in (lengths, segment_ids))
+        lengths, segment_ids = _lengths(lengths), _ids(segment_ids)
         self._check_inputs(tokens, lengths, segment_ids)
         if logits not in LOGITS:
             raise ValueError(f"logits must be one of {LOGITS}, got {logits!r}")
@@ -157,7 +159,8 @@ class Qwen3_5(nnx.Module):
 
         if chunk < 1:
             raise ValueError(f"chunk must be positive, got {chunk}")
-        arrays: list[Any] = [None if x is None else jnp.asarray(x) for x in (tokens, lengths, segment_ids, weights)]
+        arrays: list[Any] = [jnp.asarray(tokens), _lengths(lengths), _ids(segment_ids)]
+        arrays.append(None if weights is None else jnp.asarray(weights))
         self._check_inputs(*arrays[:3])
         if self.sharding is not None:  # the next token may lie on another rank: tokens are small, so all have them
             arrays = [
@@ -209,6 +212,8 @@ class Qwen3_5(nnx.Module):
         length, room, limit = tokens.shape[1], ask.cache_room or 0, self.config.max_positions
         if length + room > limit:
             raise ValueError(f"{length} tokens and room for {room} more exceed the model's {limit} positions")
+        if lengths is not None:
+            lengths = jnp.clip(lengths, 0, length)  # traced ones: no row is longer than the tokens
         graph, params = self._split()
         if self.sharding is None:
             return _run_here(Static(local, (graph, ask)), params, tokens, lengths, segment_ids, labels)
@@ -347,6 +352,24 @@ def _run_here(local: Static, *operands):
 
 
 # -- around the pass -----------------------------------------------------------------------------
+
+
+def _lengths(lengths):
+    """As a JAX array, int32, saturated."""
+    if lengths is None:
+        return None
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    return jnp.asarray(to_int32(lengths) if jnp.issubdtype(lengths.dtype, jnp.integer) else lengths)
+
+
+def _ids(segment_ids):
+    """As a JAX array, checked while they are wide."""
+    if segment_ids is None:
+        return None
+    segment_ids = segment_ids if isinstance(segment_ids, jax.Array) else np.asarray(segment_ids)
+    if segment_ids.ndim == 2 and jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        check_segment_ids(segment_ids)
+    return jnp.asarray(segment_ids)
 
 
 def _pad_end(tree, pad: int, value: int = 0):
