@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ring_jax._checks import concrete, to_int32
 from ring_jax._vma import align
 from ring_jax.flash import parts
-from ring_jax.flash.backends import Backend, check_inputs, select
+from ring_jax.flash.backends import Backend, check_inputs, select, with_batch
 from ring_jax.flash.merge import carry_gradient, partial_dtype
 from ring_jax.flash.packed import pack
 
@@ -146,6 +146,7 @@ def flash_attention(
     Args:
         query: [B, T, N, H], bfloat16, float16, float32 or float64.
         key, value: [B, S, K, H] and [B, S, K, Hv], same dtype; N a multiple of K (query head n reads head n // (N/K)).
+            All three may lack the batch axis, as in jax.nn; results (and a carry) then lack it, too.
         key_start, key_end: int32 [B, T] (or [T], [1, T]): row t sees keys with start <= s < end. They are clipped to
             [0, S]; start >= end is an empty row. Neither may decrease along T, or kernels give wrong results (an error
             where values are known while tracing): let an empty row repeat a bound of its neighbour, not (0, 0).
@@ -174,6 +175,7 @@ def flash_attention(
 
     Source: Dao, FlashAttention-2, arXiv 2307.08691; the resumed form is Liu et al., Ring Attention, arXiv 2310.01889.
     """
+    query, key, value, unbatched = with_batch(query, key, value)
     check_inputs(query, key, value)
     B, T, N, _ = query.shape
     S = key.shape[1]
@@ -182,16 +184,18 @@ def flash_attention(
     spec = make_spec(query, kv, scale, logits_soft_cap, implementation, _whole(key_start, key_end, T, S), deterministic)
     acc_dtype = partial_dtype(query.dtype)
     if carry is not None:
-        out_in, lse_in = carry
+        out_in, lse_in = (x[None] for x in carry) if unbatched else carry
         if out_in.shape != (B, T, N, value.shape[3]) or lse_in.shape != (B, T, N):
             raise ValueError(
                 f"carry must be (out {(B, T, N, value.shape[3])}, lse {(B, T, N)}), got {out_in.shape} and {lse_in.shape}"
             )
         carry = (out_in.astype(acc_dtype), lse_in.astype(acc_dtype))
-    if S == 0 or T == 0:
-        return carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
-    query, kv, start, end, carry = align(query, kv, start, end, carry)
-    return _jitted_block(spec, query, kv, start, end, carry)
+    if 0 in (B, T, N, S):
+        out, lse = carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
+    else:
+        query, kv, start, end, carry = align(query, kv, start, end, carry)
+        out, lse = _jitted_block(spec, query, kv, start, end, carry)
+    return (out[0], lse[0]) if unbatched else (out, lse)
 
 
 def _whole(key_start, key_end, T: int, S: int) -> str | None:

@@ -145,6 +145,13 @@ def select(
     return backend if backend.whole is None or whole is None else CUDNN[whole]
 
 
+def with_batch(query, key, value):
+    """(query, key, value, whether they lacked it) with a batch axis, which all three or none may lack, as in jax.nn."""
+    if all(getattr(x, "ndim", None) == 3 for x in (query, key, value)):
+        return query[None], key[None], value[None], True
+    return query, key, value, False
+
+
 _DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
 
 
@@ -168,5 +175,5 @@ def check_inputs(query, key, value) -> None:
         raise ValueError(
             f"shapes do not fit: query [B, T, N, H] = {query.shape}, key [B, S, K, H] = {key.shape}, value [B, S, K, Hv] = {value.shape}"
         )
-    if key.shape[2] == 0 or N % key.shape[2]:
+    if N % key.shape[2] if key.shape[2] else N:
         raise ValueError(f"{N} query heads cannot share {key.shape[2]} key-value heads: N must be a multiple of K")

@@ -27,7 +27,7 @@ def check_operands(query, key, value, log_decay, beta, initial_state, segment_id
     value_heads, dv = value.shape[2:]
     _check_shape("query", query, key.shape, "the shape of key")
     _check_shape("value", value, (batch, time, value_heads, dv), "the batch and time of key")
-    if key_heads == 0 or value_heads % key_heads:
+    if value_heads % key_heads if key_heads else value_heads:
         raise ValueError(
             f"the number of value heads must be a multiple of the number of key heads, got {value_heads} value heads "
             f"and {key_heads} key heads: key head h serves value heads h*r ... h*r + r - 1, r = value heads / key heads"

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from ring_jax._checks import concrete, to_int32
 from ring_jax._vma import pcast_to
-from ring_jax.context.parallel import ContextParallel, axis_size, place
+from ring_jax.context.parallel import ContextParallel, axis_size, run_sharded
 from ring_jax.context.shard import Shard, axis_names, axis_to_seq, seq_to_axis
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import check_operands, check_segments
@@ -51,7 +51,8 @@ def run(
     Args:
         layers: `layers(params, x, caches, spread) -> (y, caches)`. Called with the tokens that lie here under
             `spread`; mixers take `spread` (`GatedDeltaNet(...)(x, cache, spread=spread)`), norms, MLPs and experts
-            need no word of it. y and its leaves are [batch, tokens here, ...].
+            need no word of it. y and its leaves are [batch, tokens here, ...]. Compiled once for each such function, as by
+            `jax.jit`: hand what changes between calls through `params`.
         params: pytree of what the layers need, the same on all ranks (close over no traced arrays).
         x: [B, T, ...] (or a pytree of such) in the order of `context.layout`.
         context: the mesh axes and the layout. Inside a shard_map that is manual over the axis, all arrays are local.
@@ -85,26 +86,53 @@ def run(
     rows = batch if manual else _local_rows(batch, context, leaf)
     way = _resolve_way(way, shape, rows, shard)
 
-    def local(params, x, caches, ids):
-        y, caches, *totals = _run_local(layers, params, x, caches, ids, shard=shard, way=way, seq_len=seq_len)
-        if not sums:
-            return y, caches
-        axes = axis_names(shard.axis) + (() if manual else axis_names(context.batch_axis))
-        (totals,) = pcast_to(totals, axes)
-        return y, caches, lax.psum(totals, axes)
-
-    if manual:
-        return local(params, x, caches, segment_ids)
-    mesh = context.resolve_mesh(leaf)
-    tokens, row = P(context.batch_axis, context.axis), P(context.batch_axis)
-    specs = (P(), tokens, row, tokens)
+    axes = axis_names(shard.axis) + (() if manual else axis_names(context.batch_axis))
+    local = _Run(layers, shard, way, seq_len, axes if sums else None)
     args = (params, x, caches, segment_ids)
-    args = tuple(place(a, mesh, s) for a, s in zip(args, specs, strict=True))
+    if manual:
+        return local(*args)
+    tokens, row = P(context.batch_axis, context.axis), P(context.batch_axis)
     out_specs = (tokens, row, P()) if sums else (tokens, row)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(*args)
+    return run_sharded(local, context.resolve_mesh(leaf), (P(), tokens, row, tokens), out_specs, args)
 
 
-def gated_delta_rule_across(operands, *, context: ContextParallel, way: str, initial_state, segment_ids, **options):
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What one rank does in `run`. Hashable: jit finds it again. sums: the mesh axes to sum over, None for no sums."""
+
+    layers: Callable
+    shard: Shard
+    way: str
+    seq_len: int | None
+    sums: tuple[str, ...] | None = None
+
+    def __call__(self, params, x, caches, ids):
+        options = {"shard": self.shard, "way": self.way, "seq_len": self.seq_len}
+        y, caches, *totals = _run_local(self.layers, params, x, caches, ids, **options)
+        if self.sums is None:
+            return y, caches
+        (totals,) = pcast_to(totals, self.sums)
+        return y, caches, lax.psum(totals, self.sums)
+
+    def __repr__(self):  # jax's messages show it
+        return "gated_delta_rule_over_ranks"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """The operation alone as the layers of `run`."""
+
+    implementation: str | None
+    scale: float | None  # where it is known
+
+    def __call__(self, scale, operands, state, spread):
+        options = {"implementation": self.implementation, "scale": self.scale if scale is None else scale}
+        return spread.gated_delta_rule(*operands, initial_state=state, **options)
+
+
+def gated_delta_rule_across(
+    operands, *, context: ContextParallel, way: str, initial_state, segment_ids, seq_len, scale, implementation
+):
     """`ring_jax.gated_delta_rule(..., context=...)`: see there. Heads may be sharded over `context.head_axis`."""
     query, key, value, log_decay, beta = operands
     check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural=False)
@@ -123,20 +151,15 @@ def gated_delta_rule_across(operands, *, context: ContextParallel, way: str, ini
     shape = GDNShape(rows, shard.length, heads, conv_width=1, itemsize=value.dtype.itemsize)
     way = _resolve_way(way, shape, rows, shard)
 
-    def layer(_, operands, state, spread):
-        return spread.gated_delta_rule(*operands, initial_state=state, **options)
-
-    def local(operands, state, ids):
-        return _run_local(layer, None, operands, state, ids, shard=shard, way=way, seq_len=None)
-
-    args = (operands, initial_state, segment_ids)
+    traced = isinstance(scale, jax.core.Tracer)
+    known = None if scale is None or traced else float(scale)
+    local = _Run(_Rule(implementation, known), shard, way, seq_len)
+    args = (scale if traced else None, operands, initial_state, segment_ids)
     if manual:
         return local(*args)
     tokens = P(context.batch_axis, context.axis, context.head_axis)
     state, ids = P(context.batch_axis, context.head_axis), P(context.batch_axis, context.axis)
-    specs = (tokens, state, ids)
-    args = tuple(place(a, mesh, s) for a, s in zip(args, specs, strict=True))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, state))(*args)
+    return run_sharded(local, mesh, (P(), tokens, state, ids), (tokens, state), args)
 
 
 def _run_local(layers, params, x, caches, ids, *, shard: Shard, way: str, seq_len: int | None):

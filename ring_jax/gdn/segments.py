@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ring_jax._checks import to_int32
+from ring_jax._checks import static_length, to_int32
 
 PADDING = -1  # the id that we give to positions that hold nothing
 
@@ -38,6 +38,14 @@ def document_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     )
     starts = valid_tokens(segment_ids) & seen & begins
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+
+
+def beyond(segment_ids, seq_len: int, batch: int, time: int) -> "Int[Array, 'B T'] | None":
+    """Segment ids in natural order (None: all of one document) with padding from `seq_len` on."""
+    if static_length("seq_len", seq_len, time) == time:
+        return segment_ids
+    ids = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    return jnp.where((jnp.arange(time, dtype=jnp.int32) < seq_len)[None], ids, jnp.full_like(ids, PADDING))
 
 
 def runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

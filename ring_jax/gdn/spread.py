@@ -132,6 +132,8 @@ class StatePassing:
         if initial_state is None:
             shape = (batch, value.shape[2], key.shape[3], value.shape[3])
             initial_state = jnp.zeros(shape, state_dtype(*operands))
+        if 0 in value.shape:
+            return jnp.zeros_like(value), initial_state
         operands = segments.blank_padding(self.segment_ids, *operands)
         operands = [_merge(chunks.split(x)) for x in operands]
         ids = None if self.segment_ids is None else _merge(chunks.split(self.segment_ids))
@@ -264,4 +266,4 @@ class HeadSplit:
 
 def _merge(x):
     """Chunked [folds, B, ...] to [folds * B, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

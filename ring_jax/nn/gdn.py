@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from ring_jax.gdn.context import run
 from ring_jax.gdn.mixer import GDNCache, Heads, MixerWeights, mix
 from ring_jax.gdn.plan import GDNShape
 from ring_jax.gdn.spread import OneDevice, Spread
+from ring_jax.nn.placement import place_parameters
 
 if TYPE_CHECKING:
     from ring_jax.context import ContextParallel
@@ -130,6 +132,7 @@ class GatedDeltaNet(nnx.Module):
         self.dt_bias = nnx.Param(jnp.ones((num_value_heads,), jnp.float32))
         self.norm = nnx.Param(jnp.ones((value_head_dim,), jnp.float32))
         self.out_proj = linear(values, features)
+        place_parameters(self, context)
 
     def __repr__(self) -> str:
         way = None if self.context is None else self.way
@@ -163,12 +166,8 @@ class GatedDeltaNet(nnx.Module):
             return self._apply(x, cache, spread)
         if self.context is not None:
             graph, state = nnx.split(self)
-
-            def layer(state, x, cache, spread):
-                return nnx.merge(graph, state)._apply(x, cache, spread)
-
             return run(
-                layer,
+                _Layer(graph),
                 state,
                 x,
                 context=self.context,
@@ -200,7 +199,7 @@ class GatedDeltaNet(nnx.Module):
         out, cache = mix(weights, x, cache, spread, self.implementation)
         z = jnp.matmul(x, z_kernel.astype(x.dtype), precision=self.precision)
         out = gated_rms_norm(out, z.reshape(out.shape), self.norm[...], self.norm_epsilon)
-        out = self.out_proj(out.reshape(*out.shape[:2], -1))
+        out = self.out_proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3]))
         if spread.segment_ids is not None:
             out = jnp.where((spread.segment_ids >= 0)[..., None], out, jnp.zeros_like(out))
         return out, cache
@@ -214,6 +213,16 @@ class GatedDeltaNet(nnx.Module):
             qkv, z, *ba = split_fused_projections(*fused, self.heads)
         decay = self.A_log[...], self.dt_bias[...]
         return MixerWeights((qkv,), tuple(ba), self.conv[...], *decay, heads=self.heads, precision=self.precision), z
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A layer as `ring_jax.gdn.run` takes it: equal for layers built alike, so that eager calls share one program."""
+
+    graph: Any
+
+    def __call__(self, state, x, cache, spread):
+        return nnx.merge(self.graph, state)._apply(x, cache, spread)
 
 
 def gated_rms_norm(
