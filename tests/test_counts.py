@@ -41,7 +41,9 @@ def test_counts_beyond_every_length(name):
     with jax.enable_x64(True):
         traced = jax.jit(lambda n: bounds_of(make(n)))
         for count in EDGES:
-            np.testing.assert_array_equal(visible(*map(np.asarray, traced(np.int64(count)))), want, err_msg=f"traced {count}")
+            np.testing.assert_array_equal(
+                visible(*map(np.asarray, traced(np.int64(count)))), want, err_msg=f"traced {count}"
+            )
     traced = jax.jit(lambda n: bounds_of(make(n)))
     np.testing.assert_array_equal(visible(*map(np.asarray, traced(np.int32(2**31 - 1)))), want)
 
@@ -56,10 +58,14 @@ def test_offsets_beyond_every_key(dtype):
     with jax.enable_x64(dtype is np.int64):
         for offset in [n for n in EDGES if n <= np.iinfo(dtype).max]:
             for given in (np.asarray(offset, dtype), jnp.asarray(offset, dtype)):
-                run = jax.jit(lambda n: (bounds_of(ring_jax.causal(), query_offset=n), bounds_of(ring_jax.window(5, 0), query_offset=n)))
-                for all_keys, none in (run(given), (bounds(ring_jax.causal(), query_offset=given), bounds(ring_jax.window(5, 0), query_offset=given))):
+                for run in (both_far_behind, jax.jit(both_far_behind)):
+                    all_keys, none = run(given)
                     assert visible(*map(np.asarray, all_keys)).all()
                     assert not visible(*map(np.asarray, none)).any()
+
+
+def both_far_behind(offset):
+    return [bounds_of(mask, query_offset=offset) for mask in (ring_jax.causal(), ring_jax.window(5, 0))]
 
 
 def test_attention_arguments():

@@ -71,7 +71,9 @@ def test_no_tokens_for_experts():
     assert y.shape == (0, 6) and stats.tokens == 0
     mesh, P = make_mesh(expert=2), jax.P
     specs = P("expert"), MoEWeights(P(), P("expert"), P("expert"))
-    run = jax.shard_map(lambda x, w: moe(x, w, top_k=2, expert_axis="expert")[0], mesh=mesh, in_specs=specs, out_specs=specs[0])
+    run = jax.shard_map(
+        lambda x, w: moe(x, w, top_k=2, expert_axis="expert")[0], mesh=mesh, in_specs=specs, out_specs=specs[0]
+    )
     assert jax.jit(run)(jnp.ones((0, 6)), weights).shape == (0, 6)
 
 

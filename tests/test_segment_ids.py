@@ -1,5 +1,7 @@
 """One meaning of segment ids for attention and the delta rule: padding ends a document, known or traced."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,17 +40,21 @@ def test_attention(name):
 
 def test_delta_rule():
     arrays = operands(0, 1, 8, 1, 2, 8, 8)
-    run = {
-        name: jit(lambda ids, state, name=name: ring_jax.gated_delta_rule(*arrays[:5], initial_state=state, segment_ids=ids, implementation=name))
-        for name in ("chunked", "recurrent", "reference")
-    }
+
+    def call(implementation, ids, state):
+        options = {"segment_ids": ids, "implementation": implementation}
+        return ring_jax.gated_delta_rule(*arrays[:5], initial_state=state, **options)
+
+    run = {name: jit(functools.partial(call, name)) for name in ("chunked", "recurrent", "reference")}
     for name, (ids, plain) in CASES.items():
         out, state = rule_by_hand(arrays, plain)
-        for implementation, call in run.items():
-            found = call(np.array([ids], np.int32), arrays[5])
+        for implementation, rule in run.items():
+            found = rule(np.array([ids], np.int32), arrays[5])
             assert relative(found[0], out) < 5e-6, (name, implementation)
             assert relative(found[1], state) < 5e-6, (name, implementation)
-    known = ring_jax.gated_delta_rule(*arrays[:5], segment_ids=np.array([CASES["twice"][0]]), implementation="recurrent")
+    known = ring_jax.gated_delta_rule(
+        *arrays[:5], segment_ids=np.array([CASES["twice"][0]]), implementation="recurrent"
+    )
     want = rule_by_hand([*arrays[:5], np.zeros_like(arrays[5])], CASES["twice"][1])
     assert relative(known[0], want[0]) < 5e-6
 

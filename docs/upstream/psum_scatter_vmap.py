@@ -60,7 +60,9 @@ def main() -> int:
             except Exception as problem:  # what it raises depends on what the wrong axis meets
                 verdict, fault = f"{type(problem).__name__}: {str(problem).splitlines()[0]}", True
             faults += fault
-            print(f"vmap of {function.__name__}(tiled={tiled}), arrays {x.shape[1:]}: {verdict}{'   <-- wrong' if fault else ''}")
+            print(
+                f"vmap of {function.__name__}(tiled={tiled}), arrays {x.shape[1:]}: {verdict}{'   <-- wrong' if fault else ''}"
+            )
     return int(faults > 0)
 
 

@@ -28,7 +28,9 @@ def check_layout(context: ContextParallel, function: Callable, arrays: tuple, to
     alone = jax.tree.map(np.asarray, function(on_one_rank(context), *arrays))
     spread = jax.tree.map(np.asarray, function(context, *arrays))
     if jax.tree.structure(alone) != jax.tree.structure(spread):
-        raise ValueError("the function gives other trees over this context and on one rank: return natural order from it")
+        raise ValueError(
+            "the function gives other trees over this context and on one rank: return natural order from it"
+        )
     largest = 0.0
     for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         if one.shape != many.shape:

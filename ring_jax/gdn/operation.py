@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from ring_jax.gdn import segments
 from ring_jax.gdn.checks import check_operands, state_dtype
 from ring_jax.gdn.chunked import chunked
 from ring_jax.gdn.recurrent import UNROLLED, recurrent
 from ring_jax.gdn.reference import reference
-from ring_jax.gdn import segments
 from ring_jax.gdn.segments import blank_padding
 
 if TYPE_CHECKING:

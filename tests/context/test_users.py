@@ -36,11 +36,15 @@ def test_a_forgotten_to_layout_is_noticed():
 
 
 def test_pickle_and_copy_with_a_mesh():
-    context = ring_jax.ContextParallel("context", layout=ring_jax.Zigzag(4), batch_axis="data", mesh=make_mesh(data=2, context=4))
+    context = ring_jax.ContextParallel(
+        "context", layout=ring_jax.Zigzag(4), batch_axis="data", mesh=make_mesh(data=2, context=4)
+    )
     for found in (pickle.loads(pickle.dumps(context)), copy.deepcopy(context)):
         assert found == context and hash(found) == hash(context)
         assert found.mesh.axis_types == context.mesh.axis_types
-        np.testing.assert_array_equal(found.from_layout(found.to_layout(jnp.arange(64).reshape(2, 32))), jnp.arange(64).reshape(2, 32))
+        np.testing.assert_array_equal(
+            found.from_layout(found.to_layout(jnp.arange(64).reshape(2, 32))), jnp.arange(64).reshape(2, 32)
+        )
     without = ring_jax.ContextParallel("context")
     assert pickle.loads(pickle.dumps(without)) == without
     fields = context.__getstate__()
