@@ -25,14 +25,14 @@ def check_layout(context: ContextParallel, function: Callable, arrays: tuple, to
     """See `ContextParallel.check_layout`."""
     if context.is_manual:
         raise ValueError("check_layout calls the function itself: call it outside of shard_map and jit")
-    alone = jax.tree.map(np.asarray, function(on_one_rank(context), *arrays))
-    spread = jax.tree.map(np.asarray, function(context, *arrays))
-    if jax.tree.structure(alone) != jax.tree.structure(spread):
+    alone, tree = jax.tree.flatten(function(on_one_rank(context), *arrays))
+    spread, other_tree = jax.tree.flatten(function(context, *arrays))
+    if tree != other_tree:
         raise ValueError(
             "the function gives other trees over this context and on one rank: return natural order from it"
         )
     largest = 0.0
-    for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+    for one, many in zip(alone, spread, strict=True):
         if one.shape != many.shape:
             raise ValueError(
                 f"the function gives shape {many.shape} over this context and {one.shape} on one rank: return natural order "

@@ -25,7 +25,7 @@ from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import ContextParallel, axis_size, run_sharded
 from ring_jax.context.shard import Shard, axis_names, axis_to_seq, seq_to_axis
 from ring_jax.gdn import segments
-from ring_jax.gdn.checks import check_operands, check_segments
+from ring_jax.gdn.checks import check_operands, check_segments, state_dtype
 from ring_jax.gdn.mixer import Heads
 from ring_jax.gdn.plan import WAYS, GDNShape, choose_way
 from ring_jax.gdn.ranks import Chunks
@@ -146,6 +146,10 @@ def gated_delta_rule_across(
             f"{key.shape[2]} key heads and {value.shape[2]} value heads do not divide over head_axis="
             f"{context.head_axis!r} of size {split}: leave head_axis out, or shard fewer ways"
         )
+    if 0 in value.shape or 0 in key.shape:
+        shape = (key.shape[0], value.shape[2], key.shape[3], value.shape[3])
+        empty = jnp.zeros(shape, state_dtype(*operands)) if initial_state is None else initial_state
+        return jnp.zeros_like(value), empty
     heads = Heads(key.shape[2] // split, value.shape[2] // split, key.shape[3], value.shape[3])
     rows = key.shape[0] if manual else _local_rows(key.shape[0], context, query)
     shape = GDNShape(rows, shard.length, heads, conv_width=1, itemsize=value.dtype.itemsize)
