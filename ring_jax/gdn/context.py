@@ -200,6 +200,8 @@ def _run_rows(layers, params, x, caches, ids, shard: Shard):
     x = jax.tree.map(lambda leaf: seq_to_axis(_pad_rows(leaf, padded), shard, 0), x)
     y, caches, *sums = layers(params, x, jax.tree.map(own, caches), OneDevice(ids))
     y = jax.tree.map(lambda leaf: axis_to_seq(leaf, shard, 0)[:batch], y)
+    if batch == 0:  # XLA gathers no empty arrays
+        return y, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), caches), *sums
     whole = [lax.all_gather(leaf, shard.axis, axis=0, tiled=True, to="invarying") for leaf in jax.tree.leaves(caches)]
     return y, jax.tree.unflatten(jax.tree.structure(caches), [leaf[:batch] for leaf in whole]), *sums
 

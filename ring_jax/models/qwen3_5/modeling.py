@@ -114,7 +114,8 @@ class Qwen3_5(nnx.Module):
             lengths: int32 [B], real tokens of each row, the rest is padding on the right.
             segment_ids: int [B, S], packed documents as in `ring_jax.documents`. Not together with `lengths`.
             logits: "all", "last" (of each row's last real token) or "none".
-            cache_room: return a cache with room for that many new tokens.
+            cache_room: return a cache with room for that many new tokens. Prompts of several lengths are padded on the right
+                then (`lengths`): padding on the left, which only segment ids can say, leaves no cache.
             return_hidden: return what every layer hands on.
             return_stats: return the routers' statistics, for `ring_jax.moe.load_balance_loss`.
 
@@ -127,7 +128,10 @@ class Qwen3_5(nnx.Module):
         if logits not in LOGITS:
             raise ValueError(f"logits must be one of {LOGITS}, got {logits!r}")
         if segment_ids is not None and (logits == "last" or cache_room is not None):
-            raise ValueError("packed documents (segment_ids) have no one last token: no logits='last', no cache_room")
+            raise ValueError(
+                "packed documents (segment_ids) have no one last token: no logits='last', no cache_room; prompts of several lengths "
+                "are padded on the right and say so by lengths="
+            )
         if cache_room is not None and cache_room < 1:
             raise ValueError(f"cache_room must be positive, got {cache_room}")
         if return_stats and self.config.experts is None:
