@@ -27,7 +27,7 @@ def check_layout(context: ContextParallel, function: Callable, arrays: tuple, to
         raise ValueError("check_layout calls the function itself: call it outside of shard_map and jit")
     alone, tree = jax.tree.flatten(function(on_one_rank(context), *arrays))
     spread, other_tree = jax.tree.flatten(function(context, *arrays))
-    if tree != other_tree:
+    if bool(tree != other_tree):  # type: ignore[operator]
         raise ValueError(
             "the function gives other trees over this context and on one rank: return natural order from it"
         )

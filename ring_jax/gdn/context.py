@@ -20,7 +20,16 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ring_jax._checks import concrete, to_int32
+from ring_jax._checks import (
+    check_array,
+    check_callable,
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
+    concrete,
+    to_int32,
+)
 from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import ContextParallel, axis_size, run_sharded
 from ring_jax.context.shard import Shard, axis_names, axis_to_seq, seq_to_axis
@@ -75,14 +84,20 @@ def run(
         >>> y, cache = run(lambda p, x, c, spread: mixer(p, x, c, spread), params, cp.to_layout(x), context=cp,
         ...                way="state", seq_len=x.shape[1])  # doctest: +SKIP
     """
+    check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
+    check_callable("layers", layers, "a function layers(params, x, caches, spread)")
+    check_choice("way", way, ("auto", *WAYS))
+    check_instance("shape", shape, GDNShape, "a ring_jax.gdn.GDNShape", optional=True)
+    check_flag("sums", sums)
+    batch, length = _check_leaves(x, caches)
     leaf = _first_leaf(x)
-    batch, length = leaf.shape[:2]
     ranks = context.ranks(leaf)
     manual = context.is_manual
     length = length * ranks if manual else length
+    seq_len = None if seq_len is None else check_count("seq_len", seq_len, 0, length)
     check_segments(segment_ids, batch, leaf.shape[1], natural=False)
     shard = context.shard(length, leaf)
-    _check_known_ids(segment_ids, shard, manual)
+    _check_known_ids(segment_ids, shard, manual, seq_len)
     rows = batch if manual else _local_rows(batch, context, leaf)
     way = _resolve_way(way, shape, rows, shard)
 
@@ -123,10 +138,10 @@ class _Rule:
     """The operation alone as the layers of `run`."""
 
     implementation: str | None
-    scale: float | None  # where it is known
+    scale: float | None
 
-    def __call__(self, scale, operands, state, spread):
-        options = {"implementation": self.implementation, "scale": self.scale if scale is None else scale}
+    def __call__(self, _, operands, state, spread):
+        options = {"implementation": self.implementation, "scale": self.scale}
         return spread.gated_delta_rule(*operands, initial_state=state, **options)
 
 
@@ -135,10 +150,12 @@ def gated_delta_rule_across(
 ):
     """`ring_jax.gated_delta_rule(..., context=...)`: see there. Heads may be sharded over `context.head_axis`."""
     query, key, value, log_decay, beta = operands
+    check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
     check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural=False)
     ranks, manual = context.ranks(query), context.is_manual
     shard = context.shard(query.shape[1] * (ranks if manual else 1), query)
-    _check_known_ids(segment_ids, shard, manual)
+    seq_len = None if seq_len is None else check_count("seq_len", seq_len, 0, shard.length)
+    _check_known_ids(segment_ids, shard, manual, seq_len)
     mesh = None if manual else context.resolve_mesh(query)
     split = 1 if mesh is None else axis_size(mesh, context.head_axis)
     if key.shape[2] % split or value.shape[2] % split:
@@ -147,18 +164,16 @@ def gated_delta_rule_across(
             f"{context.head_axis!r} of size {split}: leave head_axis out, or shard fewer ways"
         )
     if 0 in value.shape or 0 in key.shape:
-        shape = (key.shape[0], value.shape[2], key.shape[3], value.shape[3])
-        empty = jnp.zeros(shape, state_dtype(*operands)) if initial_state is None else initial_state
+        like = (key.shape[0], value.shape[2], key.shape[3], value.shape[3])
+        empty = jnp.zeros(like, state_dtype(*operands)) if initial_state is None else initial_state
         return jnp.zeros_like(value), empty
     heads = Heads(key.shape[2] // split, value.shape[2] // split, key.shape[3], value.shape[3])
     rows = key.shape[0] if manual else _local_rows(key.shape[0], context, query)
     shape = GDNShape(rows, shard.length, heads, conv_width=1, itemsize=value.dtype.itemsize)
     way = _resolve_way(way, shape, rows, shard)
 
-    traced = isinstance(scale, jax.core.Tracer)
-    known = None if scale is None or traced else float(scale)
-    local = _Run(_Rule(implementation, known), shard, way, seq_len)
-    args = (scale if traced else None, operands, initial_state, segment_ids)
+    local = _Run(_Rule(implementation, scale), shard, way, seq_len)
+    args = (None, operands, initial_state, segment_ids)
     if manual:
         return local(*args)
     tokens = P(context.batch_axis, context.axis, context.head_axis)
@@ -209,20 +224,18 @@ def _run_rows(layers, params, x, caches, ids, shard: Shard):
 def _mask_padding(ids, x, shard: Shard, seq_len: int | None):
     if seq_len is None or seq_len == shard.length:
         return ids
-    if not 0 <= seq_len <= shard.length:
-        raise ValueError(f"seq_len={seq_len} lies outside of the array's {shard.length} positions")
     positions = shard.positions()
     if ids is None:
         ids = jnp.zeros(x.shape[:2], jnp.int32)
     return jnp.where(positions[None] < seq_len, to_int32(ids), segments.PADDING)
 
 
-def _check_known_ids(ids, shard: Shard, manual: bool) -> None:
-    """`check_segment_ids` for ids in the order of the layout, of the whole sequence."""
+def _check_known_ids(ids, shard: Shard, manual: bool, seq_len: int | None) -> None:
+    """`check_segment_ids` for ids in the order of the layout, of the whole sequence, but for padding beyond `seq_len`."""
     known = None if manual else concrete(ids)
     if known is not None:
         order = np.concatenate([shard.layout.positions(r, shard.length, shard.ranks) for r in range(shard.ranks)])
-        check_segment_ids(known[:, np.argsort(order)])
+        check_segment_ids(known[:, np.argsort(order)][:, :seq_len])
 
 
 def _pad_rows(x, rows: int, value: int = 0):
@@ -232,8 +245,6 @@ def _pad_rows(x, rows: int, value: int = 0):
 
 def _resolve_way(way: str, shape: GDNShape | None, rows: int, shard: Shard) -> str:
     """`way` by name, checked against the layout; "auto" by cost."""
-    if way != "auto" and way not in WAYS:
-        raise ValueError(f"unknown way {way!r}: expected 'auto' or one of {sorted(WAYS)}")
     if way == "auto":
         if shard.ranks == 1:
             return "batch"
@@ -254,6 +265,23 @@ def _local_rows(batch: int, context: ContextParallel, x) -> int:
             "(rows of negative segment ids cost nothing but time), or leave batch_axis out"
         )
     return batch // size
+
+
+def _check_leaves(x, caches) -> tuple[int, int]:
+    """(batch, tokens here) of the arrays in x, which must agree; caches have the same batch."""
+    leaves = jax.tree.leaves(x)
+    if not leaves:
+        raise ValueError("x must hold at least one array [B, T, ...], got none")
+    for leaf in leaves:
+        check_array("x", leaf, kind="any")
+        if leaf.ndim < 2 or leaf.shape[:2] != leaves[0].shape[:2]:
+            shapes = [leaf.shape for leaf in leaves]
+            raise ValueError(f"x must be [B, T, ...], all leaves with the same B and T, got shapes {shapes}")
+    for leaf in jax.tree.leaves(caches):
+        check_array("caches", leaf, kind="any")
+        if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
+            raise ValueError(f"caches must have the batch {leaves[0].shape[0]} in front, got shape {leaf.shape}")
+    return leaves[0].shape[:2]
 
 
 def _first_leaf(x):
