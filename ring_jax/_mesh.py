@@ -50,8 +50,8 @@ def _run_sharded(local, mesh, leaves, tree, out_specs, operands):
 
 
 def reshard_explicit(tree, mesh, specs):
-    """Reshard arrays to a shard_map's in_specs where mesh axes are Explicit: there the specs only assert. On Auto
-    axes they are constraints, and nothing is to be done."""
+    """Reshard arrays to a shard_map's in_specs (which may stand for whole parts of the tree) where mesh axes are Explicit:
+    there the specs only assert. On Auto axes they are constraints, and nothing is to be done."""
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if not explicit:
         return tree
@@ -63,6 +63,5 @@ def reshard_explicit(tree, mesh, specs):
     def move(x, spec):
         return jax.sharding.reshard(x, NamedSharding(mesh, P(*map(only_explicit, spec))))
 
-    if isinstance(specs, P):
-        return jax.tree.map(lambda x: move(x, specs), tree)
-    return jax.tree.map(move, tree, specs)
+    each = lambda spec, part: jax.tree.map(lambda x: move(x, spec), part)  # noqa: E731
+    return jax.tree.map(each, specs, tree, is_leaf=lambda x: isinstance(x, P))

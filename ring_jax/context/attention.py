@@ -25,7 +25,7 @@ from ring_jax.context.parallel import ContextParallel, mask_specs
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import NAMES, check_strategy
 from ring_jax.flash import backends
-from ring_jax.flash.backends import FixedMask
+from ring_jax.flash.backends import FixedMask, with_batch
 from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
@@ -66,7 +66,8 @@ def ring_attention(
 
     Args:
         query: [B, T, N, H]; bfloat16, float16, float32 or float64.
-        key, value: [B, S, K, H], [B, S, K, Hv], the query's dtype; N a multiple of K.
+        key, value: [B, S, K, H], [B, S, K, Hv], the query's dtype; N a multiple of K. All three may lack the batch axis,
+            as in jax.nn; results then lack it, too.
         bias: not supported, must be None.
         mask: a `Mask` (`causal() & documents(...)`, ...) or one resolved by `context.resolve`. Arrays are refused: a
             mask must be one interval of keys per query.
@@ -120,9 +121,10 @@ def ring_attention(
         )
     check_options(
         mask=mask, scale=scale, is_causal=is_causal, local_window_size=local_window_size, implementation=implementation,
-        return_residual=return_residual, seq_len=seq_len, key_value_seq_len=key_value_seq_len, strategy=strategy,
+        return_residual=return_residual, return_partial=return_partial, seq_len=seq_len, key_value_seq_len=key_value_seq_len, strategy=strategy,
         logits_soft_cap=logits_soft_cap, deterministic=deterministic,
     )  # fmt: skip
+    query, key, value, unbatched = with_batch(query, key, value)
     backends.check_inputs(query, key, value)
     if sinks is not None:
         check_array("sinks", sinks, "N", {"N": query.shape[2]}, advice="one logit for each query head")
@@ -138,7 +140,7 @@ def ring_attention(
         _check_rows((mask, offset), query.shape[0])
     call = dataclasses.replace(call, fixed_mask=fixed_mask, returns_partial=return_partial)
     sinks = _check_sinks(sinks, carry, query)
-    carry = _check_carry(carry, query, value)
+    carry = _check_carry(carry, query, value, unbatched)
     where = mask if isinstance(mask, ResolvedMask) else (mask, offset)
     operands = query, key, value, where, sinks, carry
     if context.is_manual:
@@ -147,6 +149,8 @@ def ring_attention(
         mesh = context.resolve_mesh(query)
         in_specs, out_specs = _specs(context, mesh, *operands)
         out, lse = run_sharded(call, mesh, in_specs, out_specs, operands)
+    if unbatched:
+        out, lse = out[0], lse[0]
     return (out, lse) if return_residual or return_partial else out
 
 
@@ -163,12 +167,14 @@ def _check_sinks(sinks, carry, query):
     return sinks
 
 
-def _check_carry(carry, query, value):
-    """The carry in the dtype of partial results."""
+def _check_carry(carry, query, value, unbatched: bool):
+    """The carry, with a batch axis."""
     if carry is None:
         return None
-    check_instance("carry", carry, tuple, "a pair (out, lse) as return_partial=True gives it")
-    out, lse = carry
+    check_instance("carry", carry, (tuple, list), "a pair (out, lse) as return_partial=True gives it")
+    if len(carry) != 2:
+        raise ValueError(f"carry must be a pair (out, lse) as return_partial=True gives it, got {len(carry)}")
+    out, lse = (x[None] if unbatched and is_array(x) else x for x in carry)
     dtype, rows = partial_dtype(query.dtype), query.shape[:3]
     for name, x, shape in (("carry's out", out, (*rows, value.shape[-1])), ("carry's lse", lse, rows)):
         check_array(name, x)
@@ -279,6 +285,7 @@ def check_options(
     local_window_size=None,
     implementation=None,
     return_residual=False,
+    return_partial=False,
     seq_len=None,
     key_value_seq_len=None,
     strategy=None,
@@ -294,6 +301,7 @@ def check_options(
         )
     check_flag("is_causal", is_causal)
     check_flag("return_residual", return_residual)
+    check_flag("return_partial", return_partial)
     check_choice("strategy", strategy, NAMES, optional=True)
     backends.check_options(implementation, deterministic)
     BlockOptions.of_call(1, scale, logits_soft_cap, deterministic)

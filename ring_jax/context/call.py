@@ -52,7 +52,7 @@ class Call:
         if sinks is not None:  # where a softmax starts that has seen the sinks, which have no value
             lse = jnp.broadcast_to(sinks.astype(dtype), (B, T, N))
             carry = pcast_to(jnp.zeros((B, T, N, value.shape[-1]), dtype), axes), lse
-        if 0 in (query.size, key.size):
+        if 0 in (B, T, N, key.shape[1]):
             nothing = jnp.zeros((B, T, N, value.shape[-1]), dtype), jnp.full((B, T, N), -jnp.inf, dtype)
             out, lse = carry or pcast_to(nothing, axes)
             return out if self.returns_partial else out.astype(query.dtype), lse

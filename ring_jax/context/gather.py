@@ -31,7 +31,8 @@ Slices = list[tuple[HeadSlice | None, jax.Array]]  # of kv by heads; None: all o
 def _others(shard: Shard, bounds: Bounds) -> Bounds:
     """Bounds on the keys of every rank, [C, B, T] each; those on the rank's own are empty."""
     sources = jnp.arange(shard.ranks, dtype=bounds.start.dtype)[:, None, None]
-    return Bounds(*(jnp.where(sources == shard.rank(), 0, x) for x in shard.local_bounds(bounds, sources)))
+    bounds = shard.local_bounds(Bounds(*(x[None] for x in bounds)), sources)
+    return Bounds(*(jnp.where(sources == shard.rank(), 0, x) for x in bounds))
 
 
 def _in_one_call(block: Block, shard: Shard) -> bool:

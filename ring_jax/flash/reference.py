@@ -25,7 +25,7 @@ def _logits(query, key, bounds: Bounds, options: BlockOptions):
     logits = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, key.astype(dtype), precision=_HIGHEST) * options.scale
     if (cap := options.logits_soft_cap) is not None:
         logits = cap * jnp.tanh(logits / cap)
-    index = jnp.arange(S, dtype=jnp.int32)
+    index = jnp.arange(S, dtype=jnp.int32)[None, None]
     visible = (index >= bounds.start[..., None]) & (index < bounds.end[..., None])
     return logits, visible[:, None, None]
 

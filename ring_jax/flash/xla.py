@@ -63,7 +63,7 @@ def _logits(q_btkgh, k_bskh, bounds: Bounds, offset, options: BlockOptions, acc_
     s = s * options.scale
     if (cap := options.logits_soft_cap) is not None:
         s = cap * jnp.tanh(s / cap)
-    index = offset + jnp.arange(k_bskh.shape[1], dtype=jnp.int32)
+    index = offset + jnp.arange(k_bskh.shape[1], dtype=jnp.int32)[None, None]
     visible = (index >= bounds.start[..., None]) & (index < bounds.end[..., None])
     return s, visible[:, None, None]
 
