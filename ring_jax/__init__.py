@@ -13,6 +13,7 @@ from ring_jax.layout import Striped as Striped
 from ring_jax.layout import Zigzag as Zigzag
 from ring_jax.mask import Mask as Mask
 from ring_jax.mask import causal as causal
+from ring_jax.mask import contiguous_segments as contiguous_segments
 from ring_jax.mask import documents as documents
 from ring_jax.mask import lengths as lengths
 from ring_jax.mask import prefix as prefix

@@ -169,7 +169,7 @@ class BlockCyclic:
         lead = len(before)
         if to_natural:
             x = x.reshape(*before, *rank_order, *after)
-            x = jnp.moveaxis(x, lead + 1, lead).reshape(*before, periods, -1, b, *after)
+            x = jnp.moveaxis(x, lead + 1, lead).reshape(*before, periods, ranks * folds, b, *after)
             x = jnp.take(x, np.argsort(held), axis=lead + 1, unique_indices=True, mode="clip")
         else:
             x = x.reshape(*before, periods, ranks * folds, b, *after)

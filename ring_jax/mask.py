@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from ring_jax import _repr
 from ring_jax._checks import (
@@ -27,6 +27,7 @@ from ring_jax._checks import (
     describe,
     is_array,
     static_length,
+    to_int32,
 )
 from ring_jax.layout import Layout
 
@@ -69,8 +70,11 @@ class _Window:
 
     def interval(self, q: Queries) -> Interval:
         start = jnp.zeros_like(q.position) if self.left is None else q.position - self.left[:, None]
-        end = jnp.full_like(q.position, q.kv_len) if self.right is None else q.position + self.right[:, None] + 1
-        return start, end
+        if self.right is None:
+            return start, jnp.full_like(q.position, q.kv_len)
+        # Clipped before they are added: a width of 2^31 - 1 means no limit.
+        position = jnp.minimum(q.position, q.kv_len)
+        return start, position + jnp.minimum(self.right[:, None], q.kv_len - position) + 1
 
     def __repr__(self) -> str:
         return _repr.call("window", left=self.left, right=self.right)
@@ -98,7 +102,7 @@ class _Lengths:
     def interval(self, q: Queries) -> Interval:
         start, end = jnp.zeros_like(q.position), jnp.full_like(q.position, q.kv_len)
         if self.q is not None:
-            start = jnp.where(q.index < self.q[:, None], start, q.kv_len)
+            start = jnp.where(q.index[None, :] < self.q[:, None], start, q.kv_len)
         if self.kv is not None:
             end = jnp.minimum(end, self.kv[:, None])
         if self.left_padding is not None:
@@ -119,6 +123,7 @@ class _Segments:
         ids = jnp.asarray(self.ids)
         length = ids.shape[1]
         index = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+        # Padding is a run like any other: it ends the document before it.
         border = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
         first = lax.cummax(jnp.where(border, index, 0), axis=1)
         last = jnp.concatenate([border[:, 1:], jnp.ones_like(border[:, :1])], axis=1)
@@ -229,7 +234,11 @@ class Mask:
         check_covers(self, kv_len)
         index = jnp.arange(q_len, dtype=jnp.int32) if index is None else index
         offset = per_row("query_offset", query_offset)
-        queries = Queries(index, index[None, :] + offset[:, None], q_len, kv_len)
+        index = to_int32(index)
+        row = index[None, :]
+        # Saturated below the largest int32, so that a query beyond all keys stays there, and one can be added.
+        position = row + jnp.minimum(offset[:, None], INT32.max - 1 - row)
+        queries = Queries(index, position, q_len, kv_len)
         start = jnp.where(index < q_len, 0, kv_len)[None, :].astype(jnp.int32)
         end = jnp.full_like(start, kv_len)
         for part in _parts(self):
@@ -381,8 +390,10 @@ def documents(
     """Packed documents: a query sees the keys of its own document only. Combine with `causal()` at will.
 
     Args:
-        segment_ids: int32 [S] or [B, S], natural order. Every run of equal ids is a document (ids need not be
-            sorted); negative ids are padding.
+        segment_ids: integers [S] or [B, S], natural order. Every run of equal ids is a document (ids need not be
+            sorted); negative ids are padding. Padding ends a document, as another id does: [0, 0, -1, 0] is two. An id
+            that comes back after another document ([0, 1, 0]) is an error where ids are known; under jit it is one more
+            document, and `contiguous_segments` tells.
         cu_seqlens: int32 [n + 1] or [B, n + 1], ascending borders; document i is [cu[i], cu[i+1]), empty
             documents allowed; positions outside are padding. O(n) memory, where segment ids take O(S).
         kv_cu_seqlens: borders of the keys' documents where they differ from the queries' (cross attention);
@@ -413,44 +424,80 @@ def documents(
 
 
 def per_row(name: str, n) -> Array:
-    """A count >= 0 as int32 [1] or [B]: NumPy while it is known, so that masks made at import touch no device."""
-    if type(n) is int and 0 <= n <= INT32.max:  # the usual offset, in every eager call
-        return np.full(1, n, np.int32)  # type: ignore[return-value]
+    """A count >= 0 as int32 [1] or [B], saturated: NumPy while it is known, so that masks made at import touch no device."""
+    if type(n) is int and n >= 0:  # the usual offset, in every eager call
+        return np.full(1, min(n, INT32.max), np.int32)  # type: ignore[return-value]
     n = as_integers(name, n, "() | B")
     n = n if isinstance(n, jax.Array) else np.asarray(n)
     known = concrete(n)
     if known is not None and np.any(known < 0):
         raise ValueError(f"{name} must be >= 0, got {known}")
-    return n.reshape(-1).astype(np.int32)
+    return to_int32(n.reshape(-1))
 
 
 def _rows(name: str, x) -> Array:
-    """Integers [n] or [B, n] as int32 [1 or B, n]."""
+    """Integers [n] or [B, n] as [1 or B, n], of the dtype that they have."""
     x = as_integers(name, x, "n | B n")
     x = x if isinstance(x, jax.Array) else np.asarray(x)
-    known = concrete(x)
-    if known is not None and known.size and np.abs(known.astype(np.int64)).max() > np.iinfo(np.int32).max:
-        raise ValueError(f"{name} must fit into int32, got values up to {np.abs(known).max()}")
-    return (x[None] if x.ndim == 1 else x).astype(np.int32)
+    return x[None] if x.ndim == 1 else x
 
 
 def _segment_ids(ids) -> Array:
     out = _rows("segment_ids", ids)
-    known = concrete(out)
-    for row in known if known is not None else ():
-        runs = row[np.append(True, row[1:] != row[:-1])]
-        runs = runs[runs >= 0]
+    check_segment_ids(out)
+    # Ids are only compared: traced ones keep a wider dtype, in which no two of them become one.
+    return to_int32(out) if concrete(out) is not None else out
+
+
+def check_segment_ids(ids) -> None:
+    """Raises ValueError where integer ids [B, S] are known and do not fit into int32, or come back after another document."""
+    known = concrete(ids)
+    if known is None or not known.size:
+        return
+    low, high = int(known.min()), int(known.max())
+    if low < INT32.min or high > INT32.max:
+        raise ValueError(f"segment_ids must fit into int32, got values from {low} to {high}: number the documents anew")
+    for row in known:
+        row = row[row >= 0]
+        runs = row[np.append(True, row[1:] != row[:-1])] if len(row) else row
         values, counts = np.unique(runs, return_counts=True)
         if np.any(counts > 1):
             raise ValueError(
                 f"segment_ids: segment id {values[counts > 1][0]} is used by two separate runs, its tokens would see two intervals: "
                 "give every document one contiguous run of its own id."
             )
-    return out
+
+
+def contiguous_segments(segment_ids: "Int[Array, 'B S']") -> "Bool[Array, ' B']":
+    """Whether no id of a row comes back after another document, for ids that are traced.
+
+    Where ids are known, an id that comes back is an error. Under jit it silently begins one more document; this says so there:
+
+        loss = jnp.where(contiguous_segments(ids).all(), loss, jnp.nan)
+        checkify.check(contiguous_segments(ids).all(), "a segment id is used by two documents")
+
+    Args:
+        segment_ids: integers [B, S] in natural order, negative for padding.
+
+    Returns:
+        bool [B].
+
+    Example:
+        >>> contiguous_segments(np.array([[5, 5, -1, 2], [0, 1, 0, 1]])).tolist()
+        [True, False]
+    """
+    ids = jnp.asarray(_rows("segment_ids", segment_ids))
+    index = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+    last = lax.cummax(jnp.where(ids >= 0, index, -1), axis=1)  # index of the last valid token so far
+    before = jnp.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    previous = jnp.take_along_axis(ids, jnp.maximum(before, 0), axis=1)
+    starts = (ids >= 0) & ((before < 0) | (previous != ids))
+    found = jnp.sort(jnp.where(starts, ids, jnp.full_like(ids, -1)), axis=1)
+    return ~((found[:, 1:] == found[:, :-1]) & (found[:, 1:] >= 0)).any(axis=1)
 
 
 def _borders(name: str, cu) -> Array:
-    out = _rows(name, cu)
+    out = to_int32(_rows(name, cu))
     known = concrete(out)
     if out.shape[-1] < 2:
         raise ValueError(f"{name} needs at least two borders [start, end], got shape {out.shape}")

@@ -26,6 +26,7 @@ from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import NAMES, STRATEGIES, choose
 from ring_jax.flash import backends
 from ring_jax.flash.api import make_spec, static_scalars
+from ring_jax.flash.backends import with_batch
 from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.packed import pack, pack_like
 from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
@@ -64,7 +65,8 @@ def ring_attention(
 
     Args:
         query: [B, T, N, H]; bfloat16, float16, float32 or float64.
-        key, value: [B, S, K, H], [B, S, K, Hv], the query's dtype; N a multiple of K.
+        key, value: [B, S, K, H], [B, S, K, Hv], the query's dtype; N a multiple of K. All three may lack the batch axis,
+            as in jax.nn; results then lack it, too.
         bias: not supported, must be None.
         mask: a `Mask` (`causal() & documents(...)`, ...) or one resolved by `context.resolve`. Arrays are refused: a
             mask must be one interval of keys per query.
@@ -114,6 +116,7 @@ def ring_attention(
         return_residual=return_residual, seq_len=seq_len, key_value_seq_len=key_value_seq_len, strategy=strategy,
         logits_soft_cap=logits_soft_cap, deterministic=deterministic,
     )  # fmt: skip
+    query, key, value, unbatched = with_batch(query, key, value)
     backends.check_inputs(query, key, value)
     if sinks is not None:
         check_array("sinks", sinks, "N", {"N": query.shape[2]}, advice="one logit for each query head")
@@ -138,6 +141,8 @@ def ring_attention(
         out, lse = call(query, key, value, where, sinks)
     else:
         out, lse = _sharded(call, context, query, key, value, where, sinks)
+    if unbatched:
+        out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out
 
 
@@ -175,7 +180,7 @@ class _Call:
         axes = varying_axes(query, kv, start, sinks, self.queries.rank())
         query, kv, start, end, sinks = pcast_to((query, kv, start, end, sinks), axes)
         carry, acc_dtype = None, partial_dtype(query.dtype)
-        if T == 0 or key.shape[1] == 0:
+        if 0 in (B, T, N, key.shape[1]):
             sinks = jnp.full(N, -jnp.inf, acc_dtype) if sinks is None else sinks.astype(acc_dtype)
             nothing = jnp.zeros((B, T, N, value.shape[-1]), query.dtype), jnp.broadcast_to(sinks, (B, T, N))
             return pcast_to(nothing, axes)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from ring_jax._checks import to_int32
 from ring_jax._vma import pcast_to
 from ring_jax.context.shard import Axis, axis_names
 
@@ -42,7 +43,7 @@ def attend_few(
     scale = H**-0.5 if scale is None else scale
     q = query.reshape(B, T, K, N // K, H)
     logits = _product("BTKGH,BSKH->BKGTS", q, kv[0]) * scale
-    seen = jnp.arange(kv.shape[2], dtype=jnp.int32) < visible[:, None]
+    seen = jnp.arange(kv.shape[2], dtype=jnp.int32)[None] < to_int32(visible)[:, None]
     logits = jnp.where(seen[:, None, None, None], logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     finite = jnp.where(jnp.isneginf(top), 0, top)

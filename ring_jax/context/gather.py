@@ -35,7 +35,8 @@ _FLOPS_PER_BYTE = 3700
 def _others(shard: Shard, start, end) -> Bounds:
     """Bounds on the keys of every rank, [C, B, T] each; those on the rank's own are empty."""
     sources = jnp.arange(shard.ranks, dtype=start.dtype)[:, None, None]
-    first, last = (jnp.where(sources == shard.rank(), 0, x) for x in shard.local_bounds(start, end, sources))
+    bounds = shard.local_bounds(start[None], end[None], sources)
+    first, last = (jnp.where(sources == shard.rank(), 0, x) for x in bounds)
     return first, last
 
 

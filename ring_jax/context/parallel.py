@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
@@ -88,14 +89,15 @@ class ContextParallel:
         """
         return self.layout.padded_length(check_count("seq_len", seq_len), self.ranks(like))
 
-    def to_layout(self, x: Array, seq_axis: int = 1, *, head_dim: int | None = None) -> Array:
-        """Natural order to this layout, padded with zeros to `padded_length`, sharded over the context axis.
+    def to_layout(self, x: Array, seq_axis: int = 1, *, head_dim: int | None = None, fill: int | float = 0) -> Array:
+        """Natural order to this layout, padded to `padded_length`, sharded over the context axis.
 
         Args:
             x: any array with the sequence on `seq_axis`. Axis 0 is taken as batch (unless it is the sequence), and
                 axis 2 of a 4-d array as heads, for `batch_axis` and `head_axis`.
             seq_axis: the sequence's axis.
             head_dim: the axis that `head_axis` shards, where it is not axis 2 of a 4-d array: 2 for an LSE [B, T, N].
+            fill: what padding holds. Segment ids take -1: they would otherwise end in a document with the id 0.
 
         Returns:
             x with length padded_length(S) on `seq_axis`; bit-exact. Pass `seq_len=S` to `ring_attention` so that the
@@ -105,7 +107,8 @@ class ContextParallel:
         if not self.is_manual:
             length = x.shape[seq_axis]
             pad = self.padded_length(length, x) - length
-            x = jnp.pad(x, [(0, pad if a == seq_axis else 0) for a in range(x.ndim)]) if pad else x
+            widths = [(0, pad if a == seq_axis else 0) for a in range(x.ndim)]
+            x = jnp.pad(x, widths, constant_values=fill) if pad else x
         return self._move(x, Contiguous(), self.layout, seq_axis, head_dim)
 
     def from_layout(
@@ -190,6 +193,34 @@ class ContextParallel:
         """
         return _repr.draw_layout(self.layout, static_length("seq_len", seq_len), self.ranks(like))
 
+    def check_layout(self, function: Callable, *arrays: Any, tolerance: float = 1e-3) -> float:
+        """Raises unless `function(context, *arrays)` gives over this context what it gives on one rank.
+
+        Nothing in an array says in which order it lies, so a forgotten `to_layout` gives wrong numbers without a word. On
+        one rank every layout is the natural order: what depends on a forgotten call differs. For tests and notebooks.
+
+        Args:
+            function: from a context and arrays in natural order to arrays in natural order, `to_layout` and `from_layout`
+                inside; run as it is, eagerly.
+            arrays: its other arguments.
+            tolerance: of the largest difference, relative to the largest entry.
+
+        Returns:
+            The largest difference found.
+
+        Raises:
+            ValueError: a difference beyond the tolerance, or results of other shapes.
+
+        Example:
+            >>> def attend(cp, x):
+            ...     out = ring_jax.ring_attention(*[cp.to_layout(x)] * 3, is_causal=True, context=cp)  # doctest: +SKIP
+            ...     return cp.from_layout(out, x.shape[1])
+            >>> cp.check_layout(attend, x)  # doctest: +SKIP
+        """
+        from ring_jax.context.alone import check_layout
+
+        return check_layout(self, function, arrays, tolerance)
+
     def attention_fn(self, **defaults: Any):
         """An `attention_fn` for `nnx.MultiHeadAttention` or linen's, running ring attention in this context.
 
@@ -200,6 +231,20 @@ class ContextParallel:
         return attention_fn(self, **defaults)
 
     # -- mesh ------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy, which a mesh itself refuses: its axes, and the ids of its devices."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.mesh, Mesh):
+            ids = [[d.id for d in self.mesh.devices.flat], self.mesh.devices.shape]
+            fields["mesh"] = (*ids, self.mesh.axis_names, [kind.name for kind in self.mesh.axis_types])
+        return fields
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        if isinstance(fields["mesh"], tuple):
+            fields = fields | {"mesh": _mesh_of(*fields["mesh"])}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     @property
     def is_manual(self) -> bool:
@@ -303,6 +348,19 @@ class ContextParallel:
         return P(*spec)
 
 
+def _mesh_of(ids, shape, axis_names, kinds) -> Mesh:
+    """The mesh of a pickle, over the devices of these ids in this process."""
+    devices = {d.id: d for d in jax.devices()}
+    missing = sorted(set(ids) - set(devices))
+    if missing:
+        raise ValueError(
+            f"this ContextParallel was pickled with a mesh of devices {ids}, and this process has no {missing}: pickle one "
+            "without a mesh (dataclasses.replace(context, mesh=None)) and run under jax.set_mesh here"
+        )
+    found = np.array([devices[i] for i in ids], dtype=object).reshape(shape)
+    return Mesh(found, axis_names, axis_types=tuple(AxisType[kind] for kind in kinds))
+
+
 @dataclasses.dataclass(frozen=True)
 class Static:
     """`fn` with static trailing arguments; unlike functools.partial it compares by value, so jit's cache finds it."""
@@ -341,8 +399,8 @@ def axis_size(mesh, axis: Axis | None) -> int:
 
 
 def place(tree, mesh, specs):
-    """Reshard arrays to a shard_map's in_specs where mesh axes are Explicit: there the specs only assert. On Auto
-    axes they are constraints, and nothing is to be done."""
+    """Reshard arrays to a shard_map's in_specs (which may stand for whole parts of the tree) where mesh axes are Explicit:
+    there the specs only assert. On Auto axes they are constraints, and nothing is to be done."""
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if not explicit:
         return tree
@@ -354,9 +412,8 @@ def place(tree, mesh, specs):
     def move(x, spec):
         return jax.sharding.reshard(x, NamedSharding(mesh, P(*map(only_explicit, spec))))
 
-    if isinstance(specs, P):
-        return jax.tree.map(lambda x: move(x, specs), tree)
-    return jax.tree.map(move, tree, specs)
+    each = lambda spec, part: jax.tree.map(lambda x: move(x, spec), part)  # noqa: E731
+    return jax.tree.map(each, specs, tree, is_leaf=lambda x: isinstance(x, P))
 
 
 def mask_specs(tree, batch: int, batch_axis: Axis | None):

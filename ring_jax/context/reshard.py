@@ -54,7 +54,7 @@ def _exchange(x, other: Layout, axis_name, ranks: int, seq_axis: int, from_conti
     length = local * ranks
     borders = np.stack([other.count_below(r * local, np.arange(ranks), length, ranks) for r in range(ranks + 1)])
     width = int(np.max(borders[1:] - borders[:-1]))  # the most that two ranks exchange
-    slot = jnp.arange(width, dtype=jnp.int32)
+    slot = jnp.arange(width, dtype=jnp.int32)[None, :]
 
     def shared(contiguous_rank, other_rank):
         """Local indices of the shared positions on either side; `local` (out of range) where there are fewer."""

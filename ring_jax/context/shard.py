@@ -54,12 +54,17 @@ class Shard:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, ring), tree)
 
     def gather(self, x: jax.Array, along: int | None = None) -> jax.Array:
-        """What all ranks have: [C, ...], or one after the other along an axis of x."""
-        return lax.all_gather(x, self.axis, axis=along or 0, tiled=along is not None)
+        """What all ranks have: [C, ...], or one after the other along an axis of x.
+
+        Always tiled, as `sum_scatter`: jax's batching rule of the other scatter, which is also the derivative of the other
+        gather, loses track of the mapped axis (docs/upstream/psum_scatter_vmap.py).
+        """
+        return lax.all_gather(x[None] if along is None else x, self.axis, axis=along or 0, tiled=True)
 
     def sum_scatter(self, x: jax.Array, along: int | None = None) -> jax.Array:
         """This rank's share of what `gather` would give, summed over all ranks."""
-        return lax.psum_scatter(x, self.axis, scatter_dimension=along or 0, tiled=along is not None)
+        share = lax.psum_scatter(x, self.axis, scatter_dimension=along or 0, tiled=True)
+        return share if along is not None else lax.squeeze(share, (0,))
 
 
 def rotate(

@@ -10,10 +10,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ring_jax._checks import check_array, check_instance, check_number, concrete
+from ring_jax._checks import check_array, check_instance, check_number, concrete, is_array, to_int32
 from ring_jax._vma import align
 from ring_jax.flash import parts
-from ring_jax.flash.backends import Backend, check_inputs, check_options, select
+from ring_jax.flash.backends import Backend, check_inputs, check_options, select, with_batch
 from ring_jax.flash.merge import carry_gradient, partial_dtype
 from ring_jax.flash.packed import pack, pack_like
 
@@ -136,6 +136,7 @@ def flash_attention(
     Args:
         query: [B, T, N, H], bfloat16, float16, float32 or float64.
         key, value: [B, S, K, H] and [B, S, K, Hv], same dtype; N a multiple of K (query head n reads head n // (N/K)).
+            All three may lack the batch axis, as in jax.nn; results (and a carry) then lack it, too.
         key_start, key_end: int32 [B, T] (or [T], [1, T]): row t sees keys with start <= s < end. They are clipped to
             [0, S]; start >= end is an empty row. Neither may decrease along T, or kernels give wrong results (an error
             where values are known while tracing): let an empty row repeat a bound of its neighbour, not (0, 0).
@@ -164,6 +165,7 @@ def flash_attention(
 
     Source: Dao, FlashAttention-2, arXiv 2307.08691; the resumed form is Liu et al., Ring Attention, arXiv 2310.01889.
     """
+    query, key, value, unbatched = with_batch(query, key, value)
     check_inputs(query, key, value)
     scale, logits_soft_cap = static_scalars(scale, logits_soft_cap)
     check_options(implementation, deterministic)
@@ -174,6 +176,8 @@ def flash_attention(
         if len(carry) != 2:
             raise ValueError(f"carry must be a pair (out, lse) of arrays, got {len(carry)}")
         sizes = {"B": B, "T": T, "N": N, "Hv": value.shape[3]}
+        out_in, lse_in = (x[None] if unbatched and is_array(x) else x for x in carry)
+        carry = (out_in, lse_in)
         check_array("carry[0]", carry[0], "B T N Hv", sizes)
         check_array("carry[1]", carry[1], "B T N", sizes)
     _check_bounds(key_start, key_end, B, T, S)
@@ -183,12 +187,13 @@ def flash_attention(
     kv = pack(key, value)
     acc_dtype = partial_dtype(query.dtype)
     if carry is not None:
-        out_in, lse_in = carry
         carry = (out_in.astype(acc_dtype), lse_in.astype(acc_dtype))
-    if S == 0 or T == 0:
-        return carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
-    query, kv, start, end, carry = align(query, kv, start, end, carry)
-    return _jitted_block(spec, query, kv, start, end, carry)
+    if 0 in (B, T, N, S):
+        out, lse = carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
+    else:
+        query, kv, start, end, carry = align(query, kv, start, end, carry)
+        out, lse = _jitted_block(spec, query, kv, start, end, carry)
+    return (out[0], lse[0]) if unbatched else (out, lse)
 
 
 def _whole(key_start, key_end, T: int, S: int) -> str | None:
@@ -217,7 +222,8 @@ def _check_bounds(key_start, key_end, B: int, T: int, S: int) -> None:
 
 def _clipped(key_start, key_end, B: int, T: int, S: int):
     """Bounds as int32 [B, T], 0 <= start <= end <= S."""
-    start, end = (jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)) for x in (key_start, key_end))
+    start, end = (jnp.clip(jnp.asarray(to_int32(x)), 0, S) for x in (key_start, key_end))
+    start, end = (jnp.broadcast_to(x if x.ndim == 2 else x[None], (B, T)) for x in (start, end))
     return start, jnp.maximum(start, end)
 
 

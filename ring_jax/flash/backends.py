@@ -143,6 +143,13 @@ def select(
     return backend if backend.whole is None or whole is None else CUDNN[whole]
 
 
+def with_batch(query, key, value):
+    """(query, key, value, whether they lacked it) with a batch axis, which all three or none may lack, as in jax.nn."""
+    if all(getattr(x, "ndim", None) == 3 for x in (query, key, value)):
+        return query[None], key[None], value[None], True
+    return query, key, value, False
+
+
 _DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
 
 
@@ -162,7 +169,7 @@ def check_inputs(query, key, value) -> None:
             f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}: cast them first"
         )
     N, K = sizes["N"], sizes["K"]
-    if K == 0 or N % K:
+    if N % K if K else N:
         raise ValueError(f"{N} query heads cannot share {K} key-value heads: query's N must be a multiple of key's K")
     if query.shape[3] == 0:
         raise ValueError(f"query, key must have a head size of at least 1, got {query.shape}")

@@ -24,7 +24,7 @@ def _logits(query, key, key_start, key_end, scale, soft_cap):
     logits = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, key.astype(dtype), precision=_HIGHEST) * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    index = jnp.arange(S, dtype=jnp.int32)
+    index = jnp.arange(S, dtype=jnp.int32)[None, None]
     visible = (index >= key_start[..., None]) & (index < key_end[..., None])
     return logits, visible[:, None, None]
 

@@ -62,7 +62,7 @@ def _logits(q_btkgh, k_bskh, start, end, offset, scale, soft_cap, acc_dtype):
     s = s * scale
     if soft_cap is not None:
         s = soft_cap * jnp.tanh(s / soft_cap)
-    index = offset + jnp.arange(k_bskh.shape[1], dtype=jnp.int32)
+    index = offset + jnp.arange(k_bskh.shape[1], dtype=jnp.int32)[None, None]
     visible = (index >= start[..., None]) & (index < end[..., None])
     return s, visible[:, None, None]
 

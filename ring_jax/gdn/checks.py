@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_jax._checks import Sizes, check_array
+from ring_jax.mask import check_segment_ids
 
 
 def state_dtype(*arrays: jax.Array) -> jnp.dtype:
@@ -18,14 +19,14 @@ def widened(x: jax.Array) -> jax.Array:
     return x.astype(state_dtype(x))
 
 
-def check_operands(query, key, value, log_decay, beta, initial_state, segment_ids) -> None:
-    """Raises unless the operands of one gated delta rule fit together."""
+def check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural: bool = True) -> None:
+    """Raises unless the operands of one gated delta rule fit together; `natural` as in `check_segments`."""
     sizes = Sizes()
     check_array("key", key, "B T K dk", sizes)
     check_array("query", query, "B T K dk", sizes, advice="query must have the shape of key")
     check_array("value", value, "B T N dv", sizes, advice="value must have the batch and time of key")
     value_heads, key_heads = sizes["N"], sizes["K"]
-    if key_heads == 0 or value_heads % key_heads:
+    if value_heads % key_heads if key_heads else value_heads:
         raise ValueError(
             f"the number of value heads must be a multiple of the number of key heads, got {value_heads} value heads "
             f"and {key_heads} key heads: key head h serves value heads h*r ... h*r + r - 1, r = value heads / key heads"
@@ -49,10 +50,13 @@ def check_operands(query, key, value, log_decay, beta, initial_state, segment_id
         check_array("initial_state", initial_state, "B N dk dv", sizes)
         if initial_state.dtype != dtype:
             raise ValueError(f"initial_state must be {dtype}, got {initial_state.dtype}: states are never rounded")
-    check_segments(segment_ids, sizes["B"], sizes["T"])
+    check_segments(segment_ids, sizes["B"], sizes["T"], natural)
 
 
-def check_segments(segment_ids, batch: int, time: int) -> None:
-    """Raises unless `segment_ids` is None or a signed integer array [batch, time]; negative ids are padding."""
+def check_segments(segment_ids, batch: int, time: int, natural: bool = True) -> None:
+    """Raises unless `segment_ids` is None or a signed integer array [batch, time], negative ids being padding; in natural order
+    also where an id that is known comes back after another document."""
     if segment_ids is not None:
         check_array("segment_ids", segment_ids, "B T", {"B": batch, "T": time}, kind="signed")
+        if natural:
+            check_segment_ids(segment_ids)

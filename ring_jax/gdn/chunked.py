@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._device import target
 from ring_jax._vma import align
 from ring_jax.gdn.checks import state_dtype
 from ring_jax.gdn.inverse import BASE, unit_lower_inverse
@@ -125,12 +126,14 @@ def _group(state, operands, documents, *, scale: float, dtype, outputs: bool):
     g, beta = (jnp.einsum("cblkr->cbkrl", x).astype(dtype) for x in (log_decay, beta))
     decay = _decays(g, documents)
 
-    keys = _einsum("cbkld,cbkmd->cbklm", k, k)[:, :, :, None]
+    repeats = v.shape[3]
+    keys = _to_value_heads(_einsum("cbkld,cbkmd->cbklm", k, k), repeats)
     inverse = unit_lower_inverse(jnp.tril(beta[..., None] * keys * decay.between, -1))
     u = _einsum("cbkrlm,cbkrmv->cbkrlv", inverse, beta[..., None] * v)
     u = jnp.pad(u, [(0, 0)] * (u.ndim - 1) + [(0, state.shape[-1] - v.shape[-1])])
-    w = _einsum("cbkrlm,cbkrmd->cbkrld", inverse, (beta * decay.from_start)[..., None] * k[:, :, :, None])
-    k_out = decay.to_end[..., None] * k[:, :, :, None]
+    k_each = _to_value_heads(k, repeats)
+    w = _einsum("cbkrlm,cbkrmd->cbkrld", inverse, (beta * decay.from_start)[..., None] * k_each)
+    k_out = decay.to_end[..., None] * k_each
 
     def chunk(state, xs):
         u, w, k_out, total = xs
@@ -142,10 +145,23 @@ def _group(state, operands, documents, *, scale: float, dtype, outputs: bool):
     if not outputs:
         return state, None
     states, v_new = kept
-    scores = _einsum("cbkld,cbkmd->cbklm", q, k)[:, :, :, None] * decay.between
-    q_in = decay.from_start[..., None] * q[:, :, :, None]
+    scores = _to_value_heads(_einsum("cbkld,cbkmd->cbklm", q, k), repeats) * decay.between
+    q_in = decay.from_start[..., None] * _to_value_heads(q, repeats)
     out = _einsum("cbkrld,cbkrdv->cbkrlv", q_in, states) + _einsum("cbkrlm,cbkrmv->cbkrlv", scores, v_new)
     return state, jnp.einsum("cbkrlv->cblkrv", out).astype(value.dtype)
+
+
+def _to_value_heads(x, repeats: int):
+    """[c, b, k, ...], the same for all value heads of a key head: [c, b, k, r, ...].
+
+    On CPUs the copies are made, and nothing is fused with them: their gradient is a sum over r, and where that is fused with
+    a product over arrays that have an axis of size one, as it is under `vmap`, XLA ends the process (jax 0.10.2; see
+    docs/upstream/cpu_product_sum.py).
+    """
+    x = x[:, :, :, None]
+    if target().platform != "cpu":
+        return x
+    return lax.optimization_barrier(jnp.broadcast_to(x, (*x.shape[:3], repeats, *x.shape[4:])))
 
 
 @dataclass(frozen=True)
@@ -160,11 +176,11 @@ class _Decays:
 
 def _decays(g, documents) -> _Decays:
     size = g.shape[-1]
-    lower = jnp.tril(jnp.ones((size, size), bool))
-    summed = jnp.where(jnp.tril(lower, -1), g[..., :, None], 0)  # g_l where l > j
-    exponent = _einsum("il,...lj->...ij", lower.astype(g.dtype), summed)
-    start = _einsum("il,...l->...i", lower.astype(g.dtype), g)
-    same = lower
+    triangle = jnp.tril(jnp.ones((size, size), bool))
+    same = triangle.reshape((1,) * (g.ndim - 1) + triangle.shape)
+    summed = jnp.where(jnp.tril(same, -1), g[..., :, None], 0)  # g_l where l > j
+    exponent = _einsum("il,...lj->...ij", triangle.astype(g.dtype), summed)
+    start = _einsum("il,...l->...i", triangle.astype(g.dtype), g)
     from_start, to_end = jnp.exp(start), jnp.exp(exponent[..., -1, :])
     total = jnp.exp(start[..., -1])
     if documents is not None:

@@ -16,19 +16,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ring_jax._checks import check_array, check_callable, check_choice, check_count, check_flag, check_instance
+from ring_jax._checks import (
+    check_array,
+    check_callable,
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
+    concrete,
+    to_int32,
+)
 from ring_jax._vma import pcast_to
-from ring_jax.context.parallel import ContextParallel, axis_size, place
+from ring_jax.context.parallel import ContextParallel, axis_size, run_sharded
 from ring_jax.context.shard import Shard, axis_names, axis_to_seq, seq_to_axis
 from ring_jax.gdn import segments
-from ring_jax.gdn.checks import check_operands, check_segments
+from ring_jax.gdn.checks import check_operands, check_segments, state_dtype
 from ring_jax.gdn.mixer import Heads
 from ring_jax.gdn.plan import WAYS, GDNShape, choose_way
 from ring_jax.gdn.ranks import Chunks
 from ring_jax.gdn.spread import HeadSplit, OneDevice, Spread, StatePassing
+from ring_jax.mask import check_segment_ids
 
 
 def run(
@@ -49,7 +60,8 @@ def run(
     Args:
         layers: `layers(params, x, caches, spread) -> (y, caches)`. Called with the tokens that lie here under
             `spread`; mixers take `spread` (`GatedDeltaNet(...)(x, cache, spread=spread)`), norms, MLPs and experts
-            need no word of it. y and its leaves are [batch, tokens here, ...].
+            need no word of it. y and its leaves are [batch, tokens here, ...]. Compiled once for each such function, as by
+            `jax.jit`: hand what changes between calls through `params`.
         params: pytree of what the layers need, the same on all ranks (close over no traced arrays).
         x: [B, T, ...] (or a pytree of such) in the order of `context.layout`.
         context: the mesh axes and the layout. Inside a shard_map that is manual over the axis, all arrays are local.
@@ -83,37 +95,67 @@ def run(
     manual = context.is_manual
     length = length * ranks if manual else length
     seq_len = None if seq_len is None else check_count("seq_len", seq_len, 0, length)
-    check_segments(segment_ids, batch, leaf.shape[1])
+    check_segments(segment_ids, batch, leaf.shape[1], natural=False)
     shard = context.shard(length, leaf)
+    _check_known_ids(segment_ids, shard, manual, seq_len)
     rows = batch if manual else _local_rows(batch, context, leaf)
     way = _resolve_way(way, shape, rows, shard)
 
-    def local(params, x, caches, ids):
-        y, caches, *totals = _run_local(layers, params, x, caches, ids, shard=shard, way=way, seq_len=seq_len)
-        if not sums:
-            return y, caches
-        axes = axis_names(shard.axis) + (() if manual else axis_names(context.batch_axis))
-        (totals,) = pcast_to(totals, axes)
-        return y, caches, lax.psum(totals, axes)
-
-    if manual:
-        return local(params, x, caches, segment_ids)
-    mesh = context.resolve_mesh(leaf)
-    tokens, row = P(context.batch_axis, context.axis), P(context.batch_axis)
-    specs = (P(), tokens, row, tokens)
+    axes = axis_names(shard.axis) + (() if manual else axis_names(context.batch_axis))
+    local = _Run(layers, shard, way, seq_len, axes if sums else None)
     args = (params, x, caches, segment_ids)
-    args = tuple(place(a, mesh, s) for a, s in zip(args, specs, strict=True))
+    if manual:
+        return local(*args)
+    tokens, row = P(context.batch_axis, context.axis), P(context.batch_axis)
     out_specs = (tokens, row, P()) if sums else (tokens, row)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(*args)
+    return run_sharded(local, context.resolve_mesh(leaf), (P(), tokens, row, tokens), out_specs, args)
 
 
-def gated_delta_rule_across(operands, *, context: ContextParallel, way: str, initial_state, segment_ids, **options):
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What one rank does in `run`. Hashable: jit finds it again. sums: the mesh axes to sum over, None for no sums."""
+
+    layers: Callable
+    shard: Shard
+    way: str
+    seq_len: int | None
+    sums: tuple[str, ...] | None = None
+
+    def __call__(self, params, x, caches, ids):
+        options = {"shard": self.shard, "way": self.way, "seq_len": self.seq_len}
+        y, caches, *totals = _run_local(self.layers, params, x, caches, ids, **options)
+        if self.sums is None:
+            return y, caches
+        (totals,) = pcast_to(totals, self.sums)
+        return y, caches, lax.psum(totals, self.sums)
+
+    def __repr__(self):  # jax's messages show it
+        return "gated_delta_rule_over_ranks"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """The operation alone as the layers of `run`."""
+
+    implementation: str | None
+    scale: float | None
+
+    def __call__(self, _, operands, state, spread):
+        options = {"implementation": self.implementation, "scale": self.scale}
+        return spread.gated_delta_rule(*operands, initial_state=state, **options)
+
+
+def gated_delta_rule_across(
+    operands, *, context: ContextParallel, way: str, initial_state, segment_ids, seq_len, scale, implementation
+):
     """`ring_jax.gated_delta_rule(..., context=...)`: see there. Heads may be sharded over `context.head_axis`."""
     query, key, value, log_decay, beta = operands
     check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
-    check_operands(query, key, value, log_decay, beta, initial_state, segment_ids)
+    check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural=False)
     ranks, manual = context.ranks(query), context.is_manual
     shard = context.shard(query.shape[1] * (ranks if manual else 1), query)
+    seq_len = None if seq_len is None else check_count("seq_len", seq_len, 0, shard.length)
+    _check_known_ids(segment_ids, shard, manual, seq_len)
     mesh = None if manual else context.resolve_mesh(query)
     split = 1 if mesh is None else axis_size(mesh, context.head_axis)
     if key.shape[2] % split or value.shape[2] % split:
@@ -121,25 +163,22 @@ def gated_delta_rule_across(operands, *, context: ContextParallel, way: str, ini
             f"{key.shape[2]} key heads and {value.shape[2]} value heads do not divide over head_axis="
             f"{context.head_axis!r} of size {split}: leave head_axis out, or shard fewer ways"
         )
+    if 0 in value.shape or 0 in key.shape:
+        like = (key.shape[0], value.shape[2], key.shape[3], value.shape[3])
+        empty = jnp.zeros(like, state_dtype(*operands)) if initial_state is None else initial_state
+        return jnp.zeros_like(value), empty
     heads = Heads(key.shape[2] // split, value.shape[2] // split, key.shape[3], value.shape[3])
     rows = key.shape[0] if manual else _local_rows(key.shape[0], context, query)
     shape = GDNShape(rows, shard.length, heads, conv_width=1, itemsize=value.dtype.itemsize)
     way = _resolve_way(way, shape, rows, shard)
 
-    def layer(_, operands, state, spread):
-        return spread.gated_delta_rule(*operands, initial_state=state, **options)
-
-    def local(operands, state, ids):
-        return _run_local(layer, None, operands, state, ids, shard=shard, way=way, seq_len=None)
-
-    args = (operands, initial_state, segment_ids)
+    local = _Run(_Rule(implementation, scale), shard, way, seq_len)
+    args = (None, operands, initial_state, segment_ids)
     if manual:
         return local(*args)
     tokens = P(context.batch_axis, context.axis, context.head_axis)
     state, ids = P(context.batch_axis, context.head_axis), P(context.batch_axis, context.axis)
-    specs = (tokens, state, ids)
-    args = tuple(place(a, mesh, s) for a, s in zip(args, specs, strict=True))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, state))(*args)
+    return run_sharded(local, mesh, (P(), tokens, state, ids), (tokens, state), args)
 
 
 def _run_local(layers, params, x, caches, ids, *, shard: Shard, way: str, seq_len: int | None):
@@ -176,6 +215,8 @@ def _run_rows(layers, params, x, caches, ids, shard: Shard):
     x = jax.tree.map(lambda leaf: seq_to_axis(_pad_rows(leaf, padded), shard, 0), x)
     y, caches, *sums = layers(params, x, jax.tree.map(own, caches), OneDevice(ids))
     y = jax.tree.map(lambda leaf: axis_to_seq(leaf, shard, 0)[:batch], y)
+    if batch == 0:  # XLA gathers no empty arrays
+        return y, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), caches), *sums
     whole = [lax.all_gather(leaf, shard.axis, axis=0, tiled=True, to="invarying") for leaf in jax.tree.leaves(caches)]
     return y, jax.tree.unflatten(jax.tree.structure(caches), [leaf[:batch] for leaf in whole]), *sums
 
@@ -186,7 +227,15 @@ def _mask_padding(ids, x, shard: Shard, seq_len: int | None):
     positions = shard.positions()
     if ids is None:
         ids = jnp.zeros(x.shape[:2], jnp.int32)
-    return jnp.where(positions < seq_len, ids.astype(jnp.int32), segments.PADDING)
+    return jnp.where(positions[None] < seq_len, to_int32(ids), segments.PADDING)
+
+
+def _check_known_ids(ids, shard: Shard, manual: bool, seq_len: int | None) -> None:
+    """`check_segment_ids` for ids in the order of the layout, of the whole sequence, but for padding beyond `seq_len`."""
+    known = None if manual else concrete(ids)
+    if known is not None:
+        order = np.concatenate([shard.layout.positions(r, shard.length, shard.ranks) for r in range(shard.ranks)])
+        check_segment_ids(known[:, np.argsort(order)][:, :seq_len])
 
 
 def _pad_rows(x, rows: int, value: int = 0):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import Sizes, check_array
 from ring_jax.gdn.checks import check_segments, state_dtype
-from ring_jax.gdn.segments import PADDING, blank_padding, first_valid, last_valid, segment_at
+from ring_jax.gdn.segments import PADDING, blank_padding, first_valid, last_valid, runs, segment_at
 
 
 def causal_convolution(
@@ -56,6 +56,7 @@ def causal_convolution(
     first, last = first_valid(segment_ids), last_valid(segment_ids)
     buffer, ids = jnp.concatenate([jnp.zeros_like(tail), x], axis=1), pad_ids(segment_ids, history)
     buffer, ids = insert_tail(buffer, ids, tail, first, segment_at(segment_ids, first))
+    ids = runs(ids)
     y = convolve_buffer(buffer, weight, ids, segment_ids)
     return y, jnp.where((last >= 0)[:, None, None], tail_at(buffer, ids, last + history, history), tail)
 
@@ -76,15 +77,15 @@ def check_convolution(x, weight, tail, segment_ids) -> None:
 
 
 def convolve_buffer(buffer, weight, ids=None, segment_ids=None):
-    """y [B, T, F] from [B, W-1+T, F] inputs with the history in front; `ids` [B, W-1+T] are their segment ids,
-    `segment_ids` [B, T] those of the outputs (padding, where a tail may stand in the buffer)."""
+    """y [B, T, F] from [B, W-1+T, F] inputs with the history in front; `ids` [B, W-1+T] are their `runs`, and
+    `segment_ids` [B, T] say which outputs are padding (where a tail may stand in the buffer)."""
     width = weight.shape[0]
     time = buffer.shape[1] - width + 1
     total, dtype = None, state_dtype(buffer, weight)
     for j in range(width):
-        term = buffer[:, j : j + time].astype(dtype) * weight[j].astype(dtype)
+        term = buffer[:, j : j + time].astype(dtype) * weight[j].astype(dtype)[None, None]
         if ids is not None:
-            same = (ids[:, j : j + time] == segment_ids) & (segment_ids >= 0)
+            same = (ids[:, j : j + time] == ids[:, width - 1 :]) & (segment_ids >= 0)
             term = jnp.where(same[..., None], term, 0)
         total = term if total is None else total + term
     return total.astype(buffer.dtype)
@@ -107,15 +108,15 @@ def insert_tail(buffer, ids, tail, position, segment):
     history = tail.shape[1]
     index = jnp.arange(buffer.shape[1], dtype=jnp.int32)
     for i in range(history):
-        here = index == (position[:, None] + i)
+        here = index[None] == (position[:, None] + i)
         buffer = jnp.where(here[..., None], tail[:, i : i + 1], buffer)
         ids = jnp.where(here, segment[:, None], ids)
     return buffer, ids
 
 
 def tail_at(buffer, ids, last, history: int):
-    """The `history` inputs up to buffer index `last` [B], zeros where they belong to another document."""
-    index = last[:, None] - jnp.arange(history - 1, -1, -1, dtype=jnp.int32)
+    """The `history` inputs up to buffer index `last` [B], zeros where they belong to another document; `ids` are `runs`."""
+    index = last[:, None] - jnp.arange(history - 1, -1, -1, dtype=jnp.int32)[None]
     clipped = jnp.clip(index, 0, buffer.shape[1] - 1)
     found = jnp.take_along_axis(buffer, clipped[..., None], axis=1)
     found_ids = jnp.take_along_axis(ids, clipped, axis=1)

@@ -38,7 +38,7 @@ def unit_lower_inverse(strict: Float[Array, "*batch L L"]) -> Float[Array, "*bat
     size = strict.shape[-1]
     n = _diagonal_blocks(strict, BASE)
     square = _matmul(n, n)
-    x = jnp.eye(BASE, dtype=n.dtype) - n
+    x = jnp.eye(BASE, dtype=n.dtype).reshape((1,) * (n.ndim - 2) + (BASE, BASE)) - n
     x = x + _matmul(x, square)
     x = x + _matmul(x, _matmul(square, square))
     block = BASE

@@ -150,13 +150,14 @@ def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, spread: Spr
     mixed, tail = spread.causal_convolution(mixed, weights.conv, tail=cache.tail)
     mixed = jax.nn.silu(mixed)
     query, key, value = (
-        part.reshape(batch, time, -1, size)
+        part.reshape(batch, time, part.shape[-1] // size, size)
         for part, size in zip(
             _split(mixed, heads.parts), (heads.key_size, heads.key_size, heads.value_size), strict=True
         )
     )
     b, a = jnp.split(widened(ba), 2, axis=-1)
-    log_decay = -jnp.exp(widened(weights.a_log)) * jax.nn.softplus(a + widened(weights.dt_bias))
+    a_log, dt_bias = (widened(x)[None, None] for x in (weights.a_log, weights.dt_bias))
+    log_decay = -jnp.exp(a_log) * jax.nn.softplus(a + dt_bias)
     out, state = spread.gated_delta_rule(
         l2_normalize(query),
         l2_normalize(key),
@@ -203,7 +204,7 @@ def _exchange(mixed, ba, heads: Heads, spread: HeadSplit):
     """Projections of all heads for the tokens here to those of own heads for all tokens: one all-to-all."""
     shard, parts = spread.shard, (*heads.parts, heads.value_heads, heads.value_heads)
     packed = jnp.concatenate([mixed, ba], axis=-1)
-    by_rank = [p.reshape(*p.shape[:2], shard.ranks, -1) for p in _split(packed, parts)]
+    by_rank = [p.reshape(*p.shape[:2], shard.ranks, p.shape[2] // shard.ranks) for p in _split(packed, parts)]
     packed = jnp.concatenate(by_rank, axis=-1)  # [B, T/C, C, features/C]
     packed = lax.all_to_all(packed, shard.axis, 2, 1, tiled=True)[:, :, 0]
     packed = shard.layout.restore(packed, 1, shard.ranks)

@@ -1,5 +1,6 @@
 """The public gated delta rule: checks, defaults, and the choice of an implementation."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from ring_jax._checks import check_choice, check_number
-from ring_jax.gdn.checks import check_operands, state_dtype
+from ring_jax.gdn import segments
+from ring_jax.gdn.checks import check_operands, check_segments, state_dtype
 from ring_jax.gdn.chunked import chunked
 from ring_jax.gdn.recurrent import UNROLLED, recurrent
 from ring_jax.gdn.reference import reference
@@ -42,6 +44,7 @@ def gated_delta_rule(
     implementation: str | None = None,
     context: "ContextParallel | None" = None,
     way: str = "auto",
+    seq_len: int | None = None,
 ) -> tuple[Float[Array, "B T N dv"], Float32[Array, "B N dk dv"]]:
     """Linear attention with a decaying state that is corrected, not only added to (gated delta rule).
 
@@ -58,15 +61,17 @@ def gated_delta_rule(
         beta: write strength, usually in (0, 1).
         scale: factor on the query, d_k^-0.5 by default.
         initial_state: float32, continues the first document of each row.
-        segment_ids: ids of packed documents, each one contiguous run; the state is exactly zero where a document
-            begins. Negative ids are padding, anywhere outside documents: it leaves the state untouched and gives
-            zeros, whatever the other arrays hold there.
+        segment_ids: ids of packed documents, each one contiguous run, as in `ring_jax.documents`; the state is exactly
+            zero where a document begins. Negative ids are padding: it ends a document, leaves the state untouched and
+            gives zeros, whatever the other arrays hold there.
         implementation: "chunked" (sequences), "recurrent" (one or a few tokens) or "reference" (token by token,
             for tests); None chooses by T.
         context: the mesh axes and the layout that the arrays lie in, for a sequence that is spread over ranks; the
             state is then the same on all context ranks, before and after.
         way: with a context: "batch", "head", "state" or "auto" (see `ring_jax.gdn.context`, also for running whole
-            layers so). Padding that `to_layout` adds is zeros, which leave the state untouched.
+            layers so).
+        seq_len: real length where `to_layout` padded; the rest is padding, whatever it holds. Not needed for arrays whose
+            padding is zeros, as `to_layout` leaves it, without segment ids: zeros leave the state untouched.
 
     Returns:
         out in value's dtype, and the state after the last valid token in float32 (float64 for float64 inputs).
@@ -98,23 +103,31 @@ def gated_delta_rule(
             segment_ids=segment_ids,
             scale=scale,
             implementation=implementation,
+            seq_len=seq_len,
         )
     if way != "auto":
         raise ValueError(f"way={way!r} is how a sequence is spread over ranks: it needs a context")
-    check_operands(query, key, value, log_decay, beta, initial_state, segment_ids)
+    check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural=seq_len is None)
     batch, time, _, dk = key.shape
     heads, dv = value.shape[2:]
     if implementation is None:
         implementation = "recurrent" if time <= UNROLLED else "chunked"
+    if seq_len is not None:
+        segment_ids = segments.beyond(segment_ids, seq_len, batch, time)
+        check_segments(segment_ids, batch, time)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, dk, dv), state_dtype(query, key, value, log_decay, beta))
-    if time == 0:
+    if 0 in value.shape or dk == 0:
         return jnp.zeros_like(value), initial_state
-    operands = blank_padding(segment_ids, query, key, value, log_decay, beta)
+    scale = dk**-0.5 if scale is None else scale
+    return _rule(implementation, (query, key, value, log_decay, beta), scale, initial_state, segment_ids)
+
+
+# Called eagerly its scans would compile at every call.
+@functools.partial(jax.jit, static_argnums=0)
+def _rule(implementation: str, operands, scale, initial_state, segment_ids):
+    operands = blank_padding(segment_ids, *operands)
     with jax.named_scope(f"gated_delta_rule_{implementation}"):
         return IMPLEMENTATIONS[implementation](
-            *operands,
-            scale=dk**-0.5 if scale is None else scale,
-            initial_state=initial_state,
-            segment_ids=segment_ids,
+            *operands, scale=scale, initial_state=initial_state, segment_ids=segment_ids
         )

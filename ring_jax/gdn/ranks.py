@@ -133,7 +133,8 @@ class Chunks:
 
     def _entering_by_gather(self, transition, update, initial):
         dv = update.shape[-1]
-        pairs = lax.all_gather(jnp.concatenate([update, transition], axis=-1), self.axis)  # [C, folds, ...]
+        # [C, folds, ...]; tiled, see `Shard.gather`.
+        pairs = lax.all_gather(jnp.concatenate([update, transition], axis=-1)[None], self.axis, axis=0, tiled=True)
         in_order = pairs[:, 0] if self.folds == 1 else jnp.concatenate([pairs[:, 0], pairs[::-1, 1]])
         state, states = initial, []
         for pair in in_order:

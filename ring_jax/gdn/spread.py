@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax._checks import check_array
+from ring_jax._checks import check_array, to_int32
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import check_operands, state_dtype
@@ -102,8 +102,8 @@ class Borders:
         first_ids, last_ids = (
             segments.segment_at(flat, here.reshape(-1)).reshape(folds, batch) for here in (first_here, last_here)
         )
-        begins = (first_at == first) & (first_here < size)
-        ends = (last_at == last) & (last_here >= 0)
+        begins = (first_at == first[None]) & (first_here < size)
+        ends = (last_at == last[None]) & (last_here >= 0)
         edge = jnp.stack([jnp.where(begins, first_ids, -1).max(axis=0), jnp.where(ends, last_ids, -1).max(axis=0)])
         edge = lax.pmax(edge, chunks.axis)
         before = chunks.predecessors(ids[:, :, -1] + 1) - 1  # a permute fills with 0, which is a valid id
@@ -125,7 +125,7 @@ class StatePassing:
         chunks = Chunks.of(shard)
         if segment_ids is None:
             return cls(chunks, None, None)
-        segment_ids = segment_ids.astype(jnp.int32)
+        segment_ids = to_int32(segment_ids)
         return cls(chunks, segment_ids, Borders.of(chunks.split(segment_ids), chunks))
 
     def edge_segments(self):
@@ -140,6 +140,8 @@ class StatePassing:
         if initial_state is None:
             shape = (batch, value.shape[2], key.shape[3], value.shape[3])
             initial_state = jnp.zeros(shape, state_dtype(*operands))
+        if 0 in value.shape:
+            return jnp.zeros_like(value), initial_state
         operands = segments.blank_padding(self.segment_ids, *operands)
         operands = [_merge(chunks.split(x)) for x in operands]
         ids = None if self.segment_ids is None else _merge(chunks.split(self.segment_ids))
@@ -180,6 +182,7 @@ class StatePassing:
             ids = _merge(self._with_halo(chunks.split(self.segment_ids)[..., None] + 1, history)[..., 0] - 1)
             each = [jnp.tile(x, chunks.folds) for x in (self.borders.first, self.borders.first_segment)]
             buffer, ids = insert_tail(_merge(buffer), ids, tails, each[0] - starts, each[1])
+            ids = segments.runs(ids)
             y = convolve_buffer(buffer, weight, ids, _merge(chunks.split(self.segment_ids)))
             leaving = self._leaving_tail(buffer, ids, starts, tail)
         return chunks.join(y.reshape(chunks.folds, batch, *y.shape[1:])), leaving
@@ -271,4 +274,4 @@ class HeadSplit:
 
 def _merge(x):
     """Chunked [folds, B, ...] to [folds * B, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

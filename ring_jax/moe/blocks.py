@@ -70,7 +70,7 @@ class Blocks:
         experts, first, rows = (
             lax.dynamic_slice_in_dim(x, index * length, length) for x in (self.experts, self.first, self.rows)
         )
-        row = jnp.arange(self.size, dtype=jnp.int32)
+        row = jnp.arange(self.size, dtype=jnp.int32)[None, :]
         assignments = self.order.at[first[:, None] + row].get(mode="promise_in_bounds")
         real = row < rows[:, None]
         return Chunk(

@@ -61,7 +61,7 @@ def choose_way(way: str | None, ranks: int, per_token: int, platform: str) -> st
 
 def slices(tokens: int, ranks: int) -> int:
     """Parts to send one after the other, so that the room for their rows does not grow with the number of ranks."""
-    return min(-(-tokens * ranks // _ROWS), max(tokens, 1)) if ranks > 1 else 1
+    return min(max(-(-tokens * ranks // _ROWS), 1), max(tokens, 1)) if ranks > 1 else 1
 
 
 @dataclasses.dataclass(frozen=True)

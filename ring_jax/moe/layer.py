@@ -99,6 +99,8 @@ def moe(
         x = jnp.where(valid[:, None], x, jnp.zeros_like(x))
     routing = route(x, weights.router, top_k=top_k, renormalize=renormalize, valid=valid)
     stats = RouterStats.of(routing, valid)
+    if x.shape[0] == 0:  # XLA gathers no empty arrays
+        return jnp.zeros_like(x), stats
     with jax.named_scope("moe"):
         if expert_axis is None or not tokens_spread:
             here = Here(expert_axis, tensor_axis)

@@ -43,8 +43,8 @@ class Route:
     def of(cls, ranks_of: jax.Array, ranks: int, axis: Axis) -> "Route":
         """From int32 [T, k], the rank of each of a token's experts; `ranks` for none."""
         tokens, per_token = ranks_of.shape
-        pairs = jnp.arange(per_token)
-        again = (ranks_of[:, :, None] == ranks_of[:, None, :]) & (pairs[None, :] < pairs[:, None])
+        earlier = jnp.tril(jnp.ones((1, per_token, per_token), bool), -1)
+        again = (ranks_of[:, :, None] == ranks_of[:, None, :]) & earlier
         key = jnp.where(again.any(axis=2), jnp.full_like(ranks_of, ranks), ranks_of).reshape(-1)
         index = jnp.arange(key.size, dtype=jnp.int32)
         ascending, order = lax.sort((key, index), num_keys=1, is_stable=True)

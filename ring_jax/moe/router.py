@@ -57,7 +57,7 @@ class RouterStats:
             check_array("valid", valid, "T", {"T": routing.probs.shape[0]}, kind="bool")
         experts, (tokens, count) = lax.stop_gradient(routing.experts), routing.probs.shape
         dtype = routing.probs.dtype
-        chosen = experts[..., None] == jnp.arange(count, dtype=experts.dtype)
+        chosen = experts[..., None] == jnp.arange(count, dtype=experts.dtype)[None, None]
         counts = chosen.sum(axis=(0, 1), dtype=jnp.int32).astype(dtype)
         seen = jnp.full((), tokens, dtype) if valid is None else valid.sum(dtype=jnp.int32).astype(dtype)
         return cls(counts, routing.probs.sum(axis=0), seen)

@@ -9,7 +9,7 @@ rejects each one:
 ``dtype``                       honoured: query, key and value are cast to it; None promotes them to a common dtype
 ``is_causal``                   honoured: adds to what the defaults say
 ``mask``                        a `ring_jax.Mask` is honoured and joins the default one; an array is rejected
-``input_positions``             honoured with the default ``rope``, rejected without it
+``input_positions``             honoured with the default ``rope`` (without them: the layout's), rejected without it
 ``deterministic``               honoured: switches dropout off
 ``dropout_rate``                rejected when it would act (positive, and not deterministic)
 ``dropout_rng``                 without effect, as in Flax, where no dropout acts; so is ``broadcast_dropout``
@@ -61,7 +61,8 @@ def attention_fn(context: ContextParallel, **defaults: Any) -> AttentionFn:
       **defaults: keyword arguments of `ring_jax.ring_attention` for every call (``is_causal``, ``mask``,
         ``local_window_size``, ``scale``, ``seq_len``, ``strategy``, ...), without arrays: pass a mask that holds arrays
         (segment ids, lengths) to the layer's call as ``mask=`` instead. Also ``rope``, a function (x [B, T, N, H],
-        positions [B, T]) -> x [B, T, N, H], which the layer's ``input_positions`` then feeds.
+        positions [B, T]) -> x [B, T, N, H]. Positions are the layer's ``input_positions``, which newer Flax has;
+        without them those of the context's layout, on every Flax, nnx and linen alike.
 
     Returns:
       An `AttentionFn`, equal and hashable by value, so that two models built alike share compiled programs.
@@ -167,7 +168,7 @@ class AttentionFn:
         query, key, value = _promote((query, key, value), dtype, promote_dtype)
         batch = _common_batch(query, key, value)
         query, key, value = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
-        query, key = _rotate(rope, query, key, input_positions)
+        query, key = _rotate(rope, query, key, input_positions, self.context)
         out = ring_attention(query, key, value, context=self.context, **options)
         assert isinstance(out, jax.Array)
         return out.reshape(*batch, *out.shape[-3:])
@@ -249,7 +250,9 @@ def _common_batch(query: Array, key: Array, value: Array) -> tuple[int, ...]:
     return shapes[0][:-3]
 
 
-def _rotate(rope: Any, query: Array, key: Array, positions: Array | None) -> tuple[Array, Array]:
+def _rotate(
+    rope: Any, query: Array, key: Array, positions: Array | None, context: ContextParallel
+) -> tuple[Array, Array]:
     if rope is None and positions is None:
         return query, key
     if rope is None:
@@ -257,15 +260,14 @@ def _rotate(rope: Any, query: Array, key: Array, positions: Array | None) -> tup
             "got input_positions, which act only through rotary embeddings: "
             "use context.attention_fn(rope=ring_jax.nn.apply_rope)"
         )
-    if positions is None:
-        raise ValueError(
-            "attention_fn has rope but the layer passed no input_positions; pass "
-            "input_positions=context.positions(seq_len), since a layout does not hold positions in order"
-        )
     if query.shape[1] != key.shape[1]:
         raise ValueError(
-            f"input_positions cannot serve queries of length {query.shape[1]} and keys of length {key.shape[1]} at once"
+            f"positions cannot serve queries of length {query.shape[1]} and keys of length {key.shape[1]} at once: rotate them "
+            "outside of the attention_fn"
         )
+    if positions is None:  # older Flax has no such argument
+        length = query.shape[1] * (context.ranks() if context.is_manual else 1)
+        positions = context.positions(length, like=query)
     check_array("input_positions", positions, kind="integer")
     if positions.shape[-1:] != query.shape[1:2] or math.prod(positions.shape[:-1]) not in (1, query.shape[0]):
         raise ValueError(

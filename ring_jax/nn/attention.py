@@ -16,6 +16,7 @@ from ring_jax.context import ContextParallel, ring_attention
 from ring_jax.context.attention import check_divides, check_options
 from ring_jax.flash import flash_attention
 from ring_jax.mask import Mask, ResolvedMask, causal, check_covers, local_window
+from ring_jax.nn.placement import place_parameters
 from ring_jax.nn.projections import check_projections
 from ring_jax.nn.rope import apply_rope, check_positions, check_rotary
 
@@ -140,6 +141,7 @@ class Attention(nnx.Module):
         self.query_norm = norm() if qk_norm else None
         self.key_norm = norm() if qk_norm else None
         self.output_gate = output_gate
+        place_parameters(self, context)
 
     def __repr__(self) -> str:
         heads, size = getattr(self.out, "in_features", (None, None))

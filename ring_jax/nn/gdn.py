@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from ring_jax.gdn.mixer import GDNCache, Heads, MixerWeights, mix
 from ring_jax.gdn.operation import check_options
 from ring_jax.gdn.plan import GDNShape
 from ring_jax.gdn.spread import OneDevice, Spread
+from ring_jax.nn.placement import place_parameters
 from ring_jax.nn.projections import check_projections
 
 if TYPE_CHECKING:
@@ -152,6 +154,7 @@ class GatedDeltaNet(nnx.Module):
         self.dt_bias = nnx.Param(jnp.ones((num_value_heads,), jnp.float32))
         self.norm = nnx.Param(jnp.ones((value_head_dim,), jnp.float32))
         self.out_proj = linear(values, features)
+        place_parameters(self, context)
 
     def __repr__(self) -> str:
         way = None if self.context is None else self.way
@@ -183,7 +186,7 @@ class GatedDeltaNet(nnx.Module):
         check_instance("cache", cache, GDNCache, "a ring_jax.gdn.GDNCache", optional=True)
         if cache is not None:
             self._check_cache(cache, x)
-        check_segments(segment_ids, *x.shape[:2])
+        check_segments(segment_ids, x.shape[0], x.shape[1], natural=False)
         if spread is not None:
             check_instance("spread", spread, Spread, "what ring_jax.gdn.run hands to its layers")
             if segment_ids is not None or seq_len is not None:
@@ -191,12 +194,8 @@ class GatedDeltaNet(nnx.Module):
             return self._apply(x, cache, spread)
         if self.context is not None:
             graph, state = nnx.split(self)
-
-            def layer(state, x, cache, spread):
-                return nnx.merge(graph, state)._apply(x, cache, spread)
-
             return run(
-                layer,
+                _Layer(graph),
                 state,
                 x,
                 context=self.context,
@@ -209,7 +208,7 @@ class GatedDeltaNet(nnx.Module):
         if seq_len is not None and check_count("seq_len", seq_len, 0, x.shape[1]) != x.shape[1]:
             valid = jnp.arange(x.shape[1], dtype=jnp.int32) < seq_len
             ids = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-            segment_ids = jnp.where(valid, ids, -1)
+            segment_ids = jnp.where(valid[None], ids, -1)
         return self._apply(x, cache, OneDevice(segment_ids))
 
     def shape(self, *, layers: int = 1, dtype: Any = jnp.bfloat16) -> GDNShape:
@@ -239,7 +238,7 @@ class GatedDeltaNet(nnx.Module):
         out, cache = mix(weights, x, cache, spread, self.implementation)
         z = jnp.matmul(x, z_kernel.astype(x.dtype), precision=self.precision)
         out = gated_rms_norm(out, z.reshape(out.shape), self.norm[...], self.norm_epsilon)
-        out = self.out_proj(out.reshape(*out.shape[:2], -1))
+        out = self.out_proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3]))
         if spread.segment_ids is not None:
             out = jnp.where((spread.segment_ids >= 0)[..., None], out, jnp.zeros_like(out))
         return out, cache
@@ -255,6 +254,16 @@ class GatedDeltaNet(nnx.Module):
         return MixerWeights((qkv,), tuple(ba), self.conv[...], *decay, heads=self.heads, precision=self.precision), z
 
 
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A layer as `ring_jax.gdn.run` takes it: equal for layers built alike, so that eager calls share one program."""
+
+    graph: Any
+
+    def __call__(self, state, x, cache, spread):
+        return nnx.merge(self.graph, state)._apply(x, cache, spread)
+
+
 def gated_rms_norm(
     x: Float[Array, "B T N dv"], gate: Float[Array, "B T N dv"], weight: Float[Array, " dv"], epsilon: float
 ) -> Float[Array, "B T N dv"]:
@@ -262,7 +271,7 @@ def gated_rms_norm(
     dtype = state_dtype(gate, weight)
     x = x.astype(dtype)
     x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return (weight.astype(dtype) * x * jax.nn.silu(gate.astype(dtype))).astype(gate.dtype)
+    return (weight.astype(dtype)[None, None, None] * x * jax.nn.silu(gate.astype(dtype))).astype(gate.dtype)
 
 
 def split_fused_projections(

@@ -40,7 +40,8 @@ def apply_rope(
 
     # In NumPy, once, and as checkpoints were trained: far out, one more rounding turns an angle by a hundredth.
     frequency = 1 / float(theta) ** (np.arange(0, rotary, 2, dtype=np.float32) / rotary)
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency  # [(B,) T, 1, R/2]
+    positions = positions if positions.ndim == 2 else positions[None]
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None]  # [1 or B, T, 1, R/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x[..., :rotary].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -137,6 +137,20 @@ def test_nnx_layer_passes_input_positions():
     np.testing.assert_allclose(cp.from_layout(got, LENGTH), nnx_layer(attention_fn=plain)(x), atol=2e-5)
 
 
+def test_rope_without_input_positions_takes_those_of_the_layout():
+    """On every Flax: its layers need not know of positions."""
+    cp, x = context(), inputs(2)
+    attend = cp.attention_fn(is_causal=True, rope=ring_jax.nn.apply_rope)
+
+    def plain(query, key, value, **_):
+        query, key = (ring_jax.nn.apply_rope(x, jnp.arange(LENGTH)) for x in (query, key))
+        return nnx.dot_product_attention(query, key, value, mask=causal_mask())
+
+    want = nnx_layer(attention_fn=plain)(x)
+    got = nnx.jit(lambda layer, x: layer(x))(nnx_layer(attention_fn=attend), cp.to_layout(x))
+    np.testing.assert_allclose(cp.from_layout(got, LENGTH), want, atol=2e-5)
+
+
 def test_dtype_is_honoured():
     arrays = qkv(1)
     attend = context("contiguous").attention_fn()
@@ -189,8 +203,6 @@ def test_errors_of_shapes_and_positions():
     with pytest.raises(ValueError, match="same batch axes"):
         context().attention_fn()(q, k[:1], v)
     attend = context().attention_fn(rope=ring_jax.nn.apply_rope)
-    with pytest.raises(ValueError, match="no input_positions"):
-        attend(q, k, v)
     with pytest.raises(ValueError, match="length 32 and keys of length 16"):
         attend(q, k[:, :16], v[:, :16], input_positions=jnp.arange(LENGTH))
 

@@ -58,7 +58,9 @@ def cache_specs(sharding: Sharding) -> Any:
 def append(cache: Cache, new: Float[Array, "G L 2 B 1 K H"], rank, ranks: int) -> Array:
     """`cache.new` one token later; on this rank's shards."""
     slot = cache.count // ranks
-    at = (0, 0, 0, 0, slot, 0, 0)
+    at = tuple(
+        slot if axis == 4 else jnp.zeros_like(slot) for axis in range(7)
+    )  # of one dtype: Python zeros may be wider
     here = (cache.count % ranks == rank) & (slot < cache.new.shape[4])  # beyond the room nothing is overwritten
     old = jax.lax.dynamic_slice(cache.new, at, new.shape)
     return jax.lax.dynamic_update_slice(cache.new, jnp.where(here, new, old), at)

@@ -187,4 +187,5 @@ def norm(x, weight, config: Config):
     """x / rms(x) * (1 + weight), in float32."""
     wide = widened(x)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)
-    return (wide * (1 + weight[...].astype(wide.dtype))).astype(x.dtype)
+    scale = 1 + weight[...].astype(wide.dtype)
+    return (wide * scale.reshape((1,) * (wide.ndim - 1) + scale.shape)).astype(x.dtype)

@@ -37,10 +37,12 @@ from ring_jax._checks import (
     check_flag,
     check_instance,
     concrete,
+    to_int32,
 )
 from ring_jax.context.parallel import Static, axis_size, place, run_sharded
 from ring_jax.flash.backends import check_options
 from ring_jax.gdn import GDNCache, segments
+from ring_jax.mask import check_segment_ids
 from ring_jax.models.qwen3_5 import passes
 from ring_jax.models.qwen3_5.cache import Cache, cache_specs
 from ring_jax.models.qwen3_5.config import FULL, Config
@@ -127,9 +129,10 @@ class Qwen3_5(nnx.Module):
             tokens: int32 [B, S], of the vocabulary. Others raise where they are known; under jit all results of their
                 row become NaN. Padding (beyond `lengths`, or of a negative segment id) may hold anything.
             lengths: int32 [B], real tokens of each row, the rest is padding on the right.
-            segment_ids: int [B, S], packed documents; negative ids are padding. Not together with `lengths`.
+            segment_ids: int [B, S], packed documents as in `ring_jax.documents`. Not together with `lengths`.
             logits: "all", "last" (of each row's last real token) or "none".
-            cache_room: return a cache with room for that many new tokens.
+            cache_room: return a cache with room for that many new tokens. Prompts of several lengths are padded on the right
+                then (`lengths`): padding on the left, which only segment ids can say, leaves no cache.
             return_hidden: return what every layer hands on.
             return_stats: return the routers' statistics, for `ring_jax.moe.load_balance_loss`.
 
@@ -143,7 +146,10 @@ class Qwen3_5(nnx.Module):
         check_flag("return_hidden", return_hidden)
         check_flag("return_stats", return_stats)
         if segment_ids is not None and (logits == "last" or cache_room is not None):
-            raise ValueError("packed documents (segment_ids) have no one last token: no logits='last', no cache_room")
+            raise ValueError(
+                "packed documents (segment_ids) have no one last token: no logits='last', no cache_room; prompts of several lengths "
+                "are padded on the right and say so by lengths="
+            )
         if return_stats and self.config.experts is None:
             raise ValueError("return_stats: this model has no experts")
         tokens = jnp.asarray(tokens)
@@ -228,6 +234,8 @@ class Qwen3_5(nnx.Module):
     def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
         """`local` on every rank's share of the prompts, laid out by itself."""
         length = tokens.shape[1]
+        if lengths is not None:
+            lengths = to_int32(jnp.clip(lengths, 0, length))  # traced ones: no row is longer than the tokens
         graph, params = self._split()
         if self.sharding is None:
             return _run_here(Static(local, (graph, ask)), params, tokens, lengths, segment_ids, labels)
@@ -262,6 +270,7 @@ class Qwen3_5(nnx.Module):
             raise ValueError("give lengths or segment_ids, not both: padding has negative segment ids")
         if segment_ids is not None:
             check_array("segment_ids", segment_ids, "B S", sizes, kind="signed", advice="as the tokens")
+            check_segment_ids(segment_ids)
         if lengths is not None:
             check_array("lengths", lengths, "B", sizes, kind="integer")
             known = concrete(lengths)

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ring_jax import _repr, gdn
+from ring_jax._checks import to_int32
 from ring_jax._vma import pcast_to
 from ring_jax.context.shard import axis_names
 from ring_jax.gdn import segments
@@ -70,15 +71,15 @@ def forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> Ou
     if ask.logits == "all":
         logits = _logits(model, here, _natural(x, here))
     elif ask.logits == "last":
-        last = jnp.full(tokens.shape[:1], ask.seq_len - 1) if lengths is None else lengths - 1
-        at_last = here.order == last[:, None]
+        last = jnp.full(tokens.shape[:1], ask.seq_len - 1, jnp.int32) if lengths is None else lengths - 1
+        at_last = here.order[None] == last[:, None]
         x = jnp.sum(jnp.where(at_last[..., None], x, jnp.zeros_like(x)), axis=1)
         logits = here.whole_vocabulary(_logits(model, here, here.sum_context(x)))
     if ask.cache_room is not None:
         ranks = 1 if model.sharding is None else model.sharding.context.ranks()
         G, L, two, B, _, K, H = left.keys.shape
         new = jnp.zeros((G, L, two, B, -(-ask.cache_room // ranks), K, H), left.keys.dtype)
-        lengths = jnp.full(B, ask.seq_len, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        lengths = jnp.full(B, ask.seq_len, jnp.int32) if lengths is None else to_int32(lengths)
         (lengths,) = pcast_to((lengths,), here.token_axes(rows_only=True))
         new = pcast_to(new, here.token_axes() + axis_names(here.tensor))
         cache = Cache(left.keys, new, left.states, lengths, jnp.zeros((), jnp.int32))
@@ -133,11 +134,11 @@ def _lay_out(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
         start = resolved.start
     positions, ids = order, None
     if segment_ids is not None:
-        ids = jnp.take(segment_ids, order, axis=1).astype(jnp.int32)
-        positions = jnp.maximum(order - start, 0)  # each document begins at 0
+        ids = to_int32(jnp.take(segment_ids, order, axis=1))
+        positions = jnp.maximum(order[None] - start, 0)  # each document begins at 0
     elif lengths is not None or padded:
-        limit = jnp.full((batch, 1), ask.seq_len) if lengths is None else lengths[:, None]
-        ids = jnp.where(order < limit, 0, segments.PADDING)
+        limit = jnp.full((batch, 1), ask.seq_len, jnp.int32) if lengths is None else lengths[:, None]
+        ids = jnp.where(order[None] < limit, 0, segments.PADDING)
     return tokens, Prompt(sharding, positions, order, resolved, ids, model.implementation)
 
 

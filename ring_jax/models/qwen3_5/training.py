@@ -16,9 +16,9 @@ def next_tokens(tokens, lengths, segment_ids, weights):
     """(the token after each, float32 weight of predicting it), natural order [B, S]."""
     batch, length = tokens.shape
     after = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
-    counts = jnp.broadcast_to(jnp.arange(length) < length - 1, tokens.shape)
+    counts = jnp.broadcast_to((jnp.arange(length) < length - 1)[None], tokens.shape)
     if lengths is not None:
-        counts &= jnp.arange(1, length + 1) < lengths[:, None]
+        counts &= jnp.arange(1, length + 1, dtype=lengths.dtype)[None] < lengths[:, None]
     if segment_ids is not None:
         counts &= (segment_ids >= 0) & (segment_ids == after(segment_ids))
     weight = counts.astype(jnp.float32)
