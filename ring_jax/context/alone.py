@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from ring_jax._checks import check_array, check_callable, check_number
+
 if TYPE_CHECKING:
     from ring_jax.context.parallel import ContextParallel
 
@@ -23,6 +25,10 @@ def on_one_rank(context: ContextParallel) -> ContextParallel:
 
 def check_layout(context: ContextParallel, function: Callable, arrays: tuple, tolerance: float) -> float:
     """See `ContextParallel.check_layout`."""
+    check_callable("function", function, "a function (context, *arrays) -> arrays")
+    check_number("tolerance", tolerance, low=0)
+    for x in jax.tree.leaves(arrays):
+        check_array("arrays", x, kind="any")
     if context.is_manual:
         raise ValueError("check_layout calls the function itself: call it outside of shard_map and jit")
     alone, tree = jax.tree.flatten(function(on_one_rank(context), *arrays))
@@ -33,6 +39,8 @@ def check_layout(context: ContextParallel, function: Callable, arrays: tuple, to
         )
     largest = 0.0
     for one, many in zip(alone, spread, strict=True):
+        check_array("what function returns", one, kind="any")
+        check_array("what function returns", many, kind="any")
         if one.shape != many.shape:
             raise ValueError(
                 f"the function gives shape {many.shape} over this context and {one.shape} on one rank: return natural order "
