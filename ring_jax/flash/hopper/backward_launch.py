@@ -271,8 +271,8 @@ def _dq_visits(problem, table):
     rows = jnp.concatenate([table, jnp.broadcast_to(segment[:, None, None, None], (*count.shape, 1))], axis=-1)
     visited = count > 0
     place = jnp.where(visited, jnp.cumsum(visited, axis=0, dtype=jnp.int32) - 1, P)
-    here = place == segment[:, None, None, None]  # [visit, segment, B, tiles]
-    rows = jnp.sum(jnp.where(here[..., None], rows, 0), axis=1)
+    here = place[None] == segment[:, None, None, None]  # [visit, segment, B, tiles]
+    rows = jnp.sum(jnp.where(here[..., None], rows[None], 0), axis=1)
     totals = jnp.stack([jnp.sum(count, axis=0), jnp.sum(visited, axis=0, dtype=jnp.int32)], axis=-1)
     totals = jnp.pad(totals, [(0, 0), (0, 0), (0, 3)])
     return jnp.moveaxis(jnp.concatenate([totals[None], rows]), 0, 2)
