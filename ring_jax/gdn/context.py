@@ -82,8 +82,14 @@ def run(
         ValueError: the way cannot serve the layout or the number of heads, or the length does not divide.
 
     Example:
-        >>> y, cache = run(lambda p, x, c, spread: mixer(p, x, c, spread), params, cp.to_layout(x), context=cp,
-        ...                way="state", seq_len=x.shape[1])  # doctest: +SKIP
+        >>> import jax, jax.numpy as jnp, ring_jax
+        >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> cp = ring_jax.ContextParallel("context", mesh=mesh)
+        >>> def layers(params, x, caches, spread):  # GDN layers call mix(params, x, cache, spread) here
+        ...     return x * params, caches
+        >>> y, cache = run(layers, jnp.float32(2), cp.to_layout(jnp.ones((1, 7, 4))), context=cp, way="state", seq_len=7)
+        >>> y.shape
+        (1, 8, 4)
     """
     check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
     check_callable("layers", layers, "a function layers(params, x, caches, spread)")

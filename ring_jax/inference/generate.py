@@ -71,7 +71,13 @@ def generate(
         ValueError: an empty prompt, ids outside of the vocabulary, or more tokens than the model has positions.
 
     Example:
-        >>> generate(model, [tokenizer.encode("Once upon a time")], max_new_tokens=16).tokens  # doctest: +SKIP
+        >>> from ring_jax.data import passkey
+        >>> from ring_jax.inference.tokenizer import Tokenizer
+        >>> from ring_jax.models.qwen3_5 import Qwen3_5
+        >>> model, tokenizer = Qwen3_5.from_pretrained(passkey.MODEL), Tokenizer(passkey.MODEL)
+        >>> text = generate(model, [tokenizer.encode("Once upon a time")], max_new_tokens=2)
+        >>> [len(row) for row in text.tokens]
+        [2]
     """
     begin = time.perf_counter()
     check_callable("on_tokens", on_tokens, "a function of each step's tokens", optional=True)

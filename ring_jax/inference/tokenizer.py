@@ -94,8 +94,11 @@ class TextStream:
     """Tokens in, text out, as soon as it is certain: bytes of an unfinished character wait for the next token.
 
     Example:
-        >>> pieces = TextStream(tokenizer)  # doctest: +SKIP
-        >>> for token in tokens: print(pieces.add(token), end="")  # doctest: +SKIP
+        >>> from ring_jax.data import passkey
+        >>> tokenizer = Tokenizer(passkey.MODEL)
+        >>> pieces = TextStream(tokenizer)
+        >>> [pieces.add(token) for token in tokenizer.encode("ab")]
+        ['a', 'b']
     """
 
     def __init__(self, tokenizer: Any):

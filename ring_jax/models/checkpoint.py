@@ -64,7 +64,12 @@ def save(
         FileExistsError: another job has saved this step meanwhile, or something that is no step has its name.
 
     Example:
-        >>> save("runs/a", 100, model, optimizer, extra={"tokens_seen": 10**6})
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> model, directory = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), tempfile.mkdtemp()
+        >>> _ = save(directory, 100, model, extra={"tokens_seen": 10**6})
+        >>> latest_step(directory)
+        100
 
     Source: Orbax, https://orbax.readthedocs.io.
     """
@@ -117,7 +122,12 @@ def restore(
             step was saved without an optimizer; or its files are damaged.
 
     Example:
-        >>> step = restore("runs/a", model, optimizer).step
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> model, directory = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), tempfile.mkdtemp()
+        >>> _ = save(directory, 7, model)
+        >>> restore(directory, nnx.Linear(2, 3, rngs=nnx.Rngs(1))).step
+        7
     """
     path = check_path("directory", directory).resolve()
     step = None if step is None else check_count("step", step)

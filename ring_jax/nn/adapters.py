@@ -72,8 +72,14 @@ def attention_fn(context: ContextParallel, **defaults: Any) -> AttentionFn:
       ValueError: for a default that holds an array.
 
     Example:
-      >>> cp = ring_jax.ContextParallel("context", layout="zigzag")
-      >>> layer = nnx.MultiHeadAttention(8, 512, decode=False, attention_fn=cp.attention_fn(is_causal=True), rngs=rngs)
+      >>> import jax, jax.numpy as jnp, ring_jax
+      >>> from flax import nnx
+      >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> cp = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh)
+      >>> attention_fn = cp.attention_fn(is_causal=True)
+      >>> layer = nnx.MultiHeadAttention(2, 16, decode=False, attention_fn=attention_fn, rngs=nnx.Rngs(0))
+      >>> layer(cp.to_layout(jnp.ones((1, 8, 16)))).shape
+      (1, 8, 16)
     """
     check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
     known = _ring_options()

@@ -58,8 +58,12 @@ class Attention(nnx.Module):
       ValueError: for head counts or sizes that do not fit together.
 
     Example:
-      >>> layer = ring_jax.nn.Attention(512, 8, num_kv_heads=2, context=cp, rngs=nnx.Rngs(0))
-      >>> y = layer(cp.to_layout(x), positions=cp.positions(x.shape[1]), seq_len=x.shape[1])
+      >>> import ring_jax
+      >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> cp = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh)
+      >>> layer = Attention(16, 4, num_kv_heads=2, context=cp, rngs=nnx.Rngs(0))
+      >>> layer(cp.to_layout(jnp.ones((1, 7, 16))), positions=cp.positions(7), seq_len=7).shape
+      (1, 8, 16)
 
     Sources: Ainslie et al., GQA (arXiv:2305.13245); Su et al., RoFormer (arXiv:2104.09864); Henry et al., Query-Key
     Normalization (arXiv:2010.04245); Qiu et al., Gated Attention (arXiv:2505.06708).

@@ -70,9 +70,11 @@ class GatedDeltaNet(nnx.Module):
       ValueError: for head counts that do not fit together or an unknown form of projections.
 
     Example:
-      >>> layer = ring_jax.nn.GatedDeltaNet(512, 4, 8, 64, 64, rngs=nnx.Rngs(0))
-      >>> y, cache = layer(x)
-      >>> y_next, cache = layer(x_next, cache)
+      >>> layer = GatedDeltaNet(16, 1, 2, 8, 8, rngs=nnx.Rngs(0))
+      >>> y, cache = layer(jnp.ones((1, 7, 16)))
+      >>> y_next, cache = layer(jnp.ones((1, 1, 16)), cache)
+      >>> y_next.shape
+      (1, 1, 16)
 
     Sources: Yang, Kautz, Hatamizadeh, Gated Delta Networks (arXiv:2412.06464); transformers' `Qwen3_5GatedDeltaNet`
     and `Qwen3NextGatedDeltaNet`.

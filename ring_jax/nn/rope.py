@@ -32,7 +32,8 @@ def apply_rope(
       TypeError, ValueError: where rotary_fraction * H is not a positive even number, or positions do not match `x`.
 
     Example:
-      >>> query = ring_jax.nn.apply_rope(query, context.positions(seq_len))
+      >>> apply_rope(jnp.ones((1, 3, 2, 8)), jnp.arange(3)).shape
+      (1, 3, 2, 8)
     """
     check_array("x", x, "B T N H")
     check_positions(positions, x)

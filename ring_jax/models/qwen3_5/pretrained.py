@@ -65,8 +65,11 @@ def load(
         FileNotFoundError: no checkpoint there, or one of its files is missing.
 
     Example:
-        >>> config = Config.from_hf("Qwen3.5-0.8B")
-        >>> params = load("Qwen3.5-0.8B", config, dtype=jnp.bfloat16)
+        >>> from ring_jax.data import passkey
+        >>> config = Config.from_hf(passkey.MODEL)
+        >>> params = load(passkey.MODEL, config, dtype=jnp.bfloat16)
+        >>> params["embed"].shape == (config.vocab_size, config.hidden_size)
+        True
 
     Source: transformers' `modeling_qwen3_5.py`, `modeling_qwen3_5_moe.py` and `modeling_qwen3_next.py` for names and
     layouts of tensors.
@@ -100,7 +103,8 @@ def checkpoint_dtype(directory: str | Path) -> np.dtype:
     """The dtype of a checkpoint, that of its embedding; for Raises see `load`.
 
     Example:
-        >>> checkpoint_dtype("Qwen3.5-0.8B")
+        >>> from ring_jax.data import passkey
+        >>> checkpoint_dtype(passkey.MODEL)
         dtype(bfloat16)
     """
     with Reader(check_path("directory", directory), verify=False) as reader:

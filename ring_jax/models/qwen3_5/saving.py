@@ -59,7 +59,14 @@ def save(
         ValueError: the tree is not that of `config`, or an array is of a dtype that checkpoints do not have.
 
     Example:
-        >>> save(params, config, "out", tokenizer_from="Qwen3.5-0.8B")
+        >>> import pathlib, tempfile
+        >>> from ring_jax.data import passkey
+        >>> from ring_jax.models.qwen3_5.pretrained import load
+        >>> config = Config.from_hf(passkey.MODEL)
+        >>> directory = pathlib.Path(tempfile.mkdtemp()) / "out"
+        >>> _ = save(load(passkey.MODEL, config), config, directory, tokenizer_from=passkey.MODEL)
+        >>> (directory / "config.json").exists()
+        True
     """
     directory = check_path("directory", directory).resolve()
     check_instance("config", config, Config, "a ring_jax.models.qwen3_5.Config")
