@@ -10,6 +10,8 @@ tiled: reading the keys once is all the time there is, so the products are plain
 Source: vLLM RFC 37995 (decode context parallelism); Flash-Decoding, Dao et al. 2023, for the split over keys.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -38,21 +40,39 @@ def attend_few(
         (out, lse), float32, natural log: a partial result as `ring_jax.flash_attention` gives it; 0 and -inf where
         no key is visible.
     """
-    (B, T, N, H), K = query.shape, kv.shape[3]
+    return attend_parts(query, [(kv, visible)], scale=scale)
+
+
+def attend_parts(
+    query: Float[Array, "B T N H"],
+    parts: Sequence[tuple[Float[Array, "2 B _ K H"], Int[Array, " B"]]],
+    *,
+    scale: float | None = None,
+) -> tuple[Float32[Array, "B T N H"], Float32[Array, "B T N"]]:
+    """As `attend_few`, for keys in several arrays, each with its count of visible keys: one softmax over all of them, so
+    that no array is joined to another or copied. What is small, the logits, is joined instead."""
+    (B, T, N, H), K = query.shape, parts[0][0].shape[3]
     scale = H**-0.5 if scale is None else scale
     q = query.reshape(B, T, K, N // K, H)
-    logits = _product("BTKGH,BSKH->BKGTS", q, kv[0]) * scale
-    seen = jnp.arange(kv.shape[2], dtype=jnp.int32) < visible[:, None]
+    sizes = [kv.shape[2] for kv, _ in parts]
+    logits = _joined([_product("BTKGH,BSKH->BKGTS", q, kv[0]) for kv, _ in parts]) * scale
+    seen = _joined([jnp.arange(kv.shape[2], dtype=jnp.int32) < visible[:, None] for kv, visible in parts])
     logits = jnp.where(seen[:, None, None, None], logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     finite = jnp.where(jnp.isneginf(top), 0, top)
     weights = jnp.exp(logits - finite)
     total = jnp.sum(weights, axis=-1)
-    out = _product("BKGTS,BSKH->BTKGH", weights.astype(kv.dtype), kv[1])
+    split = jnp.split(weights, [sum(sizes[:i]) for i in range(1, len(sizes))], axis=-1)
+    outs = [_product("BKGTS,BSKH->BTKGH", w.astype(kv.dtype), kv[1]) for w, (kv, _) in zip(split, parts, strict=True)]
+    out = sum(outs[1:], outs[0])
     total = jnp.moveaxis(total, 3, 1)  # [B, T, K, G]
     out = out / jnp.where(total == 0, 1, total)[..., None]
     lse = jnp.log(total) + jnp.moveaxis(finite[..., 0], 3, 1)
     return out.reshape(B, T, N, H), lse.reshape(B, T, N)
+
+
+def _joined(parts):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def merge_ranks(

@@ -18,11 +18,12 @@ from jax import lax
 from ring_jax import gdn
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.context import ring_attention
-from ring_jax.context.decode import attend_few, merge_ranks
+from ring_jax.context.decode import attend_parts, merge_ranks
 from ring_jax.context.shard import Shard, axis_names
-from ring_jax.flash import flash_attention, merge_partials
+from ring_jax.flash import flash_attention
 from ring_jax.gdn import OneDevice
 from ring_jax.mask import ResolvedMask
+from ring_jax.models.qwen3_5.cache import append
 from ring_jax.models.qwen3_5.sharding import Sharding
 
 
@@ -180,12 +181,12 @@ class Prompt(Local):
             out = ring_attention(query, key, value, mask=self.mask, context=context, **options)
         return out.astype(query.dtype), jnp.stack([key, value])
 
-    def run(self, layers: Callable, x, caches: None, shape: gdn.GDNShape):
-        """A run of GDN layers: `layers(x, caches, spread) -> (y, caches, sums)`."""
+    def run(self, layers: Callable, x, shape: gdn.GDNShape):
+        """A run of GDN layers: `layers(x, spread) -> (y, caches, sums)`."""
         if self.sharding is None:
-            return layers(x, None, OneDevice(self.segment_ids))
+            return layers(x, OneDevice(self.segment_ids))
         return gdn.run(
-            lambda _, x, caches, spread: layers(x, caches, spread),
+            lambda _, x, caches, spread: layers(x, spread),
             None,
             x,
             context=self.sharding.context,
@@ -218,27 +219,19 @@ class Step(Local):
     count: jax.Array
 
     def attend(self, query, key, value, cache) -> tuple[jax.Array, jax.Array]:
-        """cache: packed keys and values (of the prompt, of the new tokens) that are here. The token sees itself too."""
-        own = jnp.stack([key, value])
+        """cache: keys and values of this layer's prompt, those of all layers' new tokens, and which layer this is. The
+        token's own are appended first, so it sees itself; returned are all layers' new ones."""
+        prompt, new, at = cache
         rank, ranks = (self.prompt.rank(), self.prompt.ranks) if self.prompt is not None else (0, 1)
-        older, newer = cache
+        new = append(new, at, jnp.stack([key, value]), self.count, rank, ranks)
         seen = self.lengths
         if self.prompt is not None:
             seen = self.prompt.layout.count_below(seen, rank, self.prompt.length, ranks)
-        new = jnp.broadcast_to((self.count - rank + ranks - 1) // ranks, self.lengths.shape)
-        partial = merge_partials(*attend_few(query, older, seen), *attend_few(query, newer, new))
+        later = jnp.broadcast_to((self.count + ranks - rank) // ranks, self.lengths.shape)
+        out, lse = attend_parts(query, [(prompt, seen), (new[at], later)])
         if self.prompt is not None:
-            partial = merge_ranks(*partial, self.prompt.axis)
-        out, _ = merge_partials(*partial, *attend_few(query, own, jnp.ones_like(self.lengths)))
-        return out.astype(query.dtype), own
-
-    def run(self, layers: Callable, x, caches, shape):
-        del shape
-        return layers(x, caches, OneDevice())
-
-    @property
-    def valid(self) -> None:
-        return None
+            out, _ = merge_ranks(out, lse, self.prompt.axis)
+        return out.astype(query.dtype), new
 
     def token_axes(self, *, rows_only: bool = False) -> tuple[str, ...]:
         return super().token_axes(rows_only=True)
