@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 T = TypeVar("T")
-Kind = Literal["floating", "integer", "signed", "any"]
+Kind = Literal["floating", "integer", "signed", "bool", "any"]
 
 INT32 = np.iinfo(np.int32)
 
 
 def concrete(x) -> "np.ndarray | None":
     """`x` as NumPy where its value is known now (not traced, on this host), else None."""
-    if x is None or isinstance(x, jax.core.Tracer):
+    if x is None or isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):
         return None
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return None
@@ -42,8 +42,7 @@ def check_array(
 
     Args:
         name: of the argument, for the message.
-        x: a `jax.Array`, traced or not, or a `numpy.ndarray` (also anything with their shape and dtype, such as
-            `jax.ShapeDtypeStruct`).
+        x: a `jax.Array`, traced or not, or a `numpy.ndarray`.
         axes: one word an axis, such as "B T N H"; a word that is a number is that size. None takes any rank.
         sizes: sizes by axis name. Names that it holds must agree, others are added: handing one dictionary from array to
             array checks that they fit together.
@@ -55,8 +54,7 @@ def check_array(
             f"{name} must be an array{_of_axes(axes)}, got {describe(x)}: convert it with jnp.asarray, outside of the call"
         )
     if not _is_kind(x.dtype, kind):
-        kinds = {"floating": "floating point", "integer": "integers", "signed": "signed integers"}
-        raise ValueError(f"{name} must be {kinds[kind]}, got {x.dtype}: cast it first")
+        raise ValueError(f"{name} must be {_KINDS[kind]}, got {x.dtype}: cast it first")
     if axes is None:
         return
     words = axes.split()
@@ -73,8 +71,31 @@ def check_array(
 
 
 def is_array(x: Any) -> bool:
-    """Whether `x` is an array, or stands for one while a function is traced."""
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+    """Whether `x` is an array, or a tracer that stands for one. A `jax.ShapeDtypeStruct` has no values: it is none."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def as_integers(name: str, x: Any, axes: str) -> Any:
+    """`x` as an array of integers whose axes are one of the forms in `axes`, such as "B n | n" (() stands for none).
+
+    For the small descriptions of batches (lengths, borders, ids): lists of integers are taken too, and stay in NumPy.
+    """
+    forms = [form.split() for form in axes.replace("()", "").split("|")]
+    expected = " or ".join(f"[{', '.join(form)}]" if form else "one integer" for form in forms)
+    if isinstance(x, (list, tuple, int)) and not isinstance(x, bool):
+        try:
+            x = np.asarray(x)
+        except ValueError:  # rows of different lengths
+            raise ValueError(f"{name} must be integers, {expected}, got rows of different lengths") from None
+        except OverflowError:
+            raise ValueError(f"{name} must fit into 64 bits, got {describe(x)}") from None
+        if x.dtype == object:
+            raise ValueError(f"{name} must be integers that fit into 64 bits, got {describe(x.tolist())}")
+    if not is_array(x):
+        raise TypeError(f"{name} must be integers, {expected}, got {describe(x)}")
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim not in [len(form) for form in forms]:
+        raise ValueError(f"{name} must be integers, {expected}, got {describe(x)}")
+    return x
 
 
 def check_count(name: str, value: Any, low: int = 0, high: int | None = None, *, advice: str = "") -> int:
@@ -94,6 +115,66 @@ def check_count(name: str, value: Any, low: int = 0, high: int | None = None, *,
         expected = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {expected}, got {count}{_advice(advice)}")
     return count
+
+
+def check_axis(name: str, value: Any, ndim: int) -> int:
+    """An axis of an array of `ndim` axes, counted from its start."""
+    axis = check_count(name, value, -INT32.max)
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"{name}={axis} is out of range for an array of {ndim} axes")
+    return axis % ndim
+
+
+def check_mesh_axes(name: str, value: Any, most: int | None = None) -> "str | tuple[str, ...]":
+    """Mesh axes: a name, or a tuple (a list) of up to `most` different names; one in a tuple is that one."""
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (tuple, list)) else None
+    if names is None or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"{name} must be the name of a mesh axis or a tuple of names, got {describe(value)}")
+    if not names or not all(names) or len(set(names)) != len(names):
+        raise ValueError(f"{name} must name mesh axes, each once, got {value!r}")
+    if most is not None and len(names) > most:
+        raise ValueError(f"{name} must name at most {most} mesh axes, got {value!r}")
+    return names if len(names) > 1 else names[0]
+
+
+def check_dtype(name: str, value: Any, *, optional: bool = False) -> "np.dtype | None":
+    """`value` as a floating-point dtype; with `optional` None passes through."""
+    if value is None and optional:
+        return None
+    expected = "a floating-point dtype such as jnp.bfloat16" + (" or None" if optional else "")
+    try:
+        # NumPy takes None for float64, True for nothing, and builds structures from lists.
+        known = None if value is None or isinstance(value, (bool, list, tuple, dict)) else jnp.dtype(value)
+    except TypeError:
+        known = None
+    if known is None:
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}")
+    if not jnp.issubdtype(known, jnp.floating):
+        raise ValueError(f"{name} must be {expected}, got {known}")
+    return known
+
+
+def check_precision(name: str, value: Any) -> None:
+    """Raises unless `value` is what jax takes as the precision of a product."""
+    for given in value if isinstance(value, tuple) and len(value) == 2 else (value,):
+        if given is None or isinstance(given, (jax.lax.Precision, jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)):
+            continue
+        if not isinstance(given, str):
+            raise TypeError(
+                f"{name} must be None, a name or a jax.lax.Precision (or two of them), got {describe(value)}"
+            )
+        try:
+            jax.lax.Precision(given)
+        except ValueError:
+            names = sorted(jax.lax.DotAlgorithmPreset.__members__)
+            if given not in names:
+                raise ValueError(f"unknown {name} {given!r}: see jax.lax.Precision and DotAlgorithmPreset") from None
+
+
+def check_callable(name: str, value: Any, expected: str, *, optional: bool = False) -> None:
+    """Raises TypeError unless `value` can be called; `expected` says with what."""
+    if not (optional and value is None) and not callable(value):
+        raise TypeError(f"{name} must be {expected}{' or None' if optional else ''}, got {describe(value)}")
 
 
 def static_length(name: str, value: Any, high: int | None = None) -> int:
@@ -182,9 +263,20 @@ def describe(value: Any) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
+_KINDS = {
+    "floating": "floating point",
+    "integer": "integers",
+    "signed": "signed integers",
+    "bool": "booleans",
+    "any": "numbers",
+}
+
+
 def _is_kind(dtype: Any, kind: Kind) -> bool:
-    wanted = {"floating": jnp.floating, "integer": jnp.integer, "signed": jnp.signedinteger, "any": np.generic}[kind]
-    return kind == "any" or bool(jnp.issubdtype(dtype, wanted))
+    if kind == "any":  # not NumPy's objects, texts and times
+        return any(jnp.issubdtype(dtype, x) for x in (jnp.number, jnp.bool_, jax.dtypes.extended))
+    wanted = {"floating": jnp.floating, "integer": jnp.integer, "signed": jnp.signedinteger, "bool": jnp.bool_}[kind]
+    return bool(jnp.issubdtype(dtype, wanted))
 
 
 def _of_axes(axes: str | None) -> str:

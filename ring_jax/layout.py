@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ring_jax import _repr
+
 # A position, a rank or an index: a Python int, a NumPy array or a (traced) JAX array of int32.
 Index = Any
 
@@ -123,6 +125,17 @@ class BlockCyclic:
 
     def scatter(self, x: jax.Array, axis: int, ranks: int) -> jax.Array:
         return self._permute_blocks(x, axis, ranks, to_natural=False)
+
+    def describe(self, seq_len: int, ranks: int) -> str:
+        """Which positions each rank holds, a line each, in the order in which they lie there.
+
+        Example:
+            >>> print(Zigzag().describe(7, 2))
+            Zigzag(block=None) over 2 ranks, 7 positions, padded to 8
+            rank 0: 0-1 6-7
+            rank 1: 2-5
+        """
+        return _repr.draw_layout(self, seq_len, ranks)
 
     def _permute_blocks(self, x: jax.Array, axis: int, ranks: int, to_natural: bool) -> jax.Array:
         # Blocks move whole: a transpose [C, period, fold] <-> [period, C, fold] and a static

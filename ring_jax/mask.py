@@ -17,7 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from ring_jax._checks import concrete
+from ring_jax import _repr
+from ring_jax._checks import check_count, concrete, static_length
 from ring_jax.layout import Layout
 
 Interval = tuple[Array, Array]
@@ -47,6 +48,9 @@ class _Causal:
     def interval(self, q: Queries) -> Interval:
         return jnp.zeros_like(q.position), q.position + 1
 
+    def __repr__(self) -> str:
+        return "causal()"
+
 
 @partial(_leaf, data_fields=("left", "right"))
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class _Window:
         end = jnp.full_like(q.position, q.kv_len) if self.right is None else q.position + self.right[:, None] + 1
         return start, end
 
+    def __repr__(self) -> str:
+        return _repr.call("window", left=self.left, right=self.right)
+
 
 @partial(_leaf, data_fields=("n",))
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ class _Prefix:
 
     def interval(self, q: Queries) -> Interval:
         return jnp.zeros_like(q.position), jnp.maximum(q.position + 1, self.n[:, None])
+
+    def __repr__(self) -> str:
+        return _repr.call("prefix", n=self.n)
 
 
 @partial(_leaf, data_fields=("q", "kv", "left_padding"))
@@ -86,6 +96,9 @@ class _Lengths:
             left = self.left_padding[:, None]
             start, end = jnp.maximum(start, left), jnp.where(q.position < left, 0, end)
         return start, end
+
+    def __repr__(self) -> str:
+        return _repr.call("lengths", q=self.q, kv=self.kv, left_padding=self.left_padding)
 
 
 @partial(_leaf, data_fields=("ids",))
@@ -116,6 +129,9 @@ class _Segments:
             jnp.take_along_axis(jnp.broadcast_to(x, (rows, length + 1)), where, axis=1) for x in (first, after)
         )  # type: ignore[return-value]
 
+    def __repr__(self) -> str:
+        return _repr.call("documents", segment_ids=self.ids)
+
 
 @partial(_leaf, data_fields=("cu_q", "cu_kv"))
 @dataclass(frozen=True)
@@ -139,6 +155,9 @@ class _CuSeqlens:
         args = (jnp.broadcast_to(x, (rows, x.shape[1])) for x in (cu_q, cu_kv, q.position))
         return jax.vmap(one)(*args)
 
+    def __repr__(self) -> str:
+        return _repr.call("documents", cu_seqlens=self.cu_q, kv_cu_seqlens=self.cu_kv)
+
 
 _Part = _Causal | _Window | _Prefix | _Lengths | _Segments | _CuSeqlens
 
@@ -160,6 +179,9 @@ class Mask:
     """
 
     parts: tuple[_Part, ...] = ()
+
+    def __repr__(self) -> str:
+        return " & ".join(map(repr, self.parts)) or "Mask()"
 
     def _value(self):
         leaves, tree = jax.tree.flatten(self)
@@ -208,6 +230,28 @@ class Mask:
         start = jnp.clip(start, 0, kv_len)
         return start, jnp.maximum(end, start)
 
+    def describe(self, q_len: int, kv_len: int | None = None, *, row: int = 0) -> str:
+        """The mask drawn as text: a line for each query, ``#`` a key that it sees, ``.`` one that it does not.
+
+        Args:
+            q_len, kv_len: number of queries and keys (default: as many as queries). Long sequences are drawn in cells of
+                several queries and keys, ``+`` where only some of their pairs are seen.
+            row: of the batch, where the mask differs between its rows.
+
+        Example:
+            >>> print((causal() & window(2, 0)).describe(5))
+            #....
+            ##...
+            ###..
+            .###.
+            ..###
+        """
+        q_len = static_length("q_len", q_len)
+        kv_len = q_len if kv_len is None else static_length("kv_len", kv_len)
+        start, end = (np.asarray(x) for x in self.interval(q_len=q_len, kv_len=kv_len))
+        row = check_count("row", row, 0, start.shape[0] - 1)
+        return _repr.draw_mask(start[row], end[row], kv_len)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("start", "end"), meta_fields=("layout", "q_len", "kv_len"))
 @dataclass(frozen=True, eq=False)
@@ -220,6 +264,7 @@ class ResolvedMask:
     layout: Layout
     q_len: int
     kv_len: int
+    __repr__ = _repr.of_fields
 
 
 def _checked(parts: tuple[_Part, ...]) -> tuple[_Part, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from ring_jax import _repr
 from ring_jax._checks import static_length
 from ring_jax.context.reshard import relayout as relayout_shard
 from ring_jax.context.shard import Axis, Shard, axis_names
@@ -50,6 +51,7 @@ class ContextParallel:
     head_axis: Axis | None = None
     mesh: Mesh | None = None
     strategy: str = "auto"
+    __repr__ = _repr.of_fields
 
     def __post_init__(self):
         object.__setattr__(self, "layout", as_layout(self.layout))
@@ -173,6 +175,18 @@ class ContextParallel:
         specs = mask_specs(mask_and_offset, rows, batch)
         out_specs = P(batch if rows > 1 else None, self.axis)
         return run_sharded(Static(_resolve, (shard, seq_len, kv_len)), mesh, (specs,), out_specs, (mask_and_offset,))
+
+    def describe(self, seq_len: int, like: jax.Array | None = None) -> str:
+        """Which positions of a sequence each rank holds, a line each, in the order in which they lie there.
+
+        Example:
+            >>> mesh = jax.sharding.AbstractMesh((2,), ("context",))
+            >>> print(ContextParallel("context", layout="zigzag", mesh=mesh).describe(8))
+            Zigzag(block=None) over 2 ranks, 8 positions
+            rank 0: 0-1 6-7
+            rank 1: 2-5
+        """
+        return _repr.draw_layout(self.layout, static_length("seq_len", seq_len), self.ranks(like))
 
     def attention_fn(self, **defaults: Any):
         """An `attention_fn` for `nnx.MultiHeadAttention` or linen's, running ring attention in this context.

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from ring_jax import _repr
+from ring_jax._checks import check_count, check_dtype, check_instance
 from ring_jax.context.shard import axis_to_seq
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import widened
@@ -42,10 +44,15 @@ class GDNCache:
     state: Float32[Array, "B N dk dv"]
     tail: Float[Array, "B W-1 F"]
     segment: Int[Array, " B"]
+    __repr__ = _repr.of_fields
 
     @classmethod
     def empty(cls, batch: int, heads: "Heads", width: int, dtype=jnp.float32) -> "GDNCache":
         """The cache before the first token; `dtype` is that of the activations."""
+        check_count("batch", batch)
+        check_instance("heads", heads, Heads, "ring_jax.gdn.Heads")
+        check_count("width", width, 1)
+        check_dtype("dtype", dtype)
         return cls(
             jnp.zeros(
                 (batch, heads.value_heads, heads.key_size, heads.value_size),
@@ -65,6 +72,10 @@ class Heads:
     key_size: int
     value_size: int
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_count(f"Heads({field.name}=...)", getattr(self, field.name), 1)
+
     @property
     def parts(self) -> tuple[int, int, int]:
         """Features of q, k and v."""
@@ -78,6 +89,11 @@ class Heads:
 
     def share(self, ranks: int) -> "Heads":
         """Those of one rank of `ranks`."""
+        check_count("ranks", ranks, 1)
+        if self.key_heads % ranks or self.value_heads % ranks:
+            raise ValueError(
+                f"{self.key_heads} key heads and {self.value_heads} value heads do not divide over {ranks} ranks: use fewer"
+            )
         return dataclasses.replace(self, key_heads=self.key_heads // ranks, value_heads=self.value_heads // ranks)
 
 

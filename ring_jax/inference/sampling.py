@@ -6,6 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ring_jax._checks import (
+    check_array,
+    check_count,
+    check_instance,
+    check_number,
+    describe,
+    is_array,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -25,12 +34,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        check_number("temperature", self.temperature, low=0, advice="0 takes the most likely token")
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, 1, advice="None takes all tokens")
+        check_number("top_p", self.top_p, above=0, high=1, advice="1 takes all tokens")
 
 
 def sample(logits: Float[Array, "B V"], key: jax.Array, sampling: Sampling = Sampling()) -> Int[Array, " B"]:  # noqa: B008
@@ -50,6 +57,12 @@ def sample(logits: Float[Array, "B V"], key: jax.Array, sampling: Sampling = Sam
 
     Source: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv:1904.09751), for top-p.
     """
+    check_array("logits", logits, "B V")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits must have a vocabulary of at least one token, got shape {logits.shape}")
+    check_instance("sampling", sampling, Sampling, "a ring_jax.inference.Sampling")
+    if not is_array(key) or not (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32):
+        raise TypeError(f"key must be a JAX random key, got {describe(key)}: make one with jax.random.key(seed)")
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32) / sampling.temperature

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ring_jax import _repr
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class RouterStats:
     counts: Float[Array, " E"]
     probs: Float[Array, " E"]
     tokens: Float[Array, ""]
+    __repr__ = _repr.of_fields
 
     def __add__(self, other: "RouterStats") -> "RouterStats":
         return jax.tree.map(jnp.add, self, other)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ring_jax import _repr
 from ring_jax.context import ContextParallel, ring_attention
 from ring_jax.flash import flash_attention
 from ring_jax.mask import Mask, ResolvedMask, causal, local_window
@@ -119,6 +120,11 @@ class Attention(nnx.Module):
         self.query_norm = norm() if qk_norm else None
         self.key_norm = norm() if qk_norm else None
         self.output_gate = output_gate
+
+    def __repr__(self) -> str:
+        heads, size = getattr(self.out, "in_features", (None, None))
+        kv_heads = getattr(self.key, "out_features", (None,))[0]
+        return _repr.of_module(self, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, context=self.context)
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ring_jax import _repr
 from ring_jax.gdn.checks import state_dtype
 from ring_jax.gdn.context import run
 from ring_jax.gdn.mixer import GDNCache, Heads, MixerWeights, mix
@@ -129,6 +130,10 @@ class GatedDeltaNet(nnx.Module):
         self.dt_bias = nnx.Param(jnp.ones((num_value_heads,), jnp.float32))
         self.norm = nnx.Param(jnp.ones((value_head_dim,), jnp.float32))
         self.out_proj = linear(values, features)
+
+    def __repr__(self) -> str:
+        way = None if self.context is None else self.way
+        return _repr.of_module(self, features=self.features, heads=self.heads, context=self.context, way=way)
 
     def __call__(
         self,

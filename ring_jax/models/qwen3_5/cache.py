@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from ring_jax import _repr
 from ring_jax.gdn import GDNCache
 from ring_jax.models.qwen3_5.sharding import Sharding
 
@@ -33,6 +34,7 @@ class Cache:
     gdn: GDNCache
     lengths: Int[Array, " B"]
     count: Int[Array, ""]
+    __repr__ = _repr.of_fields
 
     @property
     def room(self) -> int:

@@ -8,6 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ring_jax import _repr
+from ring_jax._checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
+    check_number,
+)
 from ring_jax.gdn import Heads
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -45,6 +53,16 @@ class Experts:
     shared_size: int
     renormalize: bool = True
     aux_loss: float = 0.001
+
+    def __post_init__(self):
+        for name in ("count", "per_token", "size", "shared_size"):
+            check_count(f"Experts({name}=...)", getattr(self, name), 1)
+        if self.per_token > self.count:
+            raise ValueError(
+                f"Experts(per_token=...): a token goes to 1 ... {self.count} experts, got {self.per_token}"
+            )
+        check_flag("Experts(renormalize=...)", self.renormalize)
+        check_number("Experts(aux_loss=...)", self.aux_loss, low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +108,10 @@ class Config:
     tie_embeddings: bool = False
     layer_types: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    __repr__ = _repr.of_fields
 
     def __post_init__(self):
-        if self.family not in TEXT_ONLY:
-            raise ValueError(f"unknown family {self.family!r}: expected one of {sorted(TEXT_ONLY)}")
+        self._check_values()
         types = tuple(self.layer_types) or tuple(LINEAR if (i + 1) % 4 else FULL for i in range(self.num_layers))
         object.__setattr__(self, "layer_types", types)
         if len(types) != self.num_layers or set(types) - {FULL, LINEAR}:
@@ -102,9 +120,6 @@ class Config:
             )
         if not {FULL, LINEAR} <= set(types):
             raise ValueError(f"a hybrid model has both {FULL!r} and {LINEAR!r} layers, got {types}")
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "conv_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}")
         if self.linear.value_heads % self.linear.key_heads:
@@ -113,14 +128,34 @@ class Config:
             )
         if (self.mlp_size is None) == (self.experts is None):
             raise ValueError("a model has either mlp_size (dense) or experts, not both and not neither")
-        if self.experts is not None and not 0 < self.experts.per_token <= self.experts.count:
-            raise ValueError(f"a token goes to 1 ... {self.experts.count} experts, got {self.experts.per_token}")
         rotary = round(self.head_dim * self.rotary_fraction)
         if not 0 < rotary <= self.head_dim or rotary % 2:
             raise ValueError(
                 f"rotary_fraction * head_dim must be even and in (0, {self.head_dim}], got "
                 f"{self.rotary_fraction} * {self.head_dim} = {rotary}"
             )
+
+    def _check_values(self) -> None:
+        """Each field by itself: a Config may come from a file that somebody wrote by hand."""
+        check_choice("family", self.family, TEXT_ONLY)
+        for name in _COUNTS:
+            check_count(name, getattr(self, name), 1)
+        check_instance("linear", self.linear, Heads, "ring_jax.gdn.Heads")
+        if self.mlp_size is not None:
+            check_count("mlp_size", self.mlp_size, 1)
+        check_instance("experts", self.experts, Experts, "Experts", optional=True)
+        check_number("rope_theta", self.rope_theta, above=0)
+        check_number("rotary_fraction", self.rotary_fraction, above=0, high=1)
+        check_number("norm_epsilon", self.norm_epsilon, above=0)
+        check_flag("tie_embeddings", self.tie_embeddings)
+        for name, what in (("layer_types", str), ("eos_token_ids", int)):
+            value = getattr(self, name)
+            check_instance(name, value, (tuple, list), f"a tuple of {what.__name__}")
+            object.__setattr__(self, name, tuple(value))  # a list would leave the Config without a hash
+        for name in self.layer_types:
+            check_choice("layer_types", name, (LINEAR, FULL))
+        for token in self.eos_token_ids:
+            check_count("eos_token_ids", token, 0, self.vocab_size - 1)
 
     @property
     def period(self) -> int:
@@ -138,9 +173,9 @@ class Config:
     @classmethod
     def preset(cls, name: str) -> Config:
         """A published size: "qwen3.5-0.8b", "qwen3.5-35b-a3b", "qwen3-next-80b-a3b", ...; see `PRESETS`."""
-        if name.lower() not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: expected one of {sorted(PRESETS)}")
-        return PRESETS[name.lower()]
+        name = name.lower() if isinstance(name, str) else name
+        check_choice("preset", name, sorted(PRESETS))
+        return PRESETS[name]
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | Path) -> Config:
@@ -192,6 +227,17 @@ class Config:
             config["eos_token_id"] = ids[0] if len(ids) == 1 else ids
         return config
 
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "conv_width",
+    "max_positions",
+)
 
 _PLAIN = {
     "vocab_size": "vocab_size",

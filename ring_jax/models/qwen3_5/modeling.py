@@ -26,6 +26,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from ring_jax import _repr
 from ring_jax._checks import concrete
 from ring_jax.context.parallel import Static, axis_size, place, run_sharded
 from ring_jax.gdn import segments
@@ -86,6 +87,10 @@ class Qwen3_5(nnx.Module):
         )
         if rngs is not None:
             initialise(self, rngs.params())
+
+    def __repr__(self) -> str:
+        sizes = {"family": self.config.family, "layers": self.config.num_layers, "dtype": str(self.dtype)}
+        return _repr.of_module(self, **sizes, sharding=self.sharding)
 
     # -- running ---------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ring_jax import gdn
+from ring_jax import _repr, gdn
 from ring_jax._vma import pcast_to
 from ring_jax.context.shard import axis_names
 from ring_jax.gdn import segments
@@ -46,6 +46,7 @@ class Output:
     cache: Cache | None = None
     hidden: Float[Array, "layers B S D"] | None = None
     stats: RouterStats | None = None
+    __repr__ = _repr.of_fields
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from ring_jax import _repr
+from ring_jax._checks import (
+    check_choice,
+    check_count,
+    check_instance,
+    check_mesh_axes,
+)
 from ring_jax.context import ContextParallel
 from ring_jax.context.parallel import axis_size
 from ring_jax.context.shard import Axis, axis_names
+from ring_jax.gdn.plan import WAYS
 from ring_jax.models.qwen3_5.config import Config
 
 # Dimensions of parameters. The reduced dimension of every product can lie over the `weights` axis too, so that a rank
@@ -20,6 +29,17 @@ EXPERTS = "experts"
 REDUCED_HEADS, REDUCED_FEATURES = "reduced_heads", "reduced_features"  # input of an output projection
 WHOLE = None
 
+_NAMES = (
+    REDUCED,
+    HEADS,
+    KEY_VALUE_HEADS,
+    LINEAR_HEADS,
+    FEATURES,
+    VOCABULARY,
+    EXPERTS,
+    REDUCED_HEADS,
+    REDUCED_FEATURES,
+)
 _TENSOR = {HEADS, KEY_VALUE_HEADS, LINEAR_HEADS, FEATURES, VOCABULARY, REDUCED_HEADS, REDUCED_FEATURES}
 _WEIGHTS = {REDUCED, REDUCED_HEADS, REDUCED_FEATURES}
 
@@ -49,32 +69,32 @@ class Sharding:
     expert: str | None = None
     weights: Axis | None = None
     way: str = "auto"
+    __repr__ = _repr.of_fields
 
     def __post_init__(self):
-        if not isinstance(self.context, ContextParallel):
-            raise ValueError(f"context must be a ring_jax.ContextParallel, got {type(self.context).__name__}")
-        if self.way not in ("auto", "batch", "head", "state"):
-            raise ValueError(f"way must be 'auto', 'batch', 'head' or 'state', got {self.way!r}")
-        if isinstance(self.weights, list):
-            object.__setattr__(self, "weights", tuple(self.weights))
-        if len(set(axis_names(self.weights))) != len(axis_names(self.weights)):
-            raise ValueError(f"weights names an axis twice: {self.weights!r}")
-        if self.expert is not None and not isinstance(self.expert, str):
-            raise ValueError(f"experts lie over one mesh axis, got expert={self.expert!r}")
+        check_instance("context", self.context, ContextParallel, "a ring_jax.ContextParallel")
+        check_choice("way", self.way, ("auto", *WAYS))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", check_mesh_axes("weights", self.weights))
+        if self.expert is not None:
+            object.__setattr__(self, "expert", check_mesh_axes("expert", self.expert, most=1))
         for field in ("expert", "weights"):
             if set(axis_names(getattr(self, field))) & set(axis_names(self.tensor)):
                 raise ValueError(f"{field}={getattr(self, field)!r} is the tensor axis too: give it another mesh axis")
 
     @property
     def tensor(self) -> Axis | None:
+        """The mesh axis of heads, MLP features and vocabulary."""
         return self.context.head_axis
 
     @property
     def batch(self) -> Axis | None:
+        """The mesh axis of the batch."""
         return self.context.batch_axis
 
     @property
     def sequence(self) -> Axis:
+        """The mesh axis of the sequence."""
         return self.context.axis
 
     def resolve_mesh(self) -> Any:
@@ -84,11 +104,16 @@ class Sharding:
             ValueError: there is none, or it lacks an axis that is named here.
         """
         mesh = self.context.resolve_mesh()
-        for field in ("expert", "weights"):
-            for name in axis_names(getattr(self, field)):
+        self._check_axes(mesh)
+        return mesh
+
+    def _check_axes(self, mesh: Any) -> None:
+        fields = {"expert": self.expert, "weights": self.weights}
+        fields |= {"context.axis": self.sequence, "context.batch_axis": self.batch, "context.head_axis": self.tensor}
+        for field, axes in fields.items():
+            for name in axis_names(axes):
                 if name not in mesh.axis_names:
                     raise ValueError(f"Sharding({field}={name!r}): the mesh has axes {dict(mesh.shape)}, no {name!r}")
-        return mesh
 
     def spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Any) -> P:
         """PartitionSpec of a parameter whose dimensions are named `axes`.
@@ -96,6 +121,14 @@ class Sharding:
         A dimension that does not divide over the weights axis stays whole along it; heads, features and experts that
         do not divide over theirs are an error.
         """
+        _check_mesh(mesh)
+        for size in _tuple("shape", shape):
+            check_count("shape", size)
+        for name in _tuple("axes", axes):
+            check_choice("axes", name, _NAMES, optional=True)
+        if len(shape) != len(axes):
+            raise ValueError(f"axes must name every dimension of shape {tuple(shape)}, got {tuple(axes)}")
+        self._check_axes(mesh)
         used: set[str] = set()
 
         def free(axis: Axis | None) -> tuple[str, ...]:
@@ -123,6 +156,9 @@ class Sharding:
 
     def check(self, config: Config, mesh: Any) -> None:
         """Raises ValueError, all in one, where heads or experts of a model do not divide over their mesh axes."""
+        check_instance("config", config, Config, "a ring_jax.models.qwen3_5.Config")
+        _check_mesh(mesh)
+        self._check_axes(mesh)
         counts = {
             "query heads": (config.num_heads, self.tensor),
             "key-value heads": (config.num_kv_heads, self.tensor),
@@ -145,5 +181,15 @@ class Sharding:
         """PartitionSpecs of all parameters of a `Config`, in the model's tree."""
         from ring_jax.models.qwen3_5.modeling import Qwen3_5
 
+        check_instance("config", config, Config, "a ring_jax.models.qwen3_5.Config")
         mesh = self.resolve_mesh() if mesh is None else mesh
         return Qwen3_5(config, rngs=None).param_specs(self, mesh)
+
+
+def _check_mesh(mesh: Any) -> None:
+    check_instance("mesh", mesh, (Mesh, AbstractMesh), "a jax.sharding.Mesh")
+
+
+def _tuple(name: str, value: Any) -> tuple:
+    check_instance(name, value, (tuple, list), "a tuple, one entry for each dimension")
+    return tuple(value)
