@@ -18,6 +18,18 @@ Span = tuple[float, float]  # begin and end, milliseconds
 # NCCL's kernels, peer copies of the copy engine. Copies inside one GPU are compute: they keep it from the next kernel.
 _TRANSFER = re.compile(r"nccl|memcpy ?p(2|to)p|memcpypeer|peer", re.IGNORECASE)
 
+# What a kernel does, by its name; the first that fits. XLA names its fusions after what is in them.
+_KINDS = {
+    "transfers": _TRANSFER,
+    "attention": re.compile(r"attention|fmha|flash", re.IGNORECASE),
+    "gated delta rule": re.compile(r"delta|gdn", re.IGNORECASE),
+    "experts": re.compile(r"expert|moe|grouped", re.IGNORECASE),
+    "matrix products": re.compile(r"gemm|nvjet|cutlass|cublas|splitk|matmul|dot|triton_nested", re.IGNORECASE),
+    "copies": re.compile(r"memcpy|memset|copy|slice|concatenate|transpose|pad_fusion", re.IGNORECASE),
+    "reductions": re.compile(r"reduce|softmax", re.IGNORECASE),
+    "other fusions": re.compile(r"fusion|wrapped", re.IGNORECASE),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Activity:
@@ -42,6 +54,15 @@ class Activity:
     def idle_share(self) -> float:
         """Part of the whole in which this GPU neither computes nor transfers."""
         return 1 - _total(merge([*self.compute, *self.transfer])) / self.length
+
+    def by_kind(self) -> dict[str, tuple[float, int]]:
+        """Milliseconds and number of kernels of each kind, the longest first."""
+        found: dict[str, tuple[float, int]] = {}
+        for begin, end, name in self.events:
+            kind = next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other kernels")
+            ms, count = found.get(kind, (0.0, 0))
+            found[kind] = ms + end - begin, count + 1
+        return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
     def summary(self) -> dict[str, Any]:
         """Milliseconds and shares, and the kernels that took longest."""

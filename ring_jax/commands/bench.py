@@ -1,4 +1,4 @@
-"""``ring-jax bench attention`` and ``ring-jax bench ring``: speed on this host's GPUs, after a check against the reference."""
+"""``ring-jax bench attention``, ``ring`` and ``model``: speed on this host's GPUs, after a check against the reference."""
 
 import argparse
 import importlib
@@ -7,6 +7,7 @@ from ring_jax.cli import CommandError, need
 
 BENCHES = {
     "attention": ("ring_jax.bench.attention", "the flash-attention kernels beside cuDNN, on one GPU"),
+    "model": ("ring_jax.bench.model", "prefill, decode and training of a whole model, and what the GPU could do"),
     "ring": ("ring_jax.bench.ring", "context-parallel attention in a jitted stack of layers, over all GPUs"),
 }
 

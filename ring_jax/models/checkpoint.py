@@ -1,7 +1,7 @@
 """Training checkpoints: the state of a Flax model and its optimizer, saved and restored shard by shard by Orbax.
 
 A step is a folder that gets its name only when it is whole (Orbax's atomic commit), so an interrupted save leaves the
-earlier steps as they were. Parameters are stored under flat names ("groups.layers.0.mixer.q") with their global
+earlier steps as they were. Parameters are stored under flat names ("groups.layers.0.mixer.o") with their global
 shapes: any mesh can read what another one has written.
 """
 

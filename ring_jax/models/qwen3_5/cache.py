@@ -55,13 +55,13 @@ def cache_specs(sharding: Sharding) -> Any:
     return Cache(keys, keys, gdn, P(batch), P())  # type: ignore[arg-type]
 
 
-def append(new: Float[Array, "G L 2 B R K H"], at: tuple[int, int], keys: Float[Array, "2 B 1 K H"], count, rank, ranks: int):
-    """`Cache.new` with one more token in layer `at`, its number `count`; on this rank's shards."""
-    slot = count // ranks
-    start = (*at, 0, 0, slot, 0, 0)
-    here = (count % ranks == rank) & (slot < new.shape[4])  # beyond the room nothing is overwritten
-    old = jax.lax.dynamic_slice(new, start, (1, 1, *keys.shape))
-    return jax.lax.dynamic_update_slice(new, jnp.where(here, keys[None, None], old), start)
+def append(cache: Cache, keys: Float[Array, "G L 2 B 1 K H"], rank, ranks: int) -> Array:
+    """`cache.new` one token later; on this rank's shards."""
+    slot = cache.count // ranks
+    at = (0, 0, 0, 0, slot, 0, 0)
+    here = (cache.count % ranks == rank) & (slot < cache.new.shape[4])  # beyond the room nothing is overwritten
+    old = jax.lax.dynamic_slice(cache.new, at, keys.shape)
+    return jax.lax.dynamic_update_slice(cache.new, jnp.where(here, keys, old), at)
 
 
 def put(stacked: Array, at: tuple[int, int], value: Array) -> Array:

@@ -8,6 +8,7 @@ multiply the part of x that fits their part of the weight and sum, which moves a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_jax import gdn
+from ring_jax._device import target
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.context import ring_attention
 from ring_jax.context.decode import attend_parts, merge_ranks
@@ -23,8 +25,10 @@ from ring_jax.context.shard import Shard, axis_names
 from ring_jax.flash import flash_attention
 from ring_jax.gdn import OneDevice
 from ring_jax.mask import ResolvedMask
-from ring_jax.models.qwen3_5.cache import append
 from ring_jax.models.qwen3_5.sharding import Sharding
+
+
+_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,10 +53,10 @@ class Local:
         size = x.shape[-1]
         axes = self._weights_axes() if w.shape[0] != size else ()
         if not axes or varying_axes(x) & set(axes):
-            return jnp.matmul(x, self.weight(w, 0, size, x).astype(x.dtype), preferred_element_type=dtype)
+            return _matmul(x, self.weight(w, 0, size, x), dtype)
         start = lax.axis_index(axes) * w.shape[0]
         part = lax.dynamic_slice_in_dim(x, start, w.shape[0], x.ndim - 1)
-        return lax.psum(jnp.matmul(part, w.astype(x.dtype), preferred_element_type=jnp.float32), axes).astype(dtype)
+        return lax.psum(_matmul(part, w, jnp.float32), axes).astype(dtype)
 
     def sum_tensor(self, y: jax.Array) -> jax.Array:
         """The sum over the tensor axis of what its ranks have computed from their heads or features."""
@@ -152,6 +156,22 @@ class Local:
         return tuple(name for name in axis_names(self.sharding.weights) if name not in used and lax.axis_size(name) > 1)
 
 
+def _matmul(x, w, dtype):
+    """x [..., D] times w [D, F] in x's dtype, summed and returned in `dtype`.
+
+    For GPUs, fewer than eight rows are made eight. XLA turns the product of one row with a weight of less than ten million
+    elements into sums over multiplied arrays: with bfloat16 those are rounded before they are summed, and where they are
+    fused into what reads the result, or written out first, the weight is read far slower than a product reads it. A matrix
+    unit multiplies eight rows or more at a time anyway.
+    """
+    w, rows = w.astype(x.dtype), math.prod(x.shape[:-1])
+    if rows >= _ROWS or target().platform != "gpu":
+        return jnp.matmul(x, w, preferred_element_type=dtype)
+    few = jnp.pad(x.reshape(rows, -1), ((0, _ROWS - rows), (0, 0)))
+    few = lax.optimization_barrier(few)  # or XLA takes the padding away
+    return jnp.matmul(few, w, preferred_element_type=dtype)[:rows].reshape(*x.shape[:-1], -1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt(Local):
     """Whole sequences, laid out over the context axis: many new tokens, nothing before them.
@@ -219,19 +239,20 @@ class Step(Local):
     count: jax.Array
 
     def attend(self, query, key, value, cache) -> tuple[jax.Array, jax.Array]:
-        """cache: keys and values of this layer's prompt, those of all layers' new tokens, and which layer this is. The
-        token's own are appended first, so it sees itself; returned are all layers' new ones."""
+        """cache: keys and values of all layers' prompts, those of their new tokens, and which layer this is. Returned are
+        the token's own, packed. The first rank counts them, so that the token sees itself once."""
         prompt, new, at = cache
         rank, ranks = (self.prompt.rank(), self.prompt.ranks) if self.prompt is not None else (0, 1)
-        new = append(new, at, jnp.stack([key, value]), self.count, rank, ranks)
         seen = self.lengths
         if self.prompt is not None:
             seen = self.prompt.layout.count_below(seen, rank, self.prompt.length, ranks)
-        later = jnp.broadcast_to((self.count + ranks - rank) // ranks, self.lengths.shape)
-        out, lse = attend_parts(query, [(prompt, seen), (new[at], later)])
+        later = jnp.broadcast_to((self.count - rank + ranks - 1) // ranks, self.lengths.shape)
+        itself = jnp.broadcast_to(jnp.asarray(rank == 0, jnp.int32), self.lengths.shape)
+        held = [(*(x[(*at, i)] for i in range(2)), visible) for x, visible in ((prompt, seen), (new, later))]
+        out, lse = attend_parts(query, [*held, (key, value, itself)])
         if self.prompt is not None:
             out, _ = merge_ranks(out, lse, self.prompt.axis)
-        return out.astype(query.dtype), new
+        return out.astype(query.dtype), jnp.stack([key, value])
 
     def token_axes(self, *, rows_only: bool = False) -> tuple[str, ...]:
         return super().token_axes(rows_only=True)

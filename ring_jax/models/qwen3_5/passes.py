@@ -20,7 +20,7 @@ from ring_jax.context.shard import axis_names
 from ring_jax.gdn import segments
 from ring_jax.mask import Mask, causal, documents
 from ring_jax.mask import lengths as lengths_mask
-from ring_jax.models.qwen3_5.cache import Cache, put
+from ring_jax.models.qwen3_5.cache import Cache, append, put
 from ring_jax.models.qwen3_5.config import FULL, LINEAR
 from ring_jax.models.qwen3_5.layers import Layer, norm
 from ring_jax.models.qwen3_5.local import Local, Prompt, Step
@@ -93,15 +93,18 @@ def decode(params, tokens, cache: Cache, graph):
 
     A plain loop over the layers, where `_walk` scans: each product then reads its own slice of the stacked weights where it
     lies, while a scan copies every weight before its product; with one token there is nothing else to do but read weights.
-    The cache is updated layer by layer, so that with a donated cache each write is in place.
+    XLA lets a product read a slice of a parameter only, so layers read the new tokens' keys as they came in, and the token's
+    own are written at the end. States are written layer by layer, each in place where the cache is donated.
     """
     model = nnx.merge(graph, nnx.State(params))
-    sharding, shard = model.sharding, None
+    sharding, shard, rank, ranks = model.sharding, None, 0, 1
     if sharding is not None:
-        shard = sharding.context.shard(cache.prompt.shape[4] * sharding.context.ranks())
+        ranks = sharding.context.ranks()
+        shard = sharding.context.shard(cache.prompt.shape[4] * ranks)
+        rank = shard.rank()
     here = Step(sharding, cache.positions[:, None], shard, cache.lengths, cache.count)
     x = _embed(model, here, tokens[:, None])
-    new, states = cache.new, cache.gdn
+    keys, states = [], cache.gdn
     graph, groups = nnx.split(model.groups)
     stacked = nnx.to_pure_dict(groups)
     for g in range(model.config.groups):
@@ -111,11 +114,15 @@ def decode(params, tokens, cache: Cache, graph):
             at = g, counts[layer.kind]
             counts[layer.kind] += 1
             if layer.kind == FULL:
-                x, new, _ = layer(x, (cache.prompt[at], new, at), here, None, None)
+                x, own, _ = layer(x, (cache.prompt, cache.new, at), here, None, None)
+                keys.append(own)
                 continue
             x, left, _ = layer(x, jax.tree.map(lambda c, at=at: c[at], states), here, gdn.OneDevice(), None)
             state, tail = put(states.state, at, left.state), put(states.tail, at, left.tail)
             states = dataclasses.replace(states, state=state, tail=tail)
+    # The barrier keeps the write behind the last layer's reading: it would have to go to a copy otherwise.
+    x, packed = jax.lax.optimization_barrier((x, jnp.stack(keys)))
+    new = append(cache, packed.reshape(*cache.new.shape[:4], 1, *packed.shape[-2:]), rank, ranks)
     return here.whole_vocabulary(_logits(model, here, x[:, 0])), new, states
 
 
