@@ -17,6 +17,8 @@ from ring_jax.mask import lengths as lengths
 from ring_jax.mask import prefix as prefix
 from ring_jax.mask import window as window
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name: str):
     # Flax is imported only by those who use it.

@@ -2,15 +2,24 @@
 
 A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> exit status``, named in `COMMANDS` with its
 line of help. It is imported only when asked for: what it needs may not be installed.
+
+Exit status: 0 for success, 1 where something failed or disagreed, 2 for a command line that cannot run, 130 after Ctrl-C,
+141 where the reader of the output has gone. A traceback means an error of ours.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+
+from ring_jax import __version__
 
 COMMANDS = {
     "generate": (
@@ -20,6 +29,8 @@ COMMANDS = {
     "bench": ("ring_jax.commands.bench", "time attention on this host's GPUs, beside cuDNN and over ranks"),
     "doctor": ("ring_jax.commands.doctor", "show versions, devices and what runs here; check it against the reference"),
 }
+INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + 13  # what shells report for these signals
+GRACE = 1.0  # seconds that Python has to act on Ctrl-C
 
 
 class CommandError(Exception):
@@ -29,23 +40,97 @@ class CommandError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: that of the process); returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a text may hold what the terminal cannot show; a pipe's reader wants lines
+            stream.reconfigure(errors="replace", line_buffering=True)
+    try:
+        with _ctrl_c_ends_at_once():
+            try:
+                return _run(argv)
+            finally:
+                sys.stdout.flush()
+    except CommandError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _forget_output()
+        return BROKEN_PIPE
+    except OSError as error:  # a full disk, a directory that may not be written
+        _forget_output()
+        return _fail(str(error), 1)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        return _fail(f"out of memory: spread the sequence over more devices, or take a shorter one ({first})", 1)
+
+
+def parser_of(command: str | None) -> argparse.ArgumentParser:
+    """The whole parser; only `command` gets its options, because they are in its module."""
     parser = argparse.ArgumentParser(prog="ring-jax", description="Ring attention for JAX.")
+    parser.add_argument("--version", action="version", version=f"ring-jax {__version__}", help="show the version")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, summary) in COMMANDS.items():
-        # The full parser of a command needs its module, so only the command that was asked for gets one.
         subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name in argv[:1]:
+        if name == command:
             _module(name).add_arguments(subparser)
-    args = parser.parse_args(argv)
-    try:
-        return _module(args.command).run(args)
-    except CommandError as error:
-        print(f"ring-jax {args.command}: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = parser_of(argv[0] if argv else None).parse_args(argv)
+    return _module(args.command).run(args)
 
 
 def _module(command: str):
     return importlib.import_module(COMMANDS[command][0])
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"ring-jax: error: {message}", file=sys.stderr)
+    return status
+
+
+def _forget_output() -> None:
+    """Nobody reads what is still to be flushed: Python would complain about that at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _ctrl_c_ends_at_once() -> Iterator[None]:
+    """Ends the process on Ctrl-C also while XLA compiles or runs: Python acts only between two of its own steps."""
+    if os.name != "posix" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    over = threading.Event()
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGINT and not over.wait(GRACE):
+                os._exit(INTERRUPTED)
+        os.close(reader)
+
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+
+def find_devices() -> list[Any]:
+    """The devices, eight emulated ones where jax has only a CPU; `CommandError` where it cannot start."""
+    use_all_devices()
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise CommandError(f"jax finds no device: {error}") from error
 
 
 def use_all_devices(emulated: int = 8) -> None:

@@ -1,10 +1,12 @@
 """The README's snippets run, its commands are the ones that exist, and its tree is the tree."""
 
+import itertools
 import re
 from pathlib import Path
 
 import jax
 import pytest
+from flax import nnx
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +23,28 @@ def test_snippets_run_from_top_to_bottom():
             exec(compile(snippet, f"README.md, snippet {number}", "exec"), namespace)
     out = namespace["out"]
     assert isinstance(out, jax.Array) and bool(jax.numpy.isfinite(out).all())
+
+
+def test_an_ordinary_layer_takes_what_the_first_snippet_lays_out():
+    namespace: dict[str, object] = {}
+    with jax.numpy_dtype_promotion("standard"):
+        exec(blocks("python")[0], namespace)
+        tokens = jax.numpy.arange(1000)[None] % 50
+        embed = nnx.Embed(50, 16, rngs=nnx.Rngs(0))
+        found = namespace["cp"].from_layout(embed(namespace["cp"].to_layout(tokens)), 1000)
+    assert (found == embed.embedding[...][tokens]).all()
+
+
+def test_every_mesh_is_made_in_one_way():
+    sources = [*(ROOT / "ring_jax").rglob("*.py"), *(ROOT / "examples").glob("*.py"), ROOT / "README.md"]
+    calls = []
+    for path in sources:
+        text = path.read_text()
+        calls += [(path.name, text[found.start() :][:400]) for found in re.finditer(r"make_mesh\(", text)]
+    assert len(calls) >= 5
+    for name, call in calls:
+        depth = list(itertools.accumulate((c == "(") - (c == ")") for c in call[len("make_mesh") :]))
+        assert "axis_types=" in call[: depth.index(0)], f"{name} makes a mesh without axis_types"
 
 
 def test_exactly_two_set_up_commands():

@@ -37,18 +37,21 @@ BACKWARD_CHANGES = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], metavar="S")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[8192, 32768], metavar="S", help="tokens (default: 8192 32768)"
+    )
     parser.add_argument(
         "--masks",
         nargs="+",
         default=["full", "causal"],
+        metavar="MASK",
         help="full, causal, window:W, documents:N, documents-full:N, hop:earlier, hop:later",
     )
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows (default: 1)")
+    parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default: 32)")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="K", help="key-value heads (default: 8)")
+    parser.add_argument("--head-size", type=int, default=128, metavar="H", help="size of a head (default: 128)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of all arrays")
     parser.add_argument("--only", choices=["forward", "backward"], help="default: forward, then forward + backward")
     parser.add_argument(
         "--forms",

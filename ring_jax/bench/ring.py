@@ -149,16 +149,29 @@ def no_transfer(alone: int | None = None):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768], metavar="S")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[8192, 16384, 32768],
+        metavar="S",
+        help="tokens in all (default: 8192 16384 32768)",
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=None, help="GPUs to spread over (default: all)")
-    parser.add_argument("--strategies", nargs="+", default=["ring", "auto"], choices=["auto", *STRATEGIES])
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--strategies", nargs="+", default=["ring", "auto"], choices=["auto", *STRATEGIES], help="default: ring auto"
+    )
+    parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default: 32)")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="K", help="key-value heads (default: 8)")
+    parser.add_argument("--head-size", type=int, default=128, metavar="H", help="size of a head (default: 128)")
+    parser.add_argument("--layers", type=int, default=8, metavar="L", help="of the stack (default: 8)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="runs of each, the median counts (default: 5)"
+    )
     parser.add_argument("--full", action="store_true", help="bidirectional instead of causal")
-    parser.add_argument("--gradients", choices=["no", "yes", "both"], default="both")
+    parser.add_argument(
+        "--gradients", choices=["no", "yes", "both"], default="both", help="with the backward? (default: both)"
+    )
     parser.add_argument("--implementation", help="block backend (default: what ring_jax picks)")
     parser.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare with the reference first"

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-from ring_jax.cli import CommandError, need
+from ring_jax.cli import CommandError, find_devices, need
 
 BENCHES = {
     "attention": ("ring_jax.bench.attention", "the flash-attention kernels beside cuDNN, on one GPU"),
@@ -22,8 +22,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.png:
         need("matplotlib")
+    _check(args)
+    find_devices()
     bench = importlib.import_module(BENCHES[args.bench][0])
     reason = bench.unavailable(args)
     if reason:
         raise CommandError(reason)
     return bench.run(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses sizes and masks that no case can have."""
+    from ring_jax.bench.flash_forward import Case
+
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and not number > 0:
+                raise CommandError(f"--{name.replace('_', '-')} must be positive, got {number}")
+    if args.heads % args.kv_heads:
+        raise CommandError(f"--kv-heads must divide --heads, got {args.kv_heads} and {args.heads}")
+    for mask in getattr(args, "masks", ()):
+        try:
+            Case(1, min(args.lengths), 1, 1, 64, mask).bounds()
+        except (ValueError, ZeroDivisionError) as error:
+            raise CommandError(f"--masks {mask}: {error}") from error

@@ -10,22 +10,28 @@ from typing import Any
 
 import numpy as np
 
-from ring_jax.cli import use_all_devices
+from ring_jax.cli import CommandError, find_devices
 
+LONGEST = 8192  # of the self-check: the reference forms all scores at once
 PACKAGES = ("ring-jax", "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "jax-cuda12-plugin", "jax-cuda13-plugin")
 # Largest error over the largest value: a few units of the dtype's rounding, and room for a long sum.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq-len", type=int, default=512, metavar="S", help="length of the self-check (default: 512)")
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        default=512,
+        metavar="S",
+        help=f"length of the self-check, up to {LONGEST} (default: 512)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    use_all_devices()
-    import jax
-
-    devices = jax.devices()
+    if not 1 <= args.seq_len <= LONGEST:
+        raise CommandError(f"--seq-len must be from 1 to {LONGEST}, got {args.seq_len}")
+    devices = find_devices()
     print_versions()
     print_devices(devices)
     print_links(devices)

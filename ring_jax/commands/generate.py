@@ -5,18 +5,21 @@ was trained for: a pass key hidden in 16,384 tokens of Python's own documentatio
 """
 
 import argparse
-import dataclasses
 import os
 import sys
-import threading
-import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from ring_jax.cli import CommandError, need, use_all_devices
+from ring_jax.cli import CommandError, find_devices, need
+from ring_jax.commands.progress import Progress
+from ring_jax.data.passkey import MODEL
 
-BUNDLED = Path(__file__).parent.parent / "data" / "passkey"
+if TYPE_CHECKING:
+    from ring_jax.commands.session import Answer, Settings
+
 DEMO_TOKENS = 16384
+PNG = "ring-jax-ranks.png"
+RULE = "-" * 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,16 +27,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, metavar="DIR", help="Hugging Face checkpoint (default: the bundled model)"
     )
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    text.add_argument("--prompt", metavar="TEXT", help="text to continue (default: the bundled model's own task)")
     text.add_argument("--prompt-file", metavar="F", help="file with that text, - for standard input")
     parser.add_argument(
         "--context-ranks", type=int, metavar="C", help="devices that share the prompt (default: all of them)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help="default: 128")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=None)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=None, metavar="N", help="end after so many tokens (default: 128)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: always the most likely token (default)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens of that share (default: 1)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=None, metavar="K", help="draw from the K likeliest tokens (default: from all)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of what is drawn: equal seeds give equal texts (default: 0)"
+    )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -46,174 +63,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="spread the weights over the devices too (default: where one cannot hold them)",
     )
+    parser.add_argument(
+        "--png",
+        metavar="FILE",
+        help=f"where the bundled task draws which rank holds and computes what (default: {PNG})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    need("tokenizers", "jinja2")
-    use_all_devices()
+    need("tokenizers", "jinja2", "tqdm")
+    demo = _check(args)
+    prompt, sampling = _prompt(args), _sampling(args)
+    devices = find_devices()
+    from ring_jax.commands.session import Settings
 
-    import jax
-
-    sampling = _sampling(args)
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise CommandError(f"--max-new-tokens must be positive, got {args.max_new_tokens}")
-    devices = jax.devices()
     ranks = len(devices) if args.context_ranks is None else args.context_ranks
     if not 1 <= ranks <= len(devices):
         raise CommandError(
             f"--context-ranks {ranks}: this machine has {len(devices)} devices ({devices[0].device_kind})"
         )
-    prompt = _prompt(args)
-    if "" in args.stop:
-        raise CommandError("--stop needs a text, got an empty one")
-    if args.model is None and prompt is None and args.max_new_tokens is not None:
-        raise CommandError("--max-new-tokens goes with --prompt: the bundled task has an answer of its own length")
-    settings = Settings(
-        args.model or BUNDLED, args.dtype, args.shard_weights, sampling, args.seed, tuple(args.stop), args.raw
-    )
+    # A text this short `auto` would gather on every rank; the task is to show a ring.
+    strategy = "ring" if demo else "auto"
+    settings = Settings(args.model or MODEL, args.dtype, args.shard_weights, sampling, args.seed, strategy)
     emulated = " (emulated on one CPU)" if devices[0].platform == "cpu" and len(devices) > 1 else ""
     print(f"devices   {len(devices)} x {devices[0].device_kind}{emulated}")
-    if args.model is None and prompt is None:
+    if demo:
         each = [ranks] if args.context_ranks is not None or ranks == 1 else [1, ranks]
-        return _find_the_key(settings, each)
-    if prompt is None:
-        raise CommandError("give --prompt TEXT or --prompt-file F")
-    session = Session.open(settings, ranks)
-    session.answer(prompt, args.max_new_tokens or 128, sys.stdout)
-    session.print_memory()
+        return _find_the_key(settings, each, args.png or PNG)
+    assert prompt is not None
+    _continue(settings, ranks, prompt, args)
     return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    directory: Path
-    dtype: str | None
-    shard_weights: bool
-    sampling: Any
-    seed: int
-    stop: tuple[str, ...]
-    raw: bool
+def _check(args: argparse.Namespace) -> bool:
+    """Refuses what cannot run, before anything is loaded; returns whether this is the bundled task."""
+    without_prompt = args.prompt is None and args.prompt_file is None
+    if without_prompt and args.model is not None:
+        raise CommandError("give --prompt TEXT or --prompt-file F")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise CommandError(f"--max-new-tokens must be positive, got {args.max_new_tokens}")
+    if without_prompt and args.max_new_tokens is not None:
+        raise CommandError("--max-new-tokens goes with --prompt: the bundled task has an answer of its own length")
+    if not without_prompt and args.png is not None:
+        raise CommandError("--png goes with the bundled task: leave --prompt and --prompt-file out")
+    if not 0 <= args.seed < 2**32:
+        raise CommandError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+    if "" in args.stop:
+        raise CommandError("--stop needs a text, got an empty one")
+    if without_prompt:
+        need("matplotlib")
+    return without_prompt
 
 
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """A loaded model and its tokenizer."""
+def _continue(settings: "Settings", ranks: int, prompt: str, args: argparse.Namespace) -> None:
+    """Streams what a checkpoint writes after `prompt`."""
+    from ring_jax.commands.session import STEPS, Session
+    from ring_jax.inference.tokenizer import TextStream
 
-    settings: Settings
-    model: Any
-    tokenizer: Any
-    devices: Any
-
-    @classmethod
-    def open(cls, settings: Settings, ranks: int) -> "Session":
-        import jax
-        import numpy as np
-
-        import ring_jax
-        from ring_jax.inference.tokenizer import Tokenizer
-        from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
-
-        devices = jax.devices()[:ranks]
-        mesh = jax.sharding.Mesh(np.asarray(devices), ("context",))
-        cp = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh)
-        begin = time.perf_counter()
-        try:
-            config = Config.from_hf(settings.directory)
-            tokenizer = Tokenizer(settings.directory)
-            experts = config.experts is not None and config.experts.count % ranks == 0
-            sharding = Sharding(cp, expert="context" if experts else None)
-            dtype = settings.dtype or ("float32" if devices[0].platform == "cpu" else None)
-            if settings.shard_weights or not _fits(settings.directory, devices, dtype):
-                sharding = dataclasses.replace(sharding, weights="context")
-            model = Qwen3_5.from_pretrained(settings.directory, dtype=dtype, sharding=sharding)
-        except (OSError, ValueError, NotImplementedError) as error:
-            raise CommandError(f"cannot load {settings.directory}: {error}") from error
-        parameters = sum(x.size for x in _arrays(model))
-        kind = f"{config.family}, {config.num_layers} layers, {parameters / 1e6:,.1f} M parameters, {model.dtype}"
-        print(f"model     {settings.directory.name}: {kind}, loaded in {time.perf_counter() - begin:.1f} s")
-        return cls(settings, model, tokenizer, devices)
-
-    def answer(self, prompt: str, max_new_tokens: int, out: TextIO) -> str:
-        """Generates and prints; returns the text."""
-        from ring_jax.inference import generate
-        from ring_jax.inference.tokenizer import TextStream
-
-        settings, tokenizer = self.settings, self.tokenizer
-        chat = tokenizer.chat_template is not None and not settings.raw
-        try:
-            ids = tokenizer.chat(prompt) if chat else tokenizer.encode(prompt)
-        except ValueError as error:
-            raise CommandError(str(error)) from error
-        ranks = len(self.devices)
-        shared = f"over {ranks} ranks" if ranks > 1 else "on one rank"
-        clock = Clock(f"prefill   {len(ids):,} tokens {shared} ...")
-        text, first = StopAt(TextStream(tokenizer), settings.stop), True
-        eos = tokenizer.eos_token_ids or self.model.config.eos_token_ids
-
-        def show(tokens):
-            nonlocal first
-            if first:
-                clock.stop(" done")
-                print("-" * 80, flush=True)
-                first = False
-            if tokens[0] not in eos:
-                out.write(text.add(tokens[0]))
-                out.flush()
-            return text.stopped
-
-        try:
-            result = generate(
-                self.model, [ids], max_new_tokens=max_new_tokens, sampling=settings.sampling, seed=settings.seed,
-                stop_ids=eos, on_tokens=show,
-            )  # fmt: skip
-        except ValueError as error:
-            clock.stop("")
-            raise CommandError(str(error)) from error
-        out.write(text.finish() + "\n")
-        print("-" * 80)
-        print(f"first     token after {result.seconds_to_first:.2f} s (compilation and prefill)")
-        speed = f", {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
-        print(f"decode    {len(result.tokens[0])} tokens{speed}")
-        return text.text
-
-    def print_memory(self) -> None:
-        """Bytes on each device: the most so far where the device counts them, else those of live arrays."""
-        import jax
-
-        stats = [device.memory_stats() or {} for device in self.devices]
-        if all("peak_bytes_in_use" in s for s in stats):
-            sizes, what = [s["peak_bytes_in_use"] for s in stats], "at most"
-        else:
-            sizes, what = [0] * len(self.devices), "arrays now"
-            index = {device: i for i, device in enumerate(self.devices)}
-            for array in jax.live_arrays():
-                for shard in array.addressable_shards:
-                    if shard.device in index:
-                        sizes[index[shard.device]] += shard.data.nbytes
-        print(f"memory    {what} {', '.join(f'{size / 2**20:,.0f}' for size in sizes)} MiB on the devices")
-
-
-class Clock:
-    """A line that shows the seconds since it began, on a terminal; elsewhere it is printed once."""
-
-    def __init__(self, line: str):
-        self._line, self._over = line, threading.Event()
-        print(line, end="", flush=True)
-        self._thread = threading.Thread(target=self._tick, daemon=True)
-        if sys.stdout.isatty():
-            self._thread.start()
-
-    def _tick(self) -> None:
-        begin = time.perf_counter()
-        while not self._over.wait(1):
-            print(f"\r{self._line} {time.perf_counter() - begin:.0f} s", end="", flush=True)
-
-    def stop(self, word: str) -> None:
-        """Ends the line with a word."""
-        self._over.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        print(word, flush=True)
+    with Progress(STEPS) as progress:
+        session = Session.open(settings, ranks, progress)
+        ids = session.encode(prompt, raw=args.raw)
+        answer, tokens = session.tokens(ids, args.max_new_tokens or 128, progress)
+    text = StopAt(TextStream(session.tokenizer), tuple(args.stop))
+    print(RULE)
+    for token in tokens:
+        if token not in session.eos:
+            sys.stdout.write(text.add(token))
+            sys.stdout.flush()
+        if text.stopped:
+            break
+    print(text.finish())
+    print(RULE)
+    speed = answer.tokens_per_second
+    print(f"decode    {len(answer.tokens)} tokens" + (f", {speed:.1f} tokens/s" if speed else ""))
+    print(f"memory    {session.memory()}")
 
 
 class StopAt:
@@ -252,10 +175,11 @@ class StopAt:
         return text[begin : self._out]
 
 
-def _find_the_key(settings: Settings, each: list[int]) -> int:
+def _find_the_key(settings: "Settings", each: list[int], png: str) -> int:
     """The bundled model on what it was trained for; the exit status says whether every number of ranks found the key."""
     import numpy as np
 
+    from ring_jax.commands.session import STEPS, Session
     from ring_jax.data.passkey import NEEDLE, QUESTION, held_out_text, random_text
 
     if not (settings.directory / "config.json").is_file():
@@ -264,19 +188,77 @@ def _find_the_key(settings: Settings, each: list[int]) -> int:
         )
     hidden = random_text(np.random.default_rng(settings.seed), DEMO_TOKENS, text=held_out_text())
     needle = NEEDLE.format(key=hidden.key).strip()
-    depth = hidden.prompt.index(needle) / len(hidden.prompt)
-    print(f"text      {len(hidden.prompt):,} bytes of Python's documentation; {depth:.0%} into it: {needle!r}")
+    at, length = hidden.prompt.index(needle), len(hidden.answer) + 1
+    print(
+        f"text      {len(hidden.prompt):,} bytes of Python's documentation; {at / DEMO_TOKENS:.0%} into it: {needle!r}"
+    )
     print(f"          and at the end: {QUESTION.strip()!r}")
-    answers = {}
-    for ranks in each:
-        session = Session.open(settings, ranks)
-        answers[ranks] = session.answer(hidden.prompt, len(hidden.answer) + 1, sys.stdout)
-        session.print_memory()
-    found = {ranks: answer.strip() == hidden.answer for ranks, answer in answers.items()}
-    for ranks, ok in found.items():
-        where = f"{ranks} ranks" if ranks > 1 else "1 rank"
-        print(f"result    {where}: {'found' if ok else 'NOT found'}, {answers[ranks]!r}, hidden was {hidden.key}")
-    return 0 if all(found.values()) else 1
+    answers: dict[int, Answer] = {}
+    texts: dict[int, str] = {}
+    with Progress(len(each) * (STEPS + length)) as progress:
+        for ranks in each:
+            session = Session.open(settings, ranks, progress)
+            answer, tokens = session.tokens(session.encode(hidden.prompt, raw=True), length, progress)
+            with progress.step("decode", f"tokens {session.where}", length) as step:
+                for _ in tokens:
+                    step.advance()
+                step.note = f"{len(answer.tokens)} tokens"
+            answers[ranks], texts[ranks] = answer, session.tokenizer.decode(answer.tokens).strip()
+    _print_results(answers, texts, hidden.answer)
+    _draw(png, each[-1], (DEMO_TOKENS - 1, at, "here the question reads the pass key"))
+    return 0 if all(text == hidden.answer for text in texts.values()) else 1
+
+
+def _print_results(answers: "dict[int, Answer]", texts: dict[int, str], expected: str) -> None:
+    """A column for each number of ranks, then what the numbers say."""
+    import numpy as np
+
+    found = {ranks: "found" if text == expected else f"NOT found: {text!r}" for ranks, text in texts.items()}
+    decode = {ranks: 1e3 / (answer.tokens_per_second or np.inf) for ranks, answer in answers.items()}
+    rows = [
+        ("", lambda ranks: "1 rank" if ranks == 1 else f"{ranks} ranks", ""),
+        ("compile", lambda ranks: f"{answers[ranks].compile_prefill + answers[ranks].compile_decode:.1f} s", "prefill and decode"),
+        ("prefill", lambda ranks: f"{answers[ranks].prefill:.1f} s", f"{DEMO_TOKENS:,} tokens"),
+        ("decode", lambda ranks: f"{decode[ranks]:.1f} ms", "a token"),
+        ("sequence", lambda ranks: f"{answers[ranks].sequence / 2**20:,.0f} MiB", "on each rank: what the compiled prefill holds at once"),
+        ("weights", lambda ranks: f"{answers[ranks].weights / 2**20:,.0f} MiB", "on each rank"),
+        ("pass key", lambda ranks: found[ranks], f"hidden was {expected!r}"),
+    ]  # fmt: skip
+    print()
+    for name, value, remark in rows:
+        print(f"{name:<10}{''.join(f'  {value(ranks):>10}' for ranks in answers)}    {remark}".rstrip())
+    print()
+    if len(answers) > 1:
+        one, many = answers.values()
+        steps = min(len(one.logits), len(many.logits))
+        a, b = (np.stack(answer.logits[:steps]) for answer in (one, many))
+        print(
+            f"The logits of the {steps} tokens differ by at most {np.abs(a - b).max():.1e} between 1 rank and {max(answers)} "
+            f"(the largest is {np.abs(a).max():.1f}): rounding, no approximation."
+        )
+        print(_why_no_faster(max(answers)))
+
+
+def _why_no_faster(ranks: int) -> str:
+    import jax
+
+    if jax.devices()[0].platform != "cpu":
+        return f"A text this short is soon read on one device; what {ranks} ranks save is memory, and time on longer texts."
+    return (
+        f"The {ranks} ranks are emulated: they share {os.cpu_count()} CPU cores, do the same work in smaller pieces and copy keys "
+        "besides, so they are no faster.\nOn devices of their own they compute at once; what each has to hold shows here too."
+    )
+
+
+def _draw(png: str, ranks: int, mark: tuple[int, int, str]) -> None:
+    from ring_jax.commands.picture import draw_ranks
+
+    try:
+        draw_ranks(png, DEMO_TOKENS, ranks, mark)
+    except (OSError, ValueError) as error:  # a directory that may not be written, an unknown ending
+        print(f"picture   not drawn: {error}")
+    else:
+        print(f"picture   {png}: which rank holds and computes what")
 
 
 def _sampling(args: argparse.Namespace) -> Any:
@@ -289,31 +271,21 @@ def _sampling(args: argparse.Namespace) -> Any:
 
 
 def _prompt(args: argparse.Namespace) -> str | None:
+    """The text, None where there is none to continue."""
     if args.prompt_file is None:
-        return args.prompt
+        text, where = args.prompt, "--prompt"
+    else:
+        where = args.prompt_file
+        try:
+            text = sys.stdin.read() if where == "-" else Path(where).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(f"cannot read {where}: {error}") from error
+    if text is None:
+        return None
     try:
-        return sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"cannot read {args.prompt_file}: {error}") from error
-
-
-def _fits(directory: Path, devices: Any, dtype: str | None) -> bool:
-    """Whether every device can hold all weights, and as much again for the rest."""
-    import jax.numpy as jnp
-
-    from ring_jax.models.qwen3_5.pretrained import checkpoint_dtype
-
-    stored = checkpoint_dtype(directory)
-    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    size = size * jnp.dtype(dtype or stored).itemsize // stored.itemsize
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None and devices[0].platform == "cpu":  # emulated devices share the memory
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-    return limit is None or 2 * size < limit
-
-
-def _arrays(model: Any) -> list[Any]:
-    import jax
-    from flax import nnx
-
-    return jax.tree.leaves(nnx.state(model, nnx.Param))
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CommandError(f"{where} is not UTF-8: {error}") from error
+    if not text:
+        raise CommandError(f"{where} is empty: give at least one character to continue")
+    return text

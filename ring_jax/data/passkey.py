@@ -18,6 +18,7 @@ DIGITS = 5
 NEEDLE = "\n\nThe pass key is {key}. Remember it.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
 ANSWER = "{key}."
+MODEL = Path(__file__).parent / "passkey"  # the checkpoint that was trained for it; it comes with the package
 HELD_OUT = 0.25  # of the help topics: what training never sees
 # Not part of the standard library, or not written in sentences.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "pydoc_data", "encodings", "lib2to3"}

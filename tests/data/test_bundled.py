@@ -1,18 +1,13 @@
 """The bundled model: small, complete, and it finds the key."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ring_jax.data
 from ring_jax.data.byte_tokenizer import END, tokens_of
-from ring_jax.data.passkey import held_out_text, random_text
+from ring_jax.data.passkey import MODEL, held_out_text, random_text
 from ring_jax.models.qwen3_5 import Qwen3_5
-
-BUNDLED = Path(ring_jax.data.__file__).parent / "passkey"
 
 
 def missed(length: int, depths) -> list[float]:
@@ -20,7 +15,7 @@ def missed(length: int, depths) -> list[float]:
     random, text = np.random.default_rng(length), held_out_text()
     found = [random_text(random, length - 7, depth, text=text) for depth in depths]
     tokens = tokens_of([x.prompt + x.answer + chr(END) for x in found])
-    model = Qwen3_5.from_pretrained(BUNDLED, dtype=jnp.float32)
+    model = Qwen3_5.from_pretrained(MODEL, dtype=jnp.float32)
     logits = jax.jit(lambda tokens: model(tokens, logits="all").logits)(tokens)
     right = np.asarray(logits[:, -8:-1].argmax(axis=-1)) == tokens[:, -7:]
     return [depth for depth, good in zip(depths, right.all(axis=1), strict=True) if not good]
@@ -36,7 +31,7 @@ def test_finds_the_key_far_away():
 
 
 def test_is_complete_and_small():
-    sizes = {path.name: path.stat().st_size for path in BUNDLED.iterdir()}
+    sizes = {path.name: path.stat().st_size for path in MODEL.iterdir()}
     assert sum(sizes.values()) < 5 * 10**6
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert set(sizes) == wanted
