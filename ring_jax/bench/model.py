@@ -38,14 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FOLDER", help="a Hugging Face checkpoint instead of a preset")
     parser.add_argument("--layers", type=int, help="only so many layers of a preset")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192, 32768], metavar="S", help="prompt lengths")
-    parser.add_argument("--decode", type=int, nargs="*", default=[1024, 32768], metavar="S", help="prompt lengths before")
+    parser.add_argument(
+        "--decode", type=int, nargs="*", default=[1024, 32768], metavar="S", help="prompt lengths before"
+    )
     parser.add_argument("--train", type=int, nargs="*", default=[], metavar="S", help="lengths of loss + gradient")
     parser.add_argument("--remat", default="attention", choices=["none", "full", "attention"], help="of --train")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=1, help="GPUs to spread the sequence over")
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded in one timing")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-check", dest="check", action="store_false", help="do not compare decode with prefill first")
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not compare decode with prefill first"
+    )
     parser.add_argument("--profile", action="store_true", help="trace one run of each: time by kind of kernel")
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--png", metavar="FILE", help="draw the last timeline of --profile here")
@@ -76,7 +80,11 @@ def run(args: argparse.Namespace) -> int:
             report["rows"].append(row)
             show(row)
             if args.png and activities:
-                trace.draw([activity for activity, _ in activities], args.png, f"{row['what']}, {length} tokens, {args.ranks} GPU(s)")
+                trace.draw(
+                    [activity for activity, _ in activities],
+                    args.png,
+                    f"{row['what']}, {length} tokens, {args.ranks} GPU(s)",
+                )
             if args.json:
                 with open(args.json, "w") as file:
                     json.dump(report, file, indent=1, default=str)
@@ -157,7 +165,9 @@ def decode(model: Qwen3_5, args: argparse.Namespace, length: int):
         return state[0]
 
     if ROOM < (args.repeats + 2) * args.steps:
-        raise ValueError(f"--steps {args.steps} x --repeats {args.repeats} decode more than {ROOM} tokens: fewer of them")
+        raise ValueError(
+            f"--steps {args.steps} x --repeats {args.repeats} decode more than {ROOM} tokens: fewer of them"
+        )
     seconds, compiled = timed(call, args.repeats)
     read = bytes_read(model, state[1], args.batch, args.ranks)
     row = _row("decode", args, length, seconds / args.steps, compiled, read=read)
@@ -222,11 +232,17 @@ def bytes_read(model: Qwen3_5, cache: Any, batch: int, ranks: int) -> int:
         if path != ("embed",) or config.tie_embeddings:
             part = _used(config, path)
             total += x.get_value().nbytes * (1 - (1 - part) ** batch if part < 1 else 1)
-    return int(total + cache.prompt.nbytes / ranks + cache.gdn.state.nbytes)
+    return int(total + cache.prompt_kv.nbytes / ranks + cache.gdn.state.nbytes)
 
 
 def _row(what: str, args, length: int, seconds: float, compiled: float, *, flops=None, read=None) -> dict[str, Any]:
-    row: dict[str, Any] = {"what": what, "length": length, "batch": args.batch, "ms": 1e3 * seconds, "first_s": compiled}
+    row: dict[str, Any] = {
+        "what": what,
+        "length": length,
+        "batch": args.batch,
+        "ms": 1e3 * seconds,
+        "first_s": compiled,
+    }
     peak = next((peaks for name, peaks in PEAKS.items() if name in jax.devices()[0].device_kind), None)
     if flops is not None:
         row |= {"tflops_per_gpu": flops / seconds / args.ranks / 1e12}
@@ -247,7 +263,11 @@ def profile(traced: tuple[trace.Activity, int]) -> dict[str, Any]:
 
 def show(row: dict[str, Any]) -> None:
     peak, bandwidth = row.get("share_of_peak"), row.get("share_of_bandwidth")
-    beside = f"{row['tflops_per_gpu']:.0f} TFLOP/s a GPU" if "tflops_per_gpu" in row else f"{row['gigabytes_read']:.2f} GB read"
+    beside = (
+        f"{row['tflops_per_gpu']:.0f} TFLOP/s a GPU"
+        if "tflops_per_gpu" in row
+        else f"{row['gigabytes_read']:.2f} GB read"
+    )
     beside += f", {peak:.1%} of peak" if peak else ""
     beside += f", {bandwidth:.1%} of the memory's bandwidth" if bandwidth else ""
     print(

@@ -76,16 +76,14 @@ class FullAttention(nnx.Module):
         heads = config.num_heads * size
         self.config = config
         self.queries = 2 * heads // kv_heads  # for each head: query, gate
-        self.in_proj = make(
-            (width, kv_heads, self.queries + 2 * size), (REDUCED, KEY_VALUE_HEADS, WHOLE), "pairs", dtype
-        )
+        self.in_proj = make((width, kv_heads * (self.queries + 2 * size)), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
         self.o = make((heads, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
         self.q_norm = make((size,), (WHOLE,), "zeros", dtype)
         self.k_norm = make((size,), (WHOLE,), "zeros", dtype)
 
     def __call__(self, x_btd: Array, cache: Any, here: Any, spread: None = None) -> tuple[Array, Array]:
         config, size = self.config, self.config.head_dim
-        queries, k, v = _project(x_btd, self.in_proj[...], (self.queries, size, size), here)
+        queries, k, v = _by_head(here.product(x_btd, self.in_proj[...]), (self.queries, size, size))
         q, gate = jnp.split(queries.reshape(*x_btd.shape[:2], -1, 2 * size), 2, axis=-1)
         rope = functools.partial(apply_rope, theta=config.rope_theta, rotary_fraction=config.rotary_fraction)
         q = rope(norm(q, self.q_norm, config), here.positions)
@@ -108,7 +106,7 @@ class GatedDeltaNet(nnx.Module):
         keys, _, values = heads.parts
         n, taps, shared = heads.value_heads, config.conv_width, heads.value_heads // heads.key_heads
         self.sizes = (heads.key_size,) * 2 + (shared * heads.value_size,) * 2 + (shared,) * 2  # q, k, v, z, b, a
-        self.in_proj = make((width, heads.key_heads, sum(self.sizes)), (REDUCED, LINEAR_HEADS, WHOLE), "pairs", dtype)
+        self.in_proj = make((width, heads.key_heads * sum(self.sizes)), (REDUCED, LINEAR_HEADS), "rows", dtype)
         self.conv_q = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
         self.conv_k = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
         self.conv_v = make((taps, values), (WHOLE, LINEAR_HEADS), "rows", dtype)
@@ -125,11 +123,11 @@ class GatedDeltaNet(nnx.Module):
         )
         flat = lambda parts: [part.reshape(*part.shape[:-2], -1) for part in parts]  # noqa: E731
         if projects_own_heads(heads, width, spread):
-            q, k, v, z, b, a = flat(_cut(here.weight(self.in_proj[...], 0, width, x_btd), self.sizes))
+            q, k, v, z, b, a = flat(_by_head(here.weight(self.in_proj[...], 0, width, x_btd), self.sizes))
             gate = here.product(x_btd, z)
             out, cache = mix(weights((q, k, v), (b, a)), x_btd, cache, spread)
         else:
-            q, k, v, gate, b, a = flat(_project(x_btd, self.in_proj[...], self.sizes, here))
+            q, k, v, gate, b, a = flat(_by_head(here.product(x_btd, self.in_proj[...]), self.sizes))
             projected = jnp.concatenate([q, k, v], axis=-1), jnp.concatenate([b, a], axis=-1)
             out, cache = mix(weights((), ()), x_btd, cache, spread, projected=projected)
         out = gated_rms_norm(out, gate.reshape(out.shape), self.norm[...], self.config.norm_epsilon)
@@ -184,14 +182,9 @@ class SparseMLP(nnx.Module):
         return routed.reshape(x_btd.shape) + gate * shared, stats
 
 
-def _project(x_btd, w, sizes: tuple[int, ...], here: Local):
-    """x times w [D, heads, sum of sizes]: its parts [B, T, heads, size]."""
-    y = here.product(x_btd, w.reshape(w.shape[0], -1))
-    return _cut(y.reshape(*x_btd.shape[:2], *w.shape[1:]), sizes)
-
-
-def _cut(x, sizes: tuple[int, ...]):
-    """The last axis in parts of the given sizes."""
+def _by_head(x, sizes: tuple[int, ...]):
+    """The last axis, head by head parts of the given sizes: each part [..., heads, size]."""
+    x = x.reshape(*x.shape[:-1], -1, sum(sizes))
     return jnp.split(x, list(itertools.accumulate(sizes[:-1])), axis=-1)
 
 

@@ -27,7 +27,6 @@ from ring_jax.gdn import OneDevice
 from ring_jax.mask import ResolvedMask
 from ring_jax.models.qwen3_5.sharding import Sharding
 
-
 _ROWS = 8
 
 
@@ -238,21 +237,20 @@ class Step(Local):
     lengths: jax.Array
     count: jax.Array
 
-    def attend(self, query, key, value, cache) -> tuple[jax.Array, jax.Array]:
-        """cache: keys and values of all layers' prompts, those of their new tokens, and which layer this is. Returned are
-        the token's own, packed. The first rank counts them, so that the token sees itself once."""
-        prompt, new, at = cache
+    def attend(self, query, key, value, cache) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """cache: (keys, values) of the prompt, and of the new tokens. Returned are the token's own; the first rank counts
+        them, so that the token sees itself once."""
+        prompt, new = cache
         rank, ranks = (self.prompt.rank(), self.prompt.ranks) if self.prompt is not None else (0, 1)
         seen = self.lengths
         if self.prompt is not None:
             seen = self.prompt.layout.count_below(seen, rank, self.prompt.length, ranks)
         later = jnp.broadcast_to((self.count - rank + ranks - 1) // ranks, self.lengths.shape)
         itself = jnp.broadcast_to(jnp.asarray(rank == 0, jnp.int32), self.lengths.shape)
-        held = [(*(x[(*at, i)] for i in range(2)), visible) for x, visible in ((prompt, seen), (new, later))]
-        out, lse = attend_parts(query, [*held, (key, value, itself)])
+        out, lse = attend_parts(query, [(*prompt, seen), (*new, later), (key, value, itself)])
         if self.prompt is not None:
             out, _ = merge_ranks(out, lse, self.prompt.axis)
-        return out.astype(query.dtype), jnp.stack([key, value])
+        return out.astype(query.dtype), (key, value)
 
     def token_axes(self, *, rows_only: bool = False) -> tuple[str, ...]:
         return super().token_axes(rows_only=True)

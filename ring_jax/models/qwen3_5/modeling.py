@@ -199,10 +199,13 @@ class Qwen3_5(nnx.Module):
             logits, new, states = _run_here(Static(passes.decode, (graph,)), params, tokens, cache)
         else:
             mesh, rows, caches = self.sharding.resolve_mesh(), P(self.sharding.batch), cache_specs(self.sharding)
-            in_specs, out_specs = (self.param_specs(self.sharding, mesh), rows, caches), (rows, caches.new, caches.gdn)
+            in_specs, out_specs = (
+                (self.param_specs(self.sharding, mesh), rows, caches),
+                (rows, caches.new_kv, caches.gdn),
+            )
             operands = (params, tokens, cache)
             logits, new, states = run_sharded(Static(passes.decode, (graph,)), mesh, in_specs, out_specs, operands)
-        return logits, dataclasses.replace(cache, new=new, gdn=states, count=cache.count + 1)
+        return logits, dataclasses.replace(cache, new_kv=new, gdn=states, count=cache.count + 1)
 
     def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
         """`local` on every rank's share of the prompts, laid out by itself."""

@@ -29,8 +29,8 @@ _PREFIX = re.compile(r"model\.language_model\.")
 FLOAT32 = ("A_log", "norm")
 # Positions along an axis of two: gate and up projection of an MLP are one parameter.
 _FIXED = {"gate": 0, "up": 1}
-# Projections of one input are one parameter, head by head: what a head of each kind holds, in order, and the tensors'
-# dimension that the heads share equally.
+# Projections of one input are one parameter, whose columns go head by head: what a head of each kind holds, in order, and
+# the tensors' dimension that the heads share equally.
 _HEADS = {
     "nk": {"q": "QK", "k": "QK", "v": "Z", "z": "Z", "b": "nv", "a": "nv"},
     "nkv": {"qg": "QG", "k": "KV", "v": "KV"},
@@ -44,8 +44,8 @@ class Rule:
     Fields:
         tensor: its name after "model.layers.{n}." ("{e}" is an expert).
         axes: its dimensions. "a+b" is a concatenation: part 0 has the a, part 1 the b; "1" is of size one.
-        parts: "parameter: dimensions" without the leading one of groups; "gate" and "up" are index 0 and 1 of two, and
-            behind a kind of head (`_HEADS`) stands what of it this part is.
+        parts: "parameter: dimensions" without the leading one of groups; "gate" and "up" are index 0 and 1 of two, "nk.q"
+            is what of every head (`_HEADS`) this part is.
         interleaved: the concatenation is repeated for every head.
     """
 
@@ -69,9 +69,9 @@ NORMS = (
     _rule("post_attention_layernorm.weight", "D", "post_norm: D"),
 )
 ATTENTION = (
-    _rule("self_attn.q_proj.weight", "QG D", "mixer.in_proj: D nkv qg"),
-    _rule("self_attn.k_proj.weight", "KV D", "mixer.in_proj: D nkv k"),
-    _rule("self_attn.v_proj.weight", "KV D", "mixer.in_proj: D nkv v"),
+    _rule("self_attn.q_proj.weight", "QG D", "mixer.in_proj: D nkv.qg"),
+    _rule("self_attn.k_proj.weight", "KV D", "mixer.in_proj: D nkv.k"),
+    _rule("self_attn.v_proj.weight", "KV D", "mixer.in_proj: D nkv.v"),
     _rule("self_attn.o_proj.weight", "D Q", "mixer.o: Q D"),
     _rule("self_attn.q_norm.weight", "H", "mixer.q_norm: H"),
     _rule("self_attn.k_norm.weight", "H", "mixer.k_norm: H"),
@@ -83,17 +83,17 @@ LINEAR = (
     _rule("linear_attn.norm.weight", "dv", "mixer.norm: dv"),
     _rule("linear_attn.out_proj.weight", "D Z", "mixer.o: Z D"),
 )
-_QKV = tuple(f"mixer.in_proj: D nk {part}" for part in "qkv")
+_QKV = tuple(f"mixer.in_proj: D nk.{part}" for part in "qkv")
 SEPARATE = (
     _rule("linear_attn.in_proj_qkv.weight", "QK+QK+Z D", *_QKV),
-    _rule("linear_attn.in_proj_z.weight", "Z D", "mixer.in_proj: D nk z"),
-    _rule("linear_attn.in_proj_b.weight", "nv D", "mixer.in_proj: D nk b"),
-    _rule("linear_attn.in_proj_a.weight", "nv D", "mixer.in_proj: D nk a"),
+    _rule("linear_attn.in_proj_z.weight", "Z D", "mixer.in_proj: D nk.z"),
+    _rule("linear_attn.in_proj_b.weight", "nv D", "mixer.in_proj: D nk.b"),
+    _rule("linear_attn.in_proj_a.weight", "nv D", "mixer.in_proj: D nk.a"),
 )
 FUSED = (
-    _rule("linear_attn.in_proj_qkvz.weight", "QK+QK+Z+Z D", *_QKV, "mixer.in_proj: D nk z", interleaved=True),
+    _rule("linear_attn.in_proj_qkvz.weight", "QK+QK+Z+Z D", *_QKV, "mixer.in_proj: D nk.z", interleaved=True),
     _rule(
-        "linear_attn.in_proj_ba.weight", "nv+nv D", "mixer.in_proj: D nk b", "mixer.in_proj: D nk a", interleaved=True
+        "linear_attn.in_proj_ba.weight", "nv+nv D", "mixer.in_proj: D nk.b", "mixer.in_proj: D nk.a", interleaved=True
     ),
 )
 DENSE = (
@@ -280,9 +280,14 @@ def _add(result: Plan, config: Config, sizes: dict[str, int], rule: Rule, layer:
         for index, part in enumerate(rule.parts):
             key, _, dims = part.partition(": ")
             path: Path = (*where, *key.split("."))
-            shape, box, names = _parameter(dims.split(), sizes)
+            names: list[str | None] = list(dims.split())
+            shape = tuple(sum(_held(dim, sizes).values()) * sizes[dim.split(".")[0]] for dim in dims.split())
+            box = [(0, size) for size in shape]
+            fixed = {d: _FIXED[dim] for d, dim in enumerate(dims.split()) if dim in _FIXED}
             if by_expert:
-                box[names.index("E")], names[names.index("E")] = (expert, expert + 1), None
+                fixed[names.index("E")] = expert
+            for d, place in fixed.items():
+                names[d], box[d] = None, (place, place + 1)
             if layer is not None:
                 shape, box, names = (config.groups, *shape), [(group, group + 1), *box], [None, *names]
             result.params[path] = shape
@@ -290,41 +295,30 @@ def _add(result: Plan, config: Config, sizes: dict[str, int], rule: Rule, layer:
                 result.pieces.append(Piece(name, path, source, target, places))
 
 
-def _parameter(dims: list[str], sizes: dict[str, int]) -> tuple[tuple[int, ...], list[tuple[int, int]], list[str | None]]:
-    """Shape of a parameter, the box of one part in it (all heads), and for each dimension that of the tensor; for that
-    of heads, their kind; None where the part is one index."""
-    shape, box, names = [], [], list[str | None]()
-    for before, dim in zip(["", *dims], dims, strict=False):
-        if before in _HEADS:
-            held = {part: sizes[whole] // sizes[before] for part, whole in _HEADS[before].items()}
-            start = sum(size for part, size in held.items() if list(held).index(part) < list(held).index(dim))
-            shape.append(sum(held.values()))
-            box.append((start, start + held[dim]))
-            names.append(_HEADS[before][dim])
-            continue
-        at = _FIXED.get(dim)
-        shape.append(sizes[dim])
-        box.append((0, sizes[dim]) if at is None else (at, at + 1))
-        names.append(dim if at is None else None)
-    return tuple(shape), box, names
+def _held(dim: str, sizes: dict[str, int]) -> dict[str, int]:
+    """What one head of a parameter's dimension "heads.part" holds, sizes in order; of any other, one entry."""
+    heads, _, part = dim.partition(".")
+    return {held: sizes[whole] // sizes[heads] for held, whole in _HEADS[heads].items()} if part else {dim: 1}
 
 
 def _boxes(axes, names, box, index: int, interleaved: bool, sizes) -> Iterator[tuple[Box, Box, tuple[int | None, ...]]]:
     """Part `index` of a tensor as boxes (of the tensor, of the parameter, axes): one, or one for each head."""
-    by_head = next((d for d, name in enumerate(names) if name in _HEADS), None)
-    heads = 1 if by_head is None else sizes[names[by_head]]
-    places = [None if name is None or name in _HEADS else _find(axes, name, index) for name in names]
+    cut = next((d for d, name in enumerate(names) if name and "." in name), None)
+    kind, part = ("", "") if cut is None else names[cut].split(".")
+    heads = 1 if cut is None else sizes[kind]
+    names = [_HEADS[kind][part] if d == cut else name for d, name in enumerate(names)]
+    places = [None if name is None else _find(axes, name, index) for name in names]
     for head in range(heads):
         source, target = [(0, sum(sizes[name] for name in axis)) for axis in axes], list(box)
-        if by_head is not None:
-            target[by_head] = (head, head + 1)
+        if cut is not None:
+            held = _held(f"{kind}.{part}", sizes)
+            start = head * sum(held.values()) + sum(list(held.values())[: list(held).index(part)])
+            target[cut] = (start, start + held[part])
         for d, axis in enumerate(places):
-            shared = by_head is not None and d == by_head + 1
-            if axis is None or (len(axes[axis]) == 1 and not shared):
+            if axis is None or (len(axes[axis]) == 1 and d != cut):
                 continue
-            part = index if len(axes[axis]) > 1 else 0
-            total, size = source[axis][1], box[d][1] - box[d][0]
-            before = sum(sizes[name] for name in axes[axis][:part])
+            total, size = source[axis][1], target[d][1] - target[d][0]
+            before = sum(sizes[name] for name in axes[axis][: index if len(axes[axis]) > 1 else 0])
             start = head * (total // heads) + before // heads if interleaved else before + head * size
             source[axis] = (start, start + size)
         yield tuple(source), tuple(target), tuple(places)

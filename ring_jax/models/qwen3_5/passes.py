@@ -76,12 +76,12 @@ def forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> Ou
         logits = here.whole_vocabulary(_logits(model, here, here.sum_context(x)))
     if ask.cache_room is not None:
         ranks = 1 if model.sharding is None else model.sharding.context.ranks()
-        G, L, two, B, _, K, H = left.keys.shape
-        new = jnp.zeros((G, L, two, B, -(-ask.cache_room // ranks), K, H), left.keys.dtype)
-        lengths = jnp.full(B, ask.seq_len, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        prompt = left.keys.reshape(-1, *left.keys.shape[3:])
+        new = jnp.zeros((*prompt.shape[:2], -(-ask.cache_room // ranks), *prompt.shape[3:]), prompt.dtype)
+        lengths = jnp.full(tokens.shape[0], ask.seq_len, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         (lengths,) = pcast_to((lengths,), here.token_axes(rows_only=True))
         new = pcast_to(new, here.token_axes() + axis_names(here.tensor))
-        cache = Cache(left.keys, new, left.states, lengths, jnp.zeros((), jnp.int32))
+        cache = Cache(prompt, new, left.states, lengths, jnp.zeros((), jnp.int32))
     if ask.hidden:
         hidden = _natural(left.hidden, here, seq_axis=2)
     return Output(logits, cache, hidden, left.stats)
@@ -100,29 +100,31 @@ def decode(params, tokens, cache: Cache, graph):
     sharding, shard, rank, ranks = model.sharding, None, 0, 1
     if sharding is not None:
         ranks = sharding.context.ranks()
-        shard = sharding.context.shard(cache.prompt.shape[4] * ranks)
+        shard = sharding.context.shard(cache.prompt_kv.shape[2] * ranks)
         rank = shard.rank()
     here = Step(sharding, cache.positions[:, None], shard, cache.lengths, cache.count)
     x = _embed(model, here, tokens[:, None])
-    keys, states = [], cache.gdn
+    own: list[Array] = []
+    states = cache.gdn
     graph, groups = nnx.split(model.groups)
     stacked = nnx.to_pure_dict(groups)
     for g in range(model.config.groups):
         layers = nnx.merge(graph, nnx.State(jax.tree.map(lambda w, g=g: w[g], stacked))).layers
-        counts = {FULL: 0, LINEAR: 0}
+        n = 0
         for layer in layers:
-            at = g, counts[layer.kind]
-            counts[layer.kind] += 1
             if layer.kind == FULL:
-                x, own, _ = layer(x, (cache.prompt, cache.new, at), here, None, None)
-                keys.append(own)
+                held = cache.prompt_kv[len(own)], cache.prompt_kv[len(own) + 1]
+                later = cache.new_kv[len(own)], cache.new_kv[len(own) + 1]
+                x, kv, _ = layer(x, (held, later), here, None, None)
+                own += kv
                 continue
+            at = g, n
             x, left, _ = layer(x, jax.tree.map(lambda c, at=at: c[at], states), here, gdn.OneDevice(), None)
             state, tail = put(states.state, at, left.state), put(states.tail, at, left.tail)
-            states = dataclasses.replace(states, state=state, tail=tail)
+            states, n = dataclasses.replace(states, state=state, tail=tail), n + 1
     # The barrier keeps the write behind the last layer's reading: it would have to go to a copy otherwise.
-    x, packed = jax.lax.optimization_barrier((x, jnp.stack(keys)))
-    new = append(cache, packed.reshape(*cache.new.shape[:4], 1, *packed.shape[-2:]), rank, ranks)
+    x, kv = jax.lax.optimization_barrier((x, jnp.stack(own)))
+    new = append(cache, kv, rank, ranks)
     return here.whole_vocabulary(_logits(model, here, x[:, 0])), new, states
 
 

@@ -74,7 +74,7 @@ def test_batches_over_a_data_axis():
 
 
 def test_no_room_left(model):
-    cache = Cache(None, jnp.zeros((1, 1, 2, 3, 4, 1, 16)), None, jnp.array([8, 8, 8]), jnp.array(4))
+    cache = Cache(None, jnp.zeros((2, 3, 4, 1, 16)), None, jnp.array([8, 8, 8]), jnp.array(4))
     with pytest.raises(ValueError, match="room for 4 new tokens and holds 4"):
         model.decode(jnp.zeros(3, jnp.int32), cache)
     with pytest.raises(ValueError, match=r"tokens must be \[B\] = \(3,\)"):

@@ -91,8 +91,9 @@ def attention(hf, t):
 
 
 def by_head(heads, *rows):
-    """Projections [out, in] as one [in, heads, out of a head]."""
-    return np.concatenate([x.reshape(heads, -1, x.shape[-1]) for x in rows], axis=1).transpose(2, 0, 1)
+    """Projections [out, in] as one [in, out], its columns head by head."""
+    width = rows[0].shape[-1]
+    return np.concatenate([x.reshape(heads, -1, width) for x in rows], axis=1).reshape(-1, width).T
 
 
 def linear_attention(hf, t):

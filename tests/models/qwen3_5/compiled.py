@@ -1,0 +1,119 @@
+"""Decode and prefill compiled for a GPU, and what of the compiled programs writes arrays of the size of a weight.
+
+As a script (`python -m tests.models.qwen3_5.compiled FOLDER`) it compiles for a described H100 on a machine without one:
+FOLDER holds jax's CUDA plugin (BUILD_NOTES.md says how to get it). It must be found before jax starts, hence the process.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from typing import Any
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+runtime_version { major: 13 minor: 0 patch: 0 }
+dnn_version_info { major: 9 minor: 19 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "fusion-done", "copy-done"}
+PROMPT, ROOM = 4096, 512
+LEAST = 2 << 20  # bytes: half of the smallest projection below, and of one layer's keys; more than any activation
+
+
+def model_and_programs():
+    """Sizes of Qwen3.5-0.8B but for a small vocabulary, two groups of layers: (model, {name: (function, operands)})."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from ring_jax.models.qwen3_5 import Config, Qwen3_5
+
+    config = dataclasses.replace(
+        Config.preset("qwen3.5-0.8b"), num_layers=8, layer_types=(), vocab_size=4096, tie_embeddings=False
+    )
+    model = Qwen3_5(config, rngs=None)
+    graph, state = nnx.split(model)
+    build = lambda params: nnx.merge(graph, params)  # noqa: E731
+    prefill = lambda params, tokens: build(params)(tokens, logits="last", cache_room=ROOM)  # noqa: E731
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    tokens = lambda n: jax.ShapeDtypeStruct((1, n), jnp.int32)  # noqa: E731
+    cache = jax.eval_shape(prefill, params, tokens(PROMPT)).cache
+    decode = jax.jit(lambda params, cache, token: build(params).decode(token, cache), donate_argnums=1)
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return model, {"decode": (decode, (params, cache, one)), "prefill": (jax.jit(prefill), (params, tokens(64)))}
+
+
+def large_results(text: str, least: int = LEAST) -> list[str]:
+    """Instructions of a compiled program that write `least` bytes or more, but for updates in place."""
+    fused = set(re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", text))
+    bodies: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if found := re.match(r"(?:ENTRY )?%([\w.\-]+) \(", line):
+            name = found.group(1)
+            bodies[name] = []
+        elif name and line.startswith("  "):
+            bodies[name].append(line.strip())
+    in_place = {name for name, body in bodies.items() if any(_root_updates(line) for line in body)}
+    result = []
+    for name in bodies.keys() - fused:
+        for line in bodies[name]:
+            found = re.match(r"(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(", line)
+            if found is None or found.group(3) in VIEWS:
+                continue
+            called = re.search(r"calls=%([\w.\-]+)", line)
+            if _size(found.group(2)) >= least and not (called and called.group(1) in in_place):
+                result.append(f"{found.group(1)} {found.group(2)}")
+    return result
+
+
+def _root_updates(line: str) -> bool:
+    return re.match(r"ROOT %[\w.\-]+ = \S+ dynamic-update-slice\(", line) is not None
+
+
+def _size(shape: str) -> int:
+    """Bytes of the largest array in a shape or tuple of shapes; workspaces of libraries (s8) do not count."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    sizes = (BYTES.get(kind, 0) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in arrays)
+    return max((size for size, (kind, _) in zip(sizes, arrays, strict=True) if kind != "s8"), default=0)
+
+
+def report(compiled) -> dict[str, Any]:
+    memory = compiled.memory_analysis()
+    return {"large": large_results(compiled.as_text()), "temporary": memory.temp_size_in_bytes}
+
+
+def main(folder: str) -> None:
+    sys.path.insert(0, folder)
+    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"}
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+    topology = topologies.get_topology_desc("H100", "cuda", target_config=H100, topology="1x1x1")
+    here = NamedSharding(Mesh(np.array(topology.devices), ("gpu",)), PartitionSpec())
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+    reports = {}
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("",), (AxisType.Auto,), abstract_device=device)):
+        for name, (program, operands) in model_and_programs()[1].items():
+            operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), operands)
+            compiled = program.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
+            reports[name] = report(compiled)
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
