@@ -1,0 +1,192 @@
+"""The experts of a mixture-of-experts layer on one GPU: ours beside the loop in XLA and jax's own grouped products.
+
+Each case is first compared with float32 on fresh random inputs. Times are those of the device, from a profiler's trace of
+several calls: kernels summed, and from the first kernel's begin to the last one's end. The roofline of a case is the larger
+of its products over 989 TFLOP/s and its bytes (weights of the experts that are used once, x and y once) over 3.35 TB/s, the
+H100's.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ring_jax.bench.trace import record
+from ring_jax.moe import MoEWeights, moe, route
+from ring_jax.moe.hopper import backend
+
+PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """tokens of a layer with `experts` experts, k of them for each token."""
+
+    tokens: int
+    experts: int = 256
+    per_token: int = 8
+    width: int = 2048
+    features: int = 512
+
+    @property
+    def flops(self) -> float:
+        """Of the routed experts' products."""
+        return 6.0 * self.tokens * self.per_token * self.width * self.features
+
+    def seconds_at_peak(self, chosen: np.ndarray) -> float:
+        touched = len(np.unique(chosen))
+        moved = 2 * (touched * 3 * self.width * self.features + 2 * self.tokens * self.width)
+        return max(self.flops / PEAK_FLOPS, moved / PEAK_BYTES)
+
+    def operands(self, dtype: Any, seed: int) -> tuple[jax.Array, MoEWeights, MoEWeights]:
+        """x, the routed experts and, as one more expert, the shared one."""
+        keys = jax.random.split(jax.random.key(seed), 6)
+
+        def draw(key, shape, fan_in):
+            return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+        d, f, e = self.width, self.features, self.experts
+
+        def kernels(count, *keys):
+            return draw(keys[0], (count, d, 2, f), d), draw(keys[1], (count, f, d), f)
+
+        x = draw(keys[0], (self.tokens, d), 1)
+        router = draw(keys[1], (d, e), d)
+        return x, MoEWeights(router, *kernels(e, *keys[2:4])), MoEWeights(router[:, :1], *kernels(1, *keys[4:]))
+
+
+def routed(x, weights: MoEWeights, per_token: int) -> jax.Array:
+    """The routed experts by our kernels, router included."""
+    routing = route(x, weights.router, top_k=per_token)
+    return backend.run_experts(x, weights.gate_up, weights.down, routing.weights, routing.experts).astype(x.dtype)
+
+
+def shared(x, weights: MoEWeights) -> jax.Array:
+    """The gated shared expert, as models have it beside the routed ones."""
+    gate, up = jnp.split(x @ weights.gate_up[0].reshape(x.shape[1], -1), 2, axis=-1)
+    return jax.nn.sigmoid(x @ weights.router[:, 0])[:, None] * ((jax.nn.silu(gate) * up) @ weights.down[0])
+
+
+def layer(case: Case, experts: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda x, weights, common: experts(x, weights, case.per_token) + shared(x, common)
+
+
+def in_xla(x, weights: MoEWeights, per_token: int) -> jax.Array:
+    return moe(x, weights, top_k=per_token)[0]
+
+
+def by_ragged_dot(x, weights: MoEWeights, per_token: int) -> jax.Array:
+    """`lax.ragged_dot` on sorted rows."""
+    routing = route(x, weights.router, top_k=per_token)
+    order = jnp.argsort(routing.experts.reshape(-1), stable=True)
+    sizes = jnp.bincount(routing.experts.reshape(-1), length=weights.gate_up.shape[0]).astype(jnp.int32)
+    rows = x[order // per_token]
+    fused = weights.gate_up.reshape(*weights.gate_up.shape[:2], -1)
+    gate, up = jnp.split(lax.ragged_dot(rows, fused, sizes), 2, axis=-1)
+    out = lax.ragged_dot(jax.nn.silu(gate) * up, weights.down, sizes)
+    back = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+    every = jnp.ones_like(routing.experts, dtype=bool)
+    return backend.weighted_sum(back, routing.weights, every).astype(x.dtype)
+
+
+def check(case: Case, x, weights: MoEWeights, experts: Callable[..., jax.Array], tokens: int = 48) -> float:
+    """Relative error of `experts` at some tokens against the same in float32 with the same routing."""
+    routing = jax.jit(lambda x, w: route(x, w, top_k=case.per_token))(x, weights.router)
+    found = jax.jit(lambda x, w: experts(x, w, case.per_token))(x, weights)
+    pick = np.unique(np.random.default_rng(time.time_ns() % 2**32).integers(0, case.tokens, tokens))
+    pick = np.unique(np.concatenate([pick, [0, case.tokens - 1]]))
+
+    @jax.jit
+    def exact(x, gate_up, down, chosen, factors):
+        def one(token):
+            x, chosen, factors = token
+            kernel_in, kernel_out = (w[chosen].astype(jnp.float32) for w in (gate_up, down))
+            gate, up = jnp.einsum("d,kdcf->ckf", x.astype(jnp.float32), kernel_in, precision="highest")
+            return jnp.einsum("k,kf,kfd->d", factors, jax.nn.silu(gate) * up, kernel_out, precision="highest")
+
+        return lax.map(one, (x, chosen, factors))
+
+    wanted = exact(x[pick], weights.gate_up, weights.down, routing.experts[pick], routing.weights[pick])
+    found, wanted = (np.asarray(a, np.float64) for a in (found[pick].astype(jnp.float32), wanted))
+    error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    if not error < 6e-3:  # bfloat16 rounds hidden values, rows and the sum by up to 2^-9 each
+        raise AssertionError(f"{case}: relative error {error}")
+    return error
+
+
+def device_times(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Milliseconds a call: kernels summed, whole span, and each kernel."""
+    jax.block_until_ready(call())
+    activity = record(lambda: [call() for _ in range(repeats)])[0]
+    kernels: dict[str, float] = {}
+    for begin, end, name in activity.events:
+        kernels[name] = kernels.get(name, 0.0) + (end - begin) / repeats
+    return {
+        "kernels_ms": sum(kernels.values()),
+        "span_ms": activity.length / repeats,
+        "each_ms": dict(sorted(kernels.items(), key=lambda item: -item[1])[:16]),
+    }
+
+
+FORMS = {"ours": routed, "xla": in_xla, "ragged_dot": by_ragged_dot}
+
+
+def measure(case: Case, forms: list[str], dtype: Any, repeats: int, gradient: bool) -> list[dict[str, Any]]:
+    x, weights, common = jax.jit(lambda: case.operands(dtype, time.time_ns() % 2**31))()
+    chosen = np.asarray(jax.jit(lambda x, r: route(x, r, top_k=case.per_token).experts)(x, weights.router))
+    rows = []
+    for name in forms:
+        row: dict[str, Any] = {"case": dataclasses.asdict(case), "form": name, "gradient": gradient}
+        rows.append(row)
+        try:
+            row["error"] = check(case, x, weights, FORMS[name])
+            run = layer(case, FORMS[name])
+            if gradient:
+                loss = lambda *a, run=run: (run(*a).astype(jnp.float32) ** 2).sum()  # noqa: E731
+                run = jax.grad(loss, argnums=(0, 1, 2))
+            compiled = jax.jit(run).lower(x, weights, common).compile()
+            row.update(device_times(lambda compiled=compiled: compiled(x, weights, common), repeats))
+            row["routed_roofline_ms"] = case.seconds_at_peak(chosen) * 1e3 * (3 if gradient else 1)
+            row["routed_tflops"] = case.flops * (3 if gradient else 1) / row["kernels_ms"] / 1e9
+        except Exception as failure:  # one form must not end the others
+            row["failure"] = f"{type(failure).__name__}: {failure}"[:2000]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 8192, 32768])
+    parser.add_argument("--forms", nargs="+", default=["ours", "xla"], choices=sorted(FORMS))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--gradient", action="store_true")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    results: list[dict[str, Any]] = []
+    for tokens in options.tokens:
+        for row in measure(Case(tokens), options.forms, jnp.dtype(options.dtype), options.repeats, options.gradient):
+            row |= {"device": device.device_kind, "jax": jax.__version__, "python": platform.python_version()}
+            results.append(row)
+            outcome = row.get("failure") or (
+                f"{row['kernels_ms']:8.3f} ms kernels {row['span_ms']:8.3f} span {row['routed_roofline_ms']:7.3f} roofline "
+                f"{row['routed_tflops']:6.1f} TFLOP/s  error {row['error']:.1e}"
+            )
+            print(f"{tokens:7d} {row['form']:10s} {outcome}", flush=True)
+            for name, spent in list(row.get("each_ms", {}).items())[:10]:
+                print(f"          {spent:8.4f} {name[:90]}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Convolution, SiLU and the l2 norms of q and k of a GDN layer as one Hopper kernel: what it takes, and its gradient.
+
+    q, k, v = silu(causal_convolution(mixed));   q, k <- l2norm per head
+
+See `conv_kernel` for how, `ring_jax.gdn.conv` for the plain convolution, its tails and its documents. Unlike the plain form
+nothing is rounded between the convolution and the outputs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ring_jax._vma import align, pcast_to, varying_axes
+from ring_jax.gdn.conv import check_convolution, convolve_buffer
+from ring_jax.gdn.hopper import conv_kernel
+from ring_jax.gdn.hopper.conv_kernel import (
+    FLAG_CONTINUES,
+    FLAG_FIRST,
+    FLAG_PADDING,
+    FLAG_STARTS,
+    NORM_EPSILON,
+    THREADS,
+    Part,
+    Problem,
+)
+from ring_jax.gdn.mixer import Heads
+from ring_jax.gdn.segments import first_valid, last_valid, segment_at
+from ring_jax.mosaic import compat
+
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+_VECTORS = (8, 4)  # channels of a thread, the first choice first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvConfig:
+    """How a pass is cut.
+
+    Attributes:
+        rows: tokens of a program; those before (backward: and after) them are read by two programs.
+        unroll: rows that are loaded ahead of what is computed from them.
+        vector: channels of a thread, 8 or 4; fewer where a part has too few heads for them.
+    """
+
+    rows: int
+    unroll: int
+    vector: int
+
+    def __post_init__(self):
+        if self.rows < 1:
+            raise ValueError(f"{self.rows=} must be positive")
+        if not 1 <= self.unroll <= 16:
+            raise ValueError(f"{self.unroll=} must be between 1 and 16")
+        if self.vector not in _VECTORS:
+            raise ValueError(f"{self.vector=} must be one of {_VECTORS}")
+
+
+FORWARD = ConvConfig(rows=64, unroll=4, vector=8)
+BACKWARD = ConvConfig(rows=256, unroll=2, vector=4)
+
+
+def unsupported_reason(
+    mixed: jax.Array | Sequence[jax.Array],
+    weight: jax.Array | Sequence[jax.Array],
+    heads: Heads,
+    *,
+    compute_capability: str | None = None,
+) -> str | None:
+    """Why `convolve` cannot take these arguments, or None. `compute_capability` is the GPU's, such as "9.0"."""
+    if compute_capability is not None and compute_capability != "9.0":
+        return f"needs a Hopper GPU (compute capability 9.0), this is {compute_capability}"
+    if not compat.INTERPRET_AVAILABLE:
+        return f"needs jax 0.11 or later, this is {jax.__version__}"
+    arrays, weights = _parts(mixed), _parts(weight)
+    if any(x.dtype not in _DTYPES or x.dtype != arrays[0].dtype for x in arrays):
+        return f"needs bfloat16, float16 or float32, the same for q, k and v, got {[str(x.dtype) for x in arrays]}"
+    if any(w.dtype not in _DTYPES for w in weights):
+        return f"needs a filter in bfloat16, float16 or float32, got {[str(w.dtype) for w in weights]}"
+    if not 2 <= weights[0].shape[0] <= 8:
+        return f"needs a filter of 2 to 8 taps, got {weights[0].shape[0]}"
+    if 0 in arrays[0].shape:
+        return f"empty arrays, got {arrays[0].shape}"
+    for size in (heads.key_size, heads.value_size):
+        if size not in (64, 128, 256):
+            return f"head sizes must be 64, 128 or 256, got {heads.key_size} for keys and {heads.value_size} for values"
+    if heads.value_size != heads.key_size and len(arrays) != len(heads.parts):
+        return (
+            f"key and value heads of different sizes ({heads.key_size} and {heads.value_size}) must be separate arrays"
+        )
+    if _vector(heads, min(_VECTORS)) is None:
+        least = max(THREADS * min(_VECTORS), 4 * heads.key_size, 4 * heads.value_size)
+        return f"needs at least {least} features each in q, k and v, got {heads.parts}"
+    return None
+
+
+def convolve(
+    mixed: Float[Array, "B T F"] | Sequence[Float[Array, "B T _"]],
+    weight: Float[Array, "W F"] | Sequence[Float[Array, "W _"]],
+    heads: Heads,
+    *,
+    tail: Float[Array, "B W-1 F"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    out_dtype: Any = None,
+    config: ConvConfig | None = None,
+    backward_config: ConvConfig | None = None,
+) -> tuple[Float[Array, "B T K dk"], Float[Array, "B T K dk"], Float[Array, "B T N dv"], Float[Array, "B W-1 F"]]:
+    """Projections to the operands of the gated delta rule.
+
+    Args:
+        mixed: q, k and v, each [B, T, its features], or one array [B, T, q | k | v].
+        weight: their filters, as one array or three; `weight[j]` multiplies the input W - 1 - j tokens back.
+        heads: numbers and sizes of heads.
+        tail: the last W - 1 inputs q | k | v before these, zeros by default; continues the first document of each row.
+        segment_ids: ids of packed documents, negative for padding, each one contiguous run.
+        out_dtype: of q, k and v; that of the inputs by default.
+        config, backward_config: sizes; None takes the tuned ones.
+
+    Returns:
+        q and k of unit length, v (zeros on padding), and the tail after the last valid token.
+
+    Raises:
+        NotImplementedError: if `unsupported_reason` gives one.
+        ValueError: shapes that do not fit.
+    """
+    arrays, weights = _parts(mixed), _parts(weight)
+    _check(arrays, weights, heads, tail, segment_ids)
+    reason = unsupported_reason(mixed, weight, heads)
+    if reason is not None:
+        raise NotImplementedError(f"the Hopper convolution kernel {reason}")
+    flags = None if segment_ids is None else document_flags(segment_ids)
+    leaving = leaving_tail(arrays, tail, segment_ids, weights[0].shape[0] - 1)
+    out_dtype = jnp.dtype(out_dtype or arrays[0].dtype)
+    static = _Static(heads, out_dtype, config or FORWARD, backward_config or BACKWARD)
+    out = _convolve(static, *align(tuple(arrays), tuple(weights), tail, flags))
+    return (*out, leaving)
+
+
+def document_flags(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """What each token is to the window of inputs before it; see `conv_kernel`."""
+    valid = segment_ids >= 0
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    index = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+    first = index == first_valid(segment_ids)[:, None]
+    flags = jnp.where(segment_ids != before, FLAG_STARTS, FLAG_CONTINUES)
+    return jnp.where(valid, jnp.where(first, FLAG_FIRST, flags), FLAG_PADDING).astype(jnp.int32)
+
+
+def leaving_tail(arrays: Sequence[jax.Array], tail, segment_ids, history: int) -> jax.Array:
+    """The last `history` inputs of the last document, as `causal_convolution` returns them, from few rows only."""
+    batch, time, _ = arrays[0].shape
+    if tail is None:
+        tail = jnp.zeros((batch, history, sum(x.shape[2] for x in arrays)), arrays[0].dtype)
+    if segment_ids is None:
+        last = jnp.concatenate([x[:, max(time - history, 0) :] for x in arrays], axis=2)
+        return jnp.concatenate([tail, last], axis=1)[:, last.shape[1] :]
+    first, last = first_valid(segment_ids), last_valid(segment_ids)
+    index = last[:, None] - jnp.arange(history - 1, -1, -1, dtype=jnp.int32)
+    clipped = jnp.clip(index, 0, time - 1)
+    found = jnp.concatenate([jnp.take_along_axis(x, clipped[..., None], axis=1) for x in arrays], axis=2)
+    own = segment_at(segment_ids, last)
+    inside = (index >= 0) & (jnp.take_along_axis(segment_ids, clipped, axis=1) == own[:, None])
+    # Before the first document lies the tail: its index `history` would be the first valid token.
+    before = history + index - first[:, None]
+    from_tail = jnp.take_along_axis(tail, jnp.clip(before, 0, history - 1)[..., None], axis=1)
+    continues = (index < first[:, None]) & (own == segment_at(segment_ids, first))[:, None]
+    found = jnp.where(inside[..., None], found, jnp.where(continues[..., None], from_tail, jnp.zeros_like(found)))
+    return jnp.where((last >= 0)[:, None, None], found, tail)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """Everything about a call that is no array."""
+
+    heads: Heads
+    out_dtype: Any
+    forward: ConvConfig
+    backward: ConvConfig
+
+    def problem(self, arrays, weights, tail, flags, config: ConvConfig) -> Problem:
+        batch, time, _ = arrays[0].shape
+        heads, vector = self.heads, _vector(self.heads, config.vector)
+        assert vector is not None
+        counts = (heads.key_heads, heads.key_heads, heads.value_heads)
+        sizes = (heads.key_size, heads.key_size, heads.value_size)
+        # In an array of all parts, where sizes are equal. The kernels skip this in arrays of one part.
+        firsts = (0, heads.key_heads, 2 * heads.key_heads)
+        parts = tuple(
+            Part(count, size, norm=i < 2, first_head=first)
+            for i, (count, size, first) in enumerate(zip(counts, sizes, firsts, strict=True))
+        )
+        return Problem(
+            batch=batch,
+            time=time,
+            width=weights[0].shape[0],
+            parts=parts,
+            rows=min(config.rows, time),
+            unroll=config.unroll,
+            vector=vector,
+            tail=tail is not None,
+            flags=flags is not None,
+            joint_inputs=len(arrays) == 1,
+            joint_weights=len(weights) == 1,
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(static: _Static, arrays, weights, tail, flags):
+    return _forward(static, arrays, weights, tail, flags)
+
+
+def _forward(static: _Static, arrays, weights, tail, flags):
+    problem = static.problem(arrays, weights, tail, flags, static.forward)
+    operands = _operands(problem, static.heads, arrays, weights, (), tail, flags)
+    rows = arrays[0].shape[:2]
+    out_type = tuple(
+        compat.output_like((*rows, part.heads, part.head_size), static.out_dtype, *operands) for part in problem.parts
+    )
+    return _launch(conv_kernel.forward_kernel, "gdn_convolution", problem, out_type, operands)
+
+
+def _saved(static: _Static, arrays, weights, tail, flags):
+    return _forward(static, arrays, weights, tail, flags), (arrays, weights, tail, flags)
+
+
+def _backward(static: _Static, saved, cotangents):
+    arrays, weights, tail, flags = saved
+    problem = static.problem(arrays, weights, tail, flags, static.backward)
+    operands = _operands(problem, static.heads, arrays, weights, cotangents, tail, flags)
+    partials = (problem.batch * problem.tiles, problem.width)
+    shapes = [(part.heads, part.head_size) for part in problem.parts]
+    total = (sum(part.heads for part in problem.parts), problem.parts[0].head_size)
+    out_type = [
+        *(((*arrays[0].shape[:2], *shape), arrays[0].dtype) for shape in ([total] if problem.joint_inputs else shapes)),
+        *(((*partials, *shape), jnp.float32) for shape in ([total] if problem.joint_weights else shapes)),
+    ]
+    out_type = tuple(compat.output_like(*each, *operands) for each in out_type)
+    results = _launch(conv_kernel.backward_kernel, "gdn_convolution_backward", problem, out_type, operands)
+    dx = tuple(r.reshape(x.shape) for r, x in zip(results[: len(arrays)], arrays, strict=True))
+    dw = tuple(
+        r.sum(axis=0).reshape(w.shape).astype(w.dtype) for r, w in zip(results[len(arrays) :], weights, strict=True)
+    )
+    dtail = None if tail is None else _tail_gradient(static.heads, arrays, weights, tail, flags, cotangents)
+    return dx, dw, dtail, None if flags is None else np.zeros(flags.shape, jax.dtypes.float0)
+
+
+_convolve.defvjp(_saved, _backward)
+
+
+def _launch(body, name: str, problem: Problem, out_type, operands):
+    call = compat.kernel(
+        functools.partial(_body, body, problem),
+        name=name,
+        out_type=out_type,
+        scratch={},
+        grid=(problem.programs,),
+        grid_names=("program",),
+        num_threads=1,
+        thread_name="warpgroup",
+    )
+    # In a scan that also stacks a result as residual, XLA would clone the kernel into the fusion that writes the stack.
+    return pcast_to(tuple(lax.optimization_barrier(call(*operands))), varying_axes(operands))
+
+
+def _body(body, problem, *refs):
+    body(problem, *refs)
+
+
+def _operands(problem: Problem, heads: Heads, arrays, weights, cotangents, tail, flags):
+    """As the kernels take them: one for each part, by heads; an array that holds all parts comes three times."""
+    sizes = (heads.key_size, heads.key_size, heads.value_size)
+
+    def by_heads(xs):
+        if len(xs) == 1:
+            xs = xs * len(sizes)
+        return [x.reshape(*x.shape[:-1], -1, size) for x, size in zip(xs, sizes, strict=True)]
+
+    operands = by_heads(arrays) + by_heads(weights) + list(cotangents)
+    if tail is not None:
+        ends = np.cumsum(heads.parts)[:-1]
+        operands += by_heads(jnp.split(tail, ends, axis=2))
+    return [*operands, *([] if flags is None else [flags])]
+
+
+def _tail_gradient(heads: Heads, arrays, weights, tail, flags, cotangents):
+    """From the few tokens that see the tail: the first of each row's first document."""
+    history, time = tail.shape[1], arrays[0].shape[1]
+    index = jnp.arange(history, dtype=jnp.int32)[None]
+    if flags is not None:
+        index = index + jnp.argmax(flags == FLAG_FIRST, axis=1).astype(jnp.int32)[:, None]
+    index = jnp.broadcast_to(index, (tail.shape[0], history))
+    clipped = jnp.clip(index, 0, time - 1)
+    sees = index < time
+    if flags is not None:
+        here = jnp.take_along_axis(flags, clipped, axis=1)
+        breaks = jnp.where(jnp.arange(history) == 0, here != FLAG_FIRST, here != FLAG_CONTINUES)
+        sees &= jnp.cumsum(breaks, axis=1) == 0
+    x = jnp.concatenate([jnp.take_along_axis(x, clipped[..., None], axis=1) for x in arrays], axis=2)
+    x = jnp.where(sees[..., None], x, jnp.zeros_like(x))
+    weight = jnp.concatenate(weights, axis=1)
+    do = [
+        jnp.where(sees[..., None, None], jnp.take_along_axis(c, clipped[..., None, None], axis=1), 0).astype(
+            jnp.float32
+        )
+        for c in cotangents
+    ]
+
+    def outputs(tail):
+        return reference_outputs(
+            jnp.concatenate([tail.astype(jnp.float32), x.astype(jnp.float32)], axis=1), weight, heads
+        )
+
+    return jax.vjp(outputs, tail)[1](tuple(do))[0]
+
+
+def reference_outputs(buffer, weight, heads: Heads):
+    """q, k, v [B, T, heads, size] of [B, W - 1 + T, F] inputs with the history in front, in the buffer's dtype."""
+    y = jax.nn.silu(convolve_buffer(buffer, weight.astype(buffer.dtype)))
+    parts = jnp.split(y, np.cumsum(heads.parts)[:-1], axis=2)
+    sizes = (heads.key_size, heads.key_size, heads.value_size)
+    q, k, v = (part.reshape(*part.shape[:2], -1, size) for part, size in zip(parts, sizes, strict=True))
+
+    def normalized(x):
+        return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+
+    return normalized(q), normalized(k), v
+
+
+def _parts(x: jax.Array | Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def _vector(heads: Heads, wanted: int) -> int | None:
+    """Channels of a thread, `wanted` if every part has heads for a whole block and no head is wider than a warp."""
+    for vector in (wanted, *_VECTORS):
+        if vector * 32 >= max(heads.key_size, heads.value_size) and THREADS * vector <= min(heads.parts):
+            return vector
+    return None
+
+
+def _check(arrays, weights, heads: Heads, tail, segment_ids) -> None:
+    for name, xs in (("mixed", arrays), ("weight", weights)):
+        features = tuple(x.shape[-1] for x in xs)
+        if features not in ((heads.features,), heads.parts):
+            raise ValueError(
+                f"{name} must have {heads.features} features, or {heads.parts} in three arrays, got {features}"
+            )
+    joint = [jax.ShapeDtypeStruct((*xs[0].shape[:-1], heads.features), xs[0].dtype) for xs in (arrays, weights)]
+    check_convolution(*joint, tail, segment_ids)
+    for xs in (arrays, weights):
+        if any(x.shape[:-1] != xs[0].shape[:-1] for x in xs):
+            raise ValueError(f"q, k and v must agree in all axes but the last, got {[x.shape for x in xs]}")

@@ -1,0 +1,356 @@
+"""The causal convolution of a GDN layer on Hopper, with SiLU and the l2 norms of q and k, forward and backward.
+
+    y_t = sum_j w_j x_{t-(W-1)+j};  s = silu(y);  out = s n, n = 1 / sqrt(sum s^2 + eps) over a head of q or k (of v: 1)
+
+Memory-bound, so every element is read once. A program (one warpgroup) owns a block of channels, whole heads of 128 threads
+times `vector` channels, and walks along the tokens of its tile with the last W - 1 inputs in registers; those before the
+tile are read again. One launch serves q, k and v: the block's number says which.
+
+Documents come as one int32 for each token (`FLAG_*`). The window of inputs is emptied where a document begins, or takes the
+tail where the first one does, so that no other token needs to look at segment ids.
+
+Backward: with do the cotangent of out, ds = n do - s n^3 (s.do), dy = ds silu'(y),
+
+    dx_t = sum_j w_j dy_{t+(W-1)-j};   dw_j = sum_t dy_t x_{t-(W-1)+j}
+
+A tile computes dy for its own tokens and the W - 1 after them; dx_t is stored W - 1 tokens after it was begun. dw is summed in
+registers over the tile and written once per program, in float32.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ring_jax.mosaic import compat
+
+THREADS = 128
+NORM_EPSILON = 1e-6
+FLAG_CONTINUES, FLAG_STARTS, FLAG_FIRST, FLAG_PADDING = range(4)  # FIRST: the first document, which the tail precedes
+
+_LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """q, k or v.
+
+    Fields:
+        heads, head_size: of this part.
+        norm: whether its heads are l2-normalised.
+        first_head: where it begins in an array that holds all parts.
+    """
+
+    heads: int
+    head_size: int
+    norm: bool
+    first_head: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One launch.
+
+    Fields:
+        width: W, taps of the filter.
+        rows, unroll, vector: see `ConvConfig`.
+        tail, flags: whether these operands are there.
+        joint_inputs, joint_weights: whether one array holds all parts, of the gradients too.
+    """
+
+    batch: int
+    time: int
+    width: int
+    parts: tuple[Part, ...]
+    rows: int
+    unroll: int
+    vector: int
+    tail: bool
+    flags: bool
+    joint_inputs: bool = False
+    joint_weights: bool = False
+
+    @property
+    def tiles(self) -> int:
+        return pl.cdiv(self.time, self.rows)
+
+    def heads_per_block(self, part: Part) -> int:
+        return THREADS * self.vector // part.head_size
+
+    def blocks(self, part: Part) -> int:
+        return pl.cdiv(part.heads, self.heads_per_block(part))
+
+    @property
+    def programs(self) -> int:
+        return self.batch * self.tiles * sum(self.blocks(part) for part in self.parts)
+
+
+def heads_layout(head_size: int, vector: int) -> Any:
+    """[heads, head_size] over a warpgroup: `vector` neighbouring channels a thread, no head in two warps."""
+    heads = 32 * vector // head_size  # of a warp
+    tiling = fragmented_array.Tiling(((4 * heads, head_size), (heads, head_size), (1, vector)))
+    layout = mgpu.TiledLayout(tiling, (-6,), (-4, -3), -1, _check_canonical=False).canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    """1 / (1 + exp(-x)) to 3e-7: the square of a reciprocal root is one fast instruction, a quotient is a dozen."""
+    root = lax.rsqrt(1.0 + jnp.exp2(x * -_LOG2E))
+    return root * root
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """What one program works on."""
+
+    problem: Problem
+    part: Part
+    batch: Any
+    tile: Any
+    head: Any  # in the part
+
+    @property
+    def layout(self) -> Any:
+        return heads_layout(self.part.head_size, self.problem.vector)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.problem.heads_per_block(self.part), self.part.head_size
+
+    @property
+    def first_row(self) -> Any:
+        return self.tile * self.problem.rows
+
+    @property
+    def rows(self) -> Any:
+        """Tokens of this tile, static where all tiles are whole."""
+        p = self.problem
+        return p.rows if p.time % p.rows == 0 else lax.min(p.rows, p.time - self.first_row)
+
+    def heads(self, joint: bool = False) -> Any:
+        """These heads in an array of this part alone, or of all parts."""
+        return pl.ds(self.head + (self.part.first_head if joint else 0), self.shape[0])
+
+    def load(self, ref: Any) -> jax.Array:
+        return compat.load(ref, self.layout)
+
+    def load_float(self, ref: Any) -> jax.Array:
+        return self.load(ref).astype(jnp.float32)
+
+    def zeros(self) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
+
+    def norm_of(self, x: jax.Array) -> jax.Array:
+        """x [heads, head_size] summed over each head, everywhere in it."""
+        total = jnp.sum(x, axis=1)
+        return plgpu.layout_cast(lax.broadcast_in_dim(total, self.shape, (0,)), self.layout)
+
+
+class _Inputs:
+    """The inputs of a block, their filter, and the window of the last W inputs on the way along the tokens."""
+
+    def __init__(self, block: _Block, x_ref, w_ref, tail_ref, flags_ref):
+        self.block, self.x_ref, self.tail_ref, self.flags_ref = block, x_ref, tail_ref, flags_ref
+        problem = block.problem
+        self.heads = block.heads(problem.joint_inputs)
+        w_heads = block.heads(problem.joint_weights)
+        self.weight = [block.load_float(w_ref.at[j, w_heads]) for j in range(problem.width)]
+
+    def raw(self, row) -> jax.Array:
+        return self.block.load(self.x_ref.at[self.block.batch, row, self.heads])
+
+    def flag(self, row) -> Any:
+        return self.flags_ref[self.block.batch, row] if self.flags_ref is not None else FLAG_CONTINUES
+
+    def _tail(self, index) -> jax.Array:
+        if self.tail_ref is None:
+            return self.block.zeros()
+        return self.block.load_float(self.tail_ref.at[self.block.batch, index, self.block.heads()])
+
+    def history(self) -> list[jax.Array]:
+        """The W - 1 inputs before the tile, as its first token sees them unless it begins a document."""
+        history, window = self.block.problem.width - 1, []
+        for i in range(history):
+            row = self.block.first_row - history + i
+            inside = lax.max(row, 0)
+            if self.flags_ref is not None:  # never true before the array: row 0 begins a document or padding
+                window = self.emptied(
+                    window, jnp.where(row >= 0, self.flag(inside), FLAG_CONTINUES), missing=history - i
+                )
+            x = self.raw(inside).astype(jnp.float32)
+            window.append(jnp.where(row >= 0, x, self._tail(history + lax.min(row, -1))))
+        return window
+
+    def emptied(self, window: list[jax.Array], flag, missing: int = 0) -> list[jax.Array]:
+        """The inputs before a token with this flag; the first `missing` of them are not in the window."""
+        if self.flags_ref is None or not window:
+            return window
+
+        def empty(*window):
+            tails = [self._tail(missing + i) for i in range(len(window))]
+            return tuple(jnp.where(flag == FLAG_FIRST, tail, 0.0) for tail in tails)
+
+        return list(lax.cond(flag > FLAG_CONTINUES, empty, lambda *window: window, *window))
+
+    def convolved(self, window: list[jax.Array]) -> jax.Array:
+        total = self.weight[0] * window[0]
+        for weight, x in zip(self.weight[1:], window[1:], strict=True):
+            total = total + weight * x
+        return total
+
+
+def _dispatch(problem: Problem, body) -> None:
+    """Runs body(index of the part, block) for this program."""
+    total = sum(problem.blocks(part) for part in problem.parts)
+    program = lax.axis_index("program")
+    number, rest = lax.rem(program, total), lax.div(program, total)
+    tile, batch = lax.rem(rest, problem.tiles), lax.div(rest, problem.tiles)
+    first = 0
+    for i, part in enumerate(problem.parts):
+        heads, last = problem.heads_per_block(part), first + problem.blocks(part)
+
+        @pl.when((number >= first) & (number < last))
+        def _(i=i, part=part, first=first, heads=heads):
+            # The last block slides back over heads that another computes too.
+            head = lax.min((number - first) * heads, part.heads - heads)
+            body(i, _Block(problem, part, batch, tile, head))
+
+        first = last
+
+
+def _walk(block: _Block, start, count, load, step, carry):
+    """carry = step(row, carry, *load(row)) for `count` rows from start on, `unroll` loads ahead of what needs them."""
+    unroll = block.problem.unroll
+
+    def group(first, count, carry):
+        loaded = [load(first + i) for i in range(count)]
+        for i, arrays in enumerate(loaded):
+            carry = step(first + i, carry, *arrays)
+        return carry
+
+    groups = count // unroll if isinstance(count, int) else lax.div(count, unroll)
+    carry = lax.fori_loop(0, groups, lambda g, carry: group(start + g * unroll, unroll, carry), carry)
+    if isinstance(count, int) and count % unroll == 0:
+        return carry
+    return lax.fori_loop(groups * unroll, count, lambda i, carry: group(start + i, 1, carry), carry)
+
+
+def _split(problem: Problem, refs, groups: int):
+    """`groups` times one Ref for each part, (tail Refs or Nones), flags or None, and the other Refs."""
+    refs, n = list(refs), len(problem.parts)
+    arrays = [[refs.pop(0) for _ in range(n)] for _ in range(groups)]
+    tails = [refs.pop(0) for _ in range(n)] if problem.tail else [None] * n
+    flags = refs.pop(0) if problem.flags else None
+    return (*arrays, tails, flags, refs)
+
+
+def forward_kernel(problem: Problem, *refs) -> None:
+    x_refs, w_refs, tail_refs, flags_ref, out_refs = _split(problem, refs, 2)
+
+    def body(i, block: _Block):
+        inputs = _Inputs(block, x_refs[i], w_refs[i], tail_refs[i], flags_ref)
+        out_ref = out_refs[i]
+
+        def load(row):
+            return inputs.raw(row), inputs.flag(row)
+
+        def step(row, window, raw, flag):
+            window = [*inputs.emptied(list(window), flag), raw.astype(jnp.float32)]
+            y = inputs.convolved(window)
+            out = y * sigmoid(y)
+            if block.part.norm:
+                out = out * lax.rsqrt(block.norm_of(out * out) + NORM_EPSILON)
+            if flags_ref is not None:
+                out = jnp.where(flag == FLAG_PADDING, 0.0, out)
+            compat.store(out_ref.at[block.batch, row, block.heads()], out.astype(out_ref.dtype))
+            return tuple(window[1:])
+
+        _walk(block, block.first_row, block.rows, load, step, tuple(inputs.history()))
+
+    _dispatch(problem, body)
+
+
+def backward_kernel(problem: Problem, *refs) -> None:
+    x_refs, w_refs, do_refs, tail_refs, flags_ref, out_refs = _split(problem, refs, 3)
+    history, n = problem.width - 1, len(problem.parts)
+    dx_refs, dw_refs = (
+        [refs[0]] * n if joint else refs
+        for refs, joint in (
+            (out_refs[: 1 if problem.joint_inputs else n], problem.joint_inputs),
+            (out_refs[1 if problem.joint_inputs else n :], problem.joint_weights),
+        )
+    )
+
+    def body(i, block: _Block):
+        inputs = _Inputs(block, x_refs[i], w_refs[i], tail_refs[i], flags_ref)
+        do_ref, dx_ref, dw_ref = do_refs[i], dx_refs[i], dw_refs[i]
+        first, end = block.first_row, block.first_row + block.rows
+
+        def load(row):
+            inside = lax.min(row, problem.time - 1)
+            return inputs.raw(inside), block.load(do_ref.at[block.batch, inside, block.heads()]), inputs.flag(inside)
+
+        def step(row, carry, raw, do, flag, edge=False):
+            window, pending, dw, seen = carry
+            x = raw.astype(jnp.float32)
+            if flags_ref is not None:  # whatever lies on padding, NaN too, must not reach dw
+                x = jnp.where(flag == FLAG_PADDING, 0.0, x)
+            window = [*inputs.emptied(list(window), flag), x]
+            dy = _output_gradient(block, inputs.convolved(window), do.astype(jnp.float32))
+            if flags_ref is not None:
+                dy = jnp.where(flag == FLAG_PADDING, 0.0, dy)
+                # How many tokens back this one's document goes on, as far as anyone asks.
+                seen = jnp.where(flag > FLAG_CONTINUES, 0, lax.min(seen + 1, history))
+            own = dy
+            if edge:
+                dy = jnp.where(row < problem.time, dy, 0.0)
+                own = jnp.where(row < end, dy, 0.0)
+            dw = tuple(total + own * x for total, x in zip(dw, window, strict=True))
+            shares = [w * dy for w in inputs.weight]  # for the token W - 1 back, ..., for this one
+            if flags_ref is not None:
+                shares = [jnp.where(seen >= history - j, share, 0.0) for j, share in enumerate(shares)]
+            sums = [a + b for a, b in zip(pending, shares[:-1], strict=True)] + shares[-1:]
+
+            def finish():
+                compat.store(dx_ref.at[block.batch, row - history, inputs.heads], sums[0].astype(dx_ref.dtype))
+
+            pl.when((row - history >= first) & (row - history < end))(finish) if edge else finish()
+            return tuple(window[1:]), tuple(sums[1:]), dw, seen
+
+        def edge_rows(start, count, carry):
+            return lax.fori_loop(0, count, lambda i, carry: step(start + i, carry, *load(start + i), edge=True), carry)
+
+        carry = (
+            tuple(inputs.history()),
+            (block.zeros(),) * history,
+            (block.zeros(),) * problem.width,
+            jnp.int32(history),
+        )
+        carry = edge_rows(first, history, carry)
+        rows = block.rows
+        whole = max(rows - history, 0) if isinstance(rows, int) else lax.max(rows - history, 0)
+        carry = _walk(block, first + history, whole, load, step, carry)
+        _, _, dw, _ = edge_rows(first + history + whole, rows - whole, carry)
+        w_heads = block.heads(problem.joint_weights)
+        for j, total in enumerate(dw):
+            compat.store(dw_ref.at[block.batch * problem.tiles + block.tile, j, w_heads], total)
+
+    _dispatch(problem, body)
+
+
+def _output_gradient(block: _Block, y: jax.Array, do: jax.Array) -> jax.Array:
+    """The cotangent of y from that of the output."""
+    gate = sigmoid(y)
+    s = y * gate
+    ds = do
+    if block.part.norm:
+        n = lax.rsqrt(block.norm_of(s * s) + NORM_EPSILON)
+        ds = n * do - s * (n * n * n * block.norm_of(s * do))
+    return ds * (gate + s * (1.0 - gate))

@@ -1,0 +1,206 @@
+"""Decode steps of a GDN layer on Hopper as functions of arrays: what they take, and the launch. See `decode_kernel`."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from ring_jax.gdn.checks import check_operands
+from ring_jax.gdn.conv import check_convolution
+from ring_jax.gdn.hopper import decode_kernel
+from ring_jax.gdn.hopper.decode_kernel import Problem
+from ring_jax.gdn.mixer import Heads
+from ring_jax.mosaic import compat, in_place
+
+MAX_TOKENS = 8
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How the state of a head is cut.
+
+    Attributes:
+        columns: of the state [dk, dv] that a warpgroup holds in registers: 32, 64 or 128.
+        warpgroups: of a program. Where the output norm is fused, they must hold a whole head.
+    """
+
+    columns: int
+    warpgroups: int
+
+    def __post_init__(self):
+        if self.columns not in (32, 64, 128):
+            raise ValueError(f"{self.columns=} must be 32, 64 or 128")
+        if self.warpgroups not in (1, 2, 4):
+            raise ValueError(f"{self.warpgroups=} must be 1, 2 or 4")
+
+
+def decode_config(batch: int, value_heads: int, dv: int, whole_heads: bool) -> DecodeConfig:
+    """The config that is used for these sizes."""
+    if whole_heads:
+        return DecodeConfig(columns=32, warpgroups=dv // 32)
+    return DecodeConfig(columns=32, warpgroups=1)
+
+
+def unsupported_reason(
+    time: int, key_size: int, value_size: int, *arrays: jax.Array, compute_capability: str | None = None
+) -> str | None:
+    """Why the kernels cannot take these sizes and `arrays` (all but the state), or None."""
+    if compute_capability is not None and compute_capability != "9.0":
+        return f"needs a Hopper GPU (compute capability 9.0), this is {compute_capability}"
+    if not in_place.AVAILABLE:
+        return f"needs jax 0.11 or later, this is {jax.__version__}"
+    if not 1 <= time <= MAX_TOKENS:
+        return f"takes 1 to {MAX_TOKENS} tokens at a time, got {time}"
+    if key_size not in (64, 128, 256) or value_size not in (64, 128):
+        return f"head sizes must be 64, 128 or 256 for keys and 64 or 128 for values, got {key_size} and {value_size}"
+    for x in arrays:
+        if x.dtype not in _DTYPES:
+            return f"needs bfloat16, float16 or float32, got {x.dtype}"
+        if 0 in x.shape:
+            return f"empty arrays, got {x.shape}"
+    return None
+
+
+def recurrent(
+    query: Float[Array, "B T K dk"],
+    key: Float[Array, "B T K dk"],
+    value: Float[Array, "B T N dv"],
+    log_decay: Float32[Array, "B T N"],
+    beta: Float[Array, "B T N"],
+    *,
+    scale: float,
+    initial_state: Float32[Array, "B N dk dv"],
+    config: DecodeConfig | None = None,
+) -> tuple[Float[Array, "B T N dv"], Float32[Array, "B N dk dv"]]:
+    """`ring_jax.gdn.recurrent` for at most `MAX_TOKENS` tokens without documents; no gradient.
+
+    The state's own buffer is written wherever nobody else reads it.
+
+    Raises:
+        NotImplementedError: if `unsupported_reason` gives one.
+        ValueError: shapes that do not fit.
+    """
+    check_operands(query, key, value, log_decay, beta, initial_state, None)
+    (batch, time, key_heads, dk), (heads, dv) = key.shape, value.shape[2:]
+    _refuse(unsupported_reason(time, dk, dv, query, key, value, log_decay, beta))
+    config = config or decode_config(batch, heads, dv, whole_heads=False)
+    problem = Problem(batch, time, key_heads, heads, dk, dv, config.columns, config.warpgroups, scale, None, None)
+    operands = (query, key, value, log_decay, beta)
+    outputs = (compat.output_like(value.shape, value.dtype, *operands, initial_state),)
+    out, state = _launch(problem, outputs, operands, initial_state[None], 0)
+    return out, state[0]
+
+
+def step(
+    mixed: Float[Array, "B T F"],
+    ba: Float[Array, "B T 2N"],
+    state: Float32[Array, "... B N dk dv"],
+    tail: Float[Array, "B W-1 F"],
+    *,
+    weight: Float[Array, "W F"],
+    a_log: Float[Array, " N"],
+    dt_bias: Float[Array, " N"],
+    heads: Heads,
+    scale: float | None = None,
+    gate: Float[Array, "B T N dv"] | None = None,
+    norm_weight: Float[Array, " dv"] | None = None,
+    norm_epsilon: float = 1e-6,
+    layer: int | Int[Array, ""] | None = None,
+    config: DecodeConfig | None = None,
+) -> tuple[Float[Array, "B T N dv"], Float32[Array, "... B N dk dv"], Float[Array, "B W-1 F"]]:
+    """A GDN layer's token mixer between its projections: one or a few tokens in one launch; no gradient.
+
+    Args:
+        mixed: projections q | k | v. ba: b of all heads, then a.
+        state: float32, updated in its own buffer wherever nobody else reads it. With `layer`, those of several layers, stacked.
+        tail: the last W - 1 inputs of the convolution.
+        weight, a_log, dt_bias: as in `MixerWeights`.
+        scale: of the query, d_k^-0.5 by default.
+        gate, norm_weight: z and the weight of the output norm, which is made here where they are given.
+        layer: which of the stacked states is this layer's.
+
+    Returns:
+        out (normalised where a gate is given) in the dtype of `mixed`, the states, and the leaving tail.
+
+    Raises:
+        NotImplementedError: if `unsupported_reason` gives one.
+        ValueError: shapes that do not fit.
+    """
+    check_convolution(mixed, weight, tail, None)
+    batch, time, _ = mixed.shape
+    n, dk, dv = heads.value_heads, heads.key_size, heads.value_size
+    operands = (mixed, tail, weight, ba, a_log, dt_bias)
+    if gate is not None:
+        if norm_weight is None:
+            raise ValueError("gate comes with norm_weight, the weight of the output norm")
+        operands += (gate, norm_weight)
+    _refuse(unsupported_reason(time, dk, dv, *operands))
+    stacked = state if layer is not None else state[None]
+    _check_shapes(heads, batch, time, mixed, ba, stacked, a_log, dt_bias, gate, norm_weight)
+    config = config or decode_config(batch, n, dv, whole_heads=gate is not None)
+    if dv % (config.columns * config.warpgroups) or (gate is not None and dv != config.columns * config.warpgroups):
+        raise ValueError(f"{config} does not fit a value head of {dv}" + (" with its norm" if gate is not None else ""))
+    problem = Problem(
+        batch=batch,
+        time=time,
+        key_heads=heads.key_heads,
+        value_heads=n,
+        dk=dk,
+        dv=dv,
+        columns=config.columns,
+        warpgroups=config.warpgroups,
+        scale=dk**-0.5 if scale is None else scale,
+        width=weight.shape[0],
+        norm_epsilon=None if gate is None else norm_epsilon,
+    )
+    outputs = (
+        compat.output_like((batch, time, n, dv), mixed.dtype, *operands, state),
+        compat.output_like(tail.shape, tail.dtype, *operands, state),
+    )
+    out, leaving, stacked = _launch(problem, outputs, operands, stacked, 0 if layer is None else layer)
+    return out, stacked if layer is not None else stacked[0], leaving
+
+
+def _launch(problem: Problem, outputs, operands, states, layer):
+    call = compat.kernel(
+        functools.partial(_body, decode_kernel.kernel, problem),
+        name="gdn_decode",
+        out_type=outputs,
+        scratch=decode_kernel.scratch(problem),
+        grid=(problem.programs,),
+        grid_names=("program",),
+        num_threads=problem.warpgroups,
+        thread_name="warpgroup",
+    )
+    return in_place.update(call, outputs, (*operands, jnp.asarray(layer, jnp.int32).reshape(1)), (states,))
+
+
+def _body(kernel, problem, *refs, **scratch):
+    kernel(problem, *refs, **scratch)
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise NotImplementedError(f"the Hopper decode kernel {reason}")
+
+
+def _check_shapes(heads: Heads, batch, time, mixed, ba, states, a_log, dt_bias, gate, norm_weight) -> None:
+    n, dk, dv = heads.value_heads, heads.key_size, heads.value_size
+    expected: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "mixed": (mixed, (batch, time, heads.features)),
+        "ba": (ba, (batch, time, 2 * n)),
+        "state": (states, (states.shape[0], batch, n, dk, dv)),
+        "a_log": (a_log, (n,)),
+        "dt_bias": (dt_bias, (n,)),
+        "gate": (gate, (batch, time, n, dv)),
+        "norm_weight": (norm_weight, (dv,)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {x.shape}")
+    if states.dtype != jnp.float32:
+        raise ValueError(f"state must be float32, got {states.dtype}: states are never rounded")

@@ -1,0 +1,269 @@
+"""One or a few tokens of the gated delta rule on Hopper, the state updated in place, with what lies around the rule.
+
+    o_t = exp(g_t) S^T q_t + (k_t . q_t) u_t;   u_t = beta_t (v_t - exp(g_t) S^T k_t);   S <- exp(g_t) S + k_t u_t^T
+
+as in `ring_jax.gdn.recurrent`, the decay near one applied as S + expm1(g) S. Bound by reading and writing S once: a warpgroup
+keeps `columns` columns of one head's state [dk, dv] in registers over all tokens. A warp holds all dk rows of its quarter of the
+columns, so that sums over dk need shuffles alone.
+
+*Projected* operands bring the convolution and the gates along:
+
+    q, k, v = silu(convolution(mixed)), q and k l2-normalised;   beta = sigmoid(b);   g = -exp(A_log) softplus(a + dt_bias)
+
+The convolution of q and k is made one channel a thread and handed over through shared memory; every warpgroup makes its own.
+The leaving tail goes to an array of its own, since other programs still read the one that came in. With a gate z, the program
+holds a whole head and ends with y = weight o / rms(o) silu(z).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ring_jax.gdn.hopper.conv_kernel import NORM_EPSILON, sigmoid
+from ring_jax.gdn.recurrent import SLOW
+from ring_jax.mosaic import compat
+
+_WARPS, _LANES, _VECTOR = 4, 32, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One launch. `width` is that of the convolution where the operands are projections, else None."""
+
+    batch: int
+    time: int
+    key_heads: int
+    value_heads: int
+    dk: int
+    dv: int
+    columns: int
+    warpgroups: int
+    scale: float
+    width: int | None
+    norm_epsilon: float | None  # None: no gate and no output norm
+
+    @property
+    def programs(self) -> int:
+        return self.batch * self.value_heads * self.dv // (self.columns * self.warpgroups)
+
+
+def _tiled(tiling, warp_dims, lane_dims) -> Any:
+    layout = mgpu.TiledLayout(fragmented_array.Tiling(tiling), warp_dims, lane_dims, -1, _check_canonical=False)
+    layout = layout.canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def state_layout(columns: int) -> Any:
+    """[dk, columns]: a warp owns a quarter of the columns, 16 bytes a thread, and spreads the rows over its other lanes."""
+    of_warp = columns // _WARPS
+    rows = _LANES * _VECTOR // of_warp
+    return _tiled(((rows, columns), (rows, of_warp), (1, _VECTOR)), (-5,), (-4, -3))
+
+
+def channel_layout(size: int) -> Any:
+    """[size], a channel a thread; of fewer than 128, several warps hold the same."""
+    replicated = fragmented_array.Replicated(128 // min(size, 128))
+    warps = (-3,) if size >= 128 else (replicated, -3)
+    return _tiled(((min(size, 128),), (_LANES,), (1,)), warps, (-2,))
+
+
+def whole_layout(size: int) -> Any:
+    """[size] in every warp."""
+    return _tiled(((_LANES * (size // _LANES),), (size // _LANES,)), (fragmented_array.Replicated(_WARPS),), (-2,))
+
+
+def expm1(g: jax.Array) -> jax.Array:
+    """exp(g) - 1 for scalars SLOW < g <= 0, by its series."""
+    total = jnp.float32(1.0)
+    for i in range(10, 1, -1):
+        total = 1.0 + total * g * (1.0 / i)
+    return total * g
+
+
+def softplus(x: jax.Array) -> jax.Array:
+    """log(1 + exp(x)) of a scalar: max(x, 0) + 2 artanh(e / (2 + e)), e = exp(-|x|)."""
+    e = jnp.exp(-jnp.abs(x))
+    z = e / (2.0 + e)
+    square, total = z * z, jnp.float32(0.0)
+    for i in range(17, 0, -2):
+        total = total * square + 1.0 / i
+    return lax.max(x, 0.0) + 2.0 * z * total
+
+
+class _Head:
+    """What one warpgroup of a program works on."""
+
+    def __init__(self, problem: Problem):
+        program, self.warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        slices = problem.dv // (problem.columns * problem.warpgroups)
+        part, rest = lax.rem(program, slices), lax.div(program, slices)
+        self.problem, self.batch = problem, lax.div(rest, problem.value_heads)
+        self.head = lax.rem(rest, problem.value_heads)
+        self.group = problem.value_heads // problem.key_heads
+        self.key_head = lax.div(self.head, self.group)
+        self.columns = pl.ds((part * problem.warpgroups + self.warpgroup) * problem.columns, problem.columns)
+        self.first = (part == 0) & (self.warpgroup == 0)
+        self.layout = state_layout(problem.columns)
+        self.row_layout, self.column_layout = self.layout.reduce(1), self.layout.reduce(0)
+
+    def over_rows(self, x: jax.Array) -> jax.Array:
+        """[dk] to [dk, columns]."""
+        return self._broadcast(x, 0)
+
+    def over_columns(self, x: jax.Array) -> jax.Array:
+        """[columns] to [dk, columns]."""
+        return self._broadcast(x, 1)
+
+    def _broadcast(self, x, axis):
+        shape = (self.problem.dk, self.problem.columns)
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (axis,)), self.layout)
+
+
+class _Given:
+    """Operands of the rule itself."""
+
+    def __init__(self, head: _Head, refs):
+        self.head, self.refs = head, refs
+
+    def prepare(self, qk_smem) -> None:
+        pass
+
+    def token(self, t: int):
+        head, (q_ref, k_ref, v_ref, g_ref, beta_ref) = self.head, self.refs
+        q, k = (
+            compat.load(ref.at[head.batch, t, head.key_head], head.row_layout).astype(jnp.float32)
+            for ref in (q_ref, k_ref)
+        )
+        v = compat.load(v_ref.at[head.batch, t, head.head, head.columns], head.column_layout).astype(jnp.float32)
+        at = (head.batch, t, head.head)
+        return q, k, v, g_ref[at], beta_ref[at].astype(jnp.float32)
+
+
+class _Projected:
+    """Operands made from projections, and the tail that the convolution leaves."""
+
+    def __init__(self, head: _Head, refs, leaving_ref):
+        self.head = head
+        self.x_ref, self.tail_ref, self.w_ref, self.ba_ref, self.a_log_ref, self.dt_bias_ref = refs
+        self.leaving_ref, self.qk_smem = leaving_ref, None
+        problem = head.problem
+        keys = problem.key_heads * problem.dk
+        self.channels = [pl.ds(part * keys + head.key_head * problem.dk, problem.dk) for part in range(2)]
+        self.value_channels = pl.ds(2 * keys + head.head * problem.dv + head.columns.start, problem.columns)
+
+    def _convolved(self, channels, layout):
+        """silu of the convolution for each token, [channels]; `leave` writes the tail."""
+        problem, batch = self.head.problem, self.head.batch
+        history = problem.width - 1
+        x = [compat.load(self.tail_ref.at[batch, i, channels], layout) for i in range(history)]
+        x += [compat.load(self.x_ref.at[batch, t, channels], layout) for t in range(problem.time)]
+        w = [compat.load(self.w_ref.at[j, channels], layout).astype(jnp.float32) for j in range(problem.width)]
+        wide, found = [each.astype(jnp.float32) for each in x], []
+        for t in range(problem.time):
+            y = w[0] * wide[t]
+            for j in range(1, problem.width):
+                y = y + w[j] * wide[t + j]
+            found.append(y * sigmoid(y))
+
+        def leave():
+            for i, each in enumerate(x[problem.time :]):
+                compat.store(self.leaving_ref.at[batch, i, channels], each)
+
+        return found, leave
+
+    def prepare(self, qk_smem) -> None:
+        head, problem = self.head, self.head.problem
+        self.qk_smem = qk_smem.at[head.warpgroup]
+        for part, channels in enumerate(self.channels):
+            found, leave = self._convolved(channels, channel_layout(problem.dk))
+            for t, s in enumerate(found):
+                compat.store(self.qk_smem.at[t, part], s)
+            pl.when(head.first & (head.key_head * head.group == head.head))(leave)
+        self.values, leave = self._convolved(self.value_channels, head.column_layout)
+        leave()
+        plgpu.commit_smem()
+
+    def token(self, t: int):
+        head, heads = self.head, self.head.problem.value_heads
+        q, k = (compat.load(self.qk_smem.at[t, part], head.row_layout) for part in range(2))
+        q, k = (x * lax.rsqrt(jnp.sum(x * x) + NORM_EPSILON) for x in (q, k))
+        b, a = (self.ba_ref[head.batch, t, head.head + i * heads].astype(jnp.float32) for i in range(2))
+        decay = softplus(a + self.dt_bias_ref[head.head].astype(jnp.float32))
+        g = -jnp.exp(self.a_log_ref[head.head].astype(jnp.float32)) * decay
+        return q, k, self.values[t], g, sigmoid(b)
+
+
+def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None) -> None:
+    """refs: the operands; z, the norm's weight where there is a gate; the layer; the states; out, the leaving tail."""
+    head = _Head(problem)
+    operands: Any
+    if problem.width is None:
+        *inputs, layer_ref, state_ref, out_ref = refs
+        operands, gate = _Given(head, inputs[:5]), inputs[5:]
+    else:
+        *inputs, layer_ref, state_ref, out_ref, leaving_ref = refs
+        operands, gate = _Projected(head, inputs[:6], leaving_ref), inputs[6:]
+    state_ref = state_ref.at[layer_ref[0], head.batch, head.head, :, head.columns]
+    state = compat.load(state_ref, head.layout)
+    operands.prepare(qk_smem)
+    outs = []
+    for t in range(problem.time):
+        q, k, v, g, beta = operands.token(t)
+        slow = g > SLOW
+        change = jnp.where(slow, expm1(lax.max(g, SLOW)), jnp.exp(g))
+        state = state * change + state * jnp.where(slow, 1.0, 0.0)
+        q, key = q * problem.scale, head.over_rows(k)
+        read_k = jnp.sum(state * key, axis=0)
+        read_q = jnp.sum(state * head.over_rows(q), axis=0)
+        u = beta * (v - read_k)
+        outs.append(read_q + jnp.sum(k * q) * u)
+        state = state + key * head.over_columns(u)
+    if problem.norm_epsilon is not None:
+        outs = _gated_norm(head, outs, gate, o_smem, o_full)
+    for t, out in enumerate(outs):
+        compat.store(out_ref.at[head.batch, t, head.head, head.columns], out.astype(out_ref.dtype))
+    compat.store(state_ref, state)
+
+
+def _gated_norm(head: _Head, outs, gate, o_smem, o_full):
+    """weight o / rms(o) silu(z); the squares of a head come together through shared memory."""
+    z_ref, weight_ref = gate
+    problem = head.problem
+    z = [compat.load(z_ref.at[head.batch, t, head.head, head.columns], head.column_layout) for t in range(problem.time)]
+    weight = compat.load(weight_ref.at[head.columns], head.column_layout).astype(jnp.float32)
+    for t, out in enumerate(outs):
+        compat.store(o_smem.at[t, head.columns], out)
+    plgpu.commit_smem()
+    if problem.warpgroups > 1:
+        plgpu.barrier_arrive(o_full)
+        plgpu.barrier_wait(o_full)
+    normed = []
+    for t, out in enumerate(outs):
+        whole = compat.load(o_smem.at[t], whole_layout(problem.dv))
+        mean = jnp.sum(whole * whole) * (1.0 / problem.dv)
+        gate_t = z[t].astype(jnp.float32)
+        normed.append(weight * (out * lax.rsqrt(mean + problem.norm_epsilon)) * (gate_t * sigmoid(gate_t)))
+    return normed
+
+
+def scratch(problem: Problem) -> dict[str, Any]:
+    """Shared memory of a program."""
+    found: dict[str, Any] = {}
+    if problem.width is not None:
+        found["qk_smem"] = plgpu.SMEM((problem.warpgroups, problem.time, 2, problem.dk), jnp.float32)
+    if problem.norm_epsilon is not None:
+        found["o_smem"] = plgpu.SMEM((problem.time, problem.dv), jnp.float32)
+        if problem.warpgroups > 1:
+            found["o_full"] = plgpu.Barrier(num_arrivals=problem.warpgroups)
+    return found
+
+
+assert math.isclose(SLOW, -0.5)  # how far the series of expm1 was cut for

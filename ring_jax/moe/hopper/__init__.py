@@ -1,0 +1,1 @@
+"""Grouped products of experts for Hopper GPUs, in Pallas Mosaic GPU."""

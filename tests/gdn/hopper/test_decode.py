@@ -1,0 +1,257 @@
+"""The Hopper decode kernels: lowered for CUDA and interpreted on the CPU, compared with the oracle on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from ring_jax.gdn import causal_convolution, gated_delta_rule
+from ring_jax.gdn.hopper import decode
+from ring_jax.gdn.hopper.decode import DecodeConfig
+from ring_jax.gdn.mixer import Heads, l2_normalize
+from ring_jax.mosaic import compat
+from ring_jax.nn.gdn import gated_rms_norm
+from tests.gdn.helpers import BOUND, numpy_rule, operands, relative
+from tests.marks import interpreted, needs_in_place
+
+WIDTH = 4
+
+
+def step_inputs(seed, batch, time, heads, dtype, layers=None):
+    """mixed, ba, state, tail, and the rest by name. Decays from nearly none to below exp(-15)."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape, dtype=dtype):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    n, dk, dv = heads.value_heads, heads.key_size, heads.value_size
+    ba = draw(batch, time, 2 * n) * jnp.asarray(3, dtype)
+    stack = () if layers is None else (layers,)
+    state = draw(*stack, batch, n, dk, dv, dtype=jnp.float32)
+    rest = {
+        "weight": draw(WIDTH, heads.features),
+        "a_log": jnp.asarray(np.log(rng.uniform(0.0, 16, n)), jnp.float32),
+        "dt_bias": jnp.asarray(rng.uniform(-9, 1, n), dtype),
+        "gate": draw(batch, time, n, dv),
+        "norm_weight": draw(dv, dtype=jnp.float32),
+    }
+    return draw(batch, time, heads.features), ba, state, draw(batch, WIDTH - 1, heads.features), rest
+
+
+def oracle(heads, mixed, ba, state, tail, weight, a_log, dt_bias, gate=None, norm_weight=None):
+    """The layer's formulas one after the other, in the dtype of the arrays."""
+    batch, time, _ = mixed.shape
+    y, leaving = causal_convolution(mixed, weight, tail=tail)
+    parts = jnp.split(jax.nn.silu(y), np.cumsum(heads.parts)[:-1], axis=2)
+    sizes = heads.key_size, heads.key_size, heads.value_size
+    q, k, v = (p.reshape(batch, time, -1, s) for p, s in zip(parts, sizes, strict=True))
+    b, a = jnp.split(ba, 2, axis=2)
+    g = -jnp.exp(a_log) * jax.nn.softplus(a + dt_bias)
+    options = {"initial_state": state, "implementation": "reference"}
+    out, state = gated_delta_rule(l2_normalize(q), l2_normalize(k), v, g, jax.nn.sigmoid(b), **options)
+    return out if gate is None else gated_rms_norm(out, gate, norm_weight, 1e-6), state, leaving
+
+
+def in_float64(function, *arguments):
+    def widen(x):
+        return np.asarray(x.astype(jnp.float32), np.float64)
+
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        return jax.tree.map(np.asarray, jax.jit(function)(*jax.tree.map(widen, arguments)))
+
+
+def check_step(seed, batch, time, heads, dtype, gated, config=None, layers=None):
+    mixed, ba, state, tail, rest = step_inputs(seed, batch, time, heads, dtype, layers)
+    if not gated:
+        del rest["gate"], rest["norm_weight"]
+    layer = None if layers is None else layers - 1
+    run = jax.jit(functools.partial(decode.step, heads=heads, config=config))
+    before = np.asarray(state)
+    out, new, leaving = run(mixed, ba, state, tail, layer=layer, **rest)
+    np.testing.assert_array_equal(before, state)  # the caller's array is its own
+    if layers is not None:
+        np.testing.assert_array_equal(new[:layer], before[:layer])
+        state, new = state[layer], new[layer]
+
+    def plain(mixed, ba, state, tail, rest):
+        return oracle(heads, mixed, ba, state, tail, **rest)
+
+    want, want_state, want_leaving = in_float64(plain, mixed, ba, state, tail, rest)
+    assert out.dtype == leaving.dtype == dtype
+    assert relative(out.astype(jnp.float32), want) <= float(jnp.finfo(dtype).eps) / 3 + BOUND
+    assert relative(new, want_state) <= BOUND
+    np.testing.assert_array_equal(np.asarray(leaving, np.float64), want_leaving)
+
+
+def check_rule(seed, batch, time, key_heads, value_heads, size, dtype, decay, config=None):
+    *arrays, state = operands(seed, batch, time, key_heads, value_heads, size, size, decay)
+    q, k, v, g, beta = arrays
+    q, k, v, beta = (jnp.asarray(x, dtype) for x in (q, k, v, beta))
+    run = jax.jit(functools.partial(decode.recurrent, scale=size**-0.5, config=config))
+    out, new = run(q, k, v, jnp.asarray(g), beta, initial_state=jnp.asarray(state))
+    want, want_state = numpy_rule(
+        *(np.asarray(x.astype(jnp.float32)) for x in (q, k, v)), g, beta.astype(jnp.float32), state
+    )
+    assert out.dtype == dtype
+    assert relative(out.astype(jnp.float32), want) <= float(jnp.finfo(dtype).eps) / 3 + BOUND
+    assert relative(new, want_state) <= BOUND
+
+
+# Interpreted on the CPU.
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("gated", "config", "layers"),
+    [(True, None, 2), (True, DecodeConfig(columns=64, warpgroups=1), None), (False, None, None)],
+)
+def test_interpreted_step(gated, config, layers):
+    with compat.interpret_mode():
+        check_step(1, 2, 2, Heads(1, 2, 64, 64), jnp.float32, gated, config, layers)
+
+
+@interpreted
+@pytest.mark.parametrize("decay", ["none", "slow", "fast", "qwen", "mixed"])
+def test_interpreted_rule(decay):
+    with compat.interpret_mode():
+        check_rule(2, 1, 3, 1, 2, 64, jnp.float32, decay)
+
+
+# Lowering for CUDA, on the CPU.
+
+
+def lower(function, *arguments, donate=()):
+    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+CONFIGS = [
+    (True, DecodeConfig(columns=32, warpgroups=4)),
+    (True, DecodeConfig(columns=64, warpgroups=2)),
+    (True, DecodeConfig(columns=128, warpgroups=1)),
+    (False, DecodeConfig(columns=32, warpgroups=1)),
+    (False, DecodeConfig(columns=64, warpgroups=1)),
+]
+
+
+@needs_in_place
+@pytest.mark.parametrize(("gated", "config"), CONFIGS)
+def test_lowers_step(gated, config):
+    heads = Heads(4, 8, 128, 128)
+    *arrays, rest = jax.eval_shape(functools.partial(step_inputs, 0, 2, 2, heads, jnp.bfloat16))
+    if not gated:
+        del rest["gate"], rest["norm_weight"]
+
+    def run(mixed, ba, state, tail, rest):
+        return decode.step(mixed, ba, state, tail, heads=heads, config=config, **rest)
+
+    text = lower(run, *arrays, rest, donate=(2,))
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert text.count("output_operand_alias<") == 1
+
+
+@needs_in_place
+@pytest.mark.parametrize(("key_size", "value_size"), [(64, 64), (128, 64), (256, 128)])
+def test_lowers_rule(key_size, value_size):
+    batch, time, heads = 3, 8, 4
+
+    def run(q, k, v, g, beta, state):
+        return decode.recurrent(q, k, v, g, beta, scale=0.1, initial_state=state)
+
+    keys = jax.ShapeDtypeStruct((batch, time, heads, key_size), jnp.float16)
+    values = jax.ShapeDtypeStruct((batch, time, heads, value_size), jnp.float16)
+    per_head = jax.ShapeDtypeStruct((batch, time, heads), jnp.float32)
+    state = jax.ShapeDtypeStruct((batch, heads, key_size, value_size), jnp.float32)
+    text = lower(run, keys, keys, values, per_head, per_head, state)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+# Refusals.
+
+
+def test_unsupported_reasons():
+    x = jax.ShapeDtypeStruct((1, 1), jnp.bfloat16)
+    reason = decode.unsupported_reason
+    assert "Hopper" in reason(1, 128, 128, x, compute_capability="8.0")
+    if compat.INTERPRET_AVAILABLE:
+        assert reason(1, 128, 128, x, compute_capability="9.0") is None
+        assert "1 to 8 tokens" in reason(9, 128, 128, x)
+        assert "head sizes" in reason(1, 96, 128, x)
+        assert "bfloat16" in reason(1, 128, 128, jax.ShapeDtypeStruct((1, 1), jnp.float64))
+        assert "empty" in reason(1, 128, 128, jax.ShapeDtypeStruct((0, 1), jnp.float32))
+    else:
+        assert "jax 0.11" in reason(1, 128, 128, x)
+
+
+@pytest.mark.parametrize("change", [{"columns": 48}, {"warpgroups": 3}])
+def test_config_refuses(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(DecodeConfig(columns=32, warpgroups=4), **change)
+
+
+@needs_in_place
+def test_errors():
+    heads = Heads(1, 2, 64, 64)
+    mixed, ba, state, tail, rest = step_inputs(0, 1, 1, heads, jnp.float32)
+    with pytest.raises(ValueError, match="ba must have shape"):
+        decode.step(mixed, ba[..., 1:], state, tail, heads=heads, **rest)
+    with pytest.raises(ValueError, match="state must be float32"):
+        decode.step(mixed, ba, state.astype(jnp.bfloat16), tail, heads=heads, **rest)
+    with pytest.raises(ValueError, match="does not fit a value head of 64 with its norm"):
+        decode.step(mixed, ba, state, tail, heads=heads, config=DecodeConfig(columns=32, warpgroups=1), **rest)
+    with pytest.raises(ValueError, match="norm_weight"):
+        decode.step(mixed, ba, state, tail, heads=heads, **{**rest, "norm_weight": None})
+
+
+# On a GPU.
+
+MODEL = Heads(16, 32, 128, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("gated", "config"), CONFIGS)
+def test_gpu_configs(gated, config):
+    check_step(3, 3, 2, MODEL, jnp.bfloat16, gated, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "time", "heads", "dtype"),
+    [
+        (1, 1, MODEL, jnp.bfloat16),
+        (37, 1, Heads(16, 64, 128, 128), jnp.float16),
+        (2, 8, Heads(2, 6, 64, 64), jnp.float32),
+        (2, 4, Heads(3, 3, 256, 64), jnp.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("gated", [True, False])
+def test_gpu_step(batch, time, heads, dtype, gated):
+    check_step(4, batch, time, heads, dtype, gated, layers=3 if batch == 2 else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", ["none", "slow", "fast", "qwen", "mixed"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gpu_rule(decay, dtype):
+    check_rule(5, 3, 5, 4, 8, 128, dtype, decay)
+
+
+@pytest.mark.gpu
+def test_gpu_many_steps_of_slow_decay():
+    """Rounding must not add up: 4096 tokens that hardly decay, 8 at a time, in one buffer."""
+    *arrays, state = operands(6, 1, 4096, 1, 2, 128, 128, "slow")
+    q, k, v, g, beta = (jnp.asarray(x) for x in arrays)
+    run = jax.jit(functools.partial(decode.recurrent, scale=0.1), donate_argnames="initial_state")
+    new, outs = jnp.asarray(state), []
+    for start in range(0, 4096, 8):
+        out, new = run(*(x[:, start : start + 8] for x in (q, k, v, g, beta)), initial_state=new)
+        outs.append(np.asarray(out))
+    want, want_state = numpy_rule(*arrays, state, scale=0.1)
+    assert relative(np.concatenate(outs, axis=1), want) <= BOUND
+    assert relative(new, want_state) <= BOUND
