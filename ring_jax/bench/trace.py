@@ -55,14 +55,19 @@ class Activity:
         """Part of the whole in which this GPU neither computes nor transfers."""
         return 1 - _total(merge([*self.compute, *self.transfer])) / self.length
 
-    def by_kind(self) -> dict[str, tuple[float, int]]:
-        """Milliseconds and number of kernels of each kind, the longest first."""
-        found: dict[str, tuple[float, int]] = {}
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """For each kind of kernel, the longest first: milliseconds, how many of them while nothing of another kind runs,
+        and the number of kernels."""
+        spans: dict[str, list[Span]] = {}
         for begin, end, name in self.events:
             kind = next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other kernels")
-            ms, count = found.get(kind, (0.0, 0))
-            found[kind] = ms + end - begin, count + 1
-        return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+            spans.setdefault(kind, []).append((begin, end))
+        found = {}
+        for kind, own in spans.items():
+            others = tuple(merge(span for other, found in spans.items() if other != kind for span in found))
+            alone = _total(merge(own)) - _total(_overlap(tuple(merge(own)), others))
+            found[kind] = {"ms": _total(own), "alone_ms": alone, "calls": len(own)}
+        return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
 
     def summary(self) -> dict[str, Any]:
         """Milliseconds and shares, and the kernels that took longest."""

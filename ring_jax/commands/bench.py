@@ -39,7 +39,7 @@ def _check(args: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not isinstance(number, bool) and not number > 0:
                 raise CommandError(f"--{name.replace('_', '-')} must be positive, got {number}")
-    if args.heads % args.kv_heads:
+    if hasattr(args, "heads") and args.heads % args.kv_heads:
         raise CommandError(f"--kv-heads must divide --heads, got {args.kv_heads} and {args.heads}")
     for mask in getattr(args, "masks", ()):
         try:

@@ -64,8 +64,8 @@ def attend_parts(
     q = jnp.where(own, query[:, :, :, None], jnp.zeros((), query.dtype)).reshape(B, T * N, K * H)
     queries = [q, *(lax.optimization_barrier((q, i))[0] for i in range(1, len(parts)))]
     flat = lambda x: x.reshape(*x.shape[:2], K * H)  # noqa: E731
-    logits = [_product("BMD,BSD->BMS", q, flat(key)) for q, (key, _, _) in zip(queries, parts, strict=True)]
-    logits = _joined(lax.optimization_barrier(logits)) * scale  # no product inside of the joining
+    pieces = [_product("BMD,BSD->BMS", q, flat(key)) for q, (key, _, _) in zip(queries, parts, strict=True)]
+    logits = _joined(lax.optimization_barrier(pieces)) * scale  # no product inside of the joining
     seen = _joined([jnp.arange(key.shape[1], dtype=jnp.int32) < visible[:, None] for key, _, visible in parts])
     logits = jnp.where(seen[:, None], logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)

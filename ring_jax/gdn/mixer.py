@@ -208,7 +208,8 @@ def _mix_head_split(weights: MixerWeights, x, projected, cache: GDNCache, spread
         x = lax.all_gather(x, shard.axis, axis=1, tiled=True)
         mixed, ba = own.project(shard.layout.restore(x, 1, ranks))
     else:
-        mixed, ba = _exchange(*projected, heads, spread)
+        mixed, ba = projected
+        mixed, ba = _exchange(mixed, ba, heads, spread)
     here = GDNCache(spread.own(cache.state, 1), _own(cache.tail, heads.parts, rank, ranks), cache.segment)
     out, here = mix_projected(own, mixed, ba, here, spread.inside, implementation)
     out = axis_to_seq(out, shard, 2)

@@ -47,7 +47,10 @@ def test_kinds_of_kernels():
     }  # fmt: skip
     events = [(float(i), i + 0.5, name) for i, name in enumerate(names)]
     found = trace.activity_of("GPU:0", [*events, (20, 22, "nvjet_tst_64x8")]).by_kind()
-    assert found.keys() == set(names.values()) and next(iter(found.items())) == ("matrix products", (3.0, 3))
+    assert found.keys() == set(names.values())
+    assert next(iter(found.items())) == ("matrix products", {"ms": 3.0, "alone_ms": 3.0, "calls": 3})
+    both = trace.activity_of("GPU:0", [(0, 3, "MemcpyD2D"), (1, 2, KERNEL)]).by_kind()
+    assert both["copies"]["alone_ms"] == 2 and both["attention"]["alone_ms"] == 0
 
 
 def test_timeline_is_drawn(tmp_path):

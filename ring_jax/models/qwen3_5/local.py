@@ -27,7 +27,7 @@ from ring_jax.gdn import OneDevice
 from ring_jax.mask import ResolvedMask
 from ring_jax.models.qwen3_5.sharding import Sharding
 
-_ROWS = 8
+_FEW = 8  # rows of a product
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,9 +164,9 @@ def _matmul(x, w, dtype):
     unit multiplies eight rows or more at a time anyway.
     """
     w, rows = w.astype(x.dtype), math.prod(x.shape[:-1])
-    if rows >= _ROWS or target().platform != "gpu":
+    if rows >= _FEW or target().platform != "gpu":
         return jnp.matmul(x, w, preferred_element_type=dtype)
-    few = jnp.pad(x.reshape(rows, -1), ((0, _ROWS - rows), (0, 0)))
+    few = jnp.pad(x.reshape(rows, -1), ((0, _FEW - rows), (0, 0)))
     few = lax.optimization_barrier(few)  # or XLA takes the padding away
     return jnp.matmul(few, w, preferred_element_type=dtype)[:rows].reshape(*x.shape[:-1], -1)
 

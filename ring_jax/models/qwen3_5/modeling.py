@@ -4,6 +4,7 @@
 
 where three of four mixers are gated delta rules, the fourth full attention. Layers are stacked in groups, one
 repetition of that pattern each, and a scan walks the groups: a program has the size of one group whatever the depth.
+In decode a loop walks them, so that nothing but reading the weights takes time.
 
 The whole model is one `shard_map`, manual over every mesh axis. Tokens enter in natural order and are laid out once;
 full attention runs as ring attention, runs of GDN layers as `ring_jax.gdn.run` spreads them; everything else acts on

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import sys
-from typing import Any
 
 H100 = """
 gpu_device_info {
@@ -28,21 +27,19 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "fusion-done", "copy-done"}
-PROMPT, ROOM = 4096, 512
-LEAST = 2 << 20  # bytes: half of the smallest projection below, and of one layer's keys; more than any activation
+PROMPT, ROOM, NEW = 1024, 64, 256  # tokens: cached, decoded at most, prefilled
+LEAST = 16 << 20  # bytes: half of the smallest projection below, more than any activation
 
 
 def model_and_programs():
-    """Sizes of Qwen3.5-0.8B but for a small vocabulary, two groups of layers: (model, {name: (function, operands)})."""
+    """Two groups of layers of Qwen3.5-9B with a small vocabulary: (model, {name: (function, operands)})."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from ring_jax.models.qwen3_5 import Config, Qwen3_5
 
-    config = dataclasses.replace(
-        Config.preset("qwen3.5-0.8b"), num_layers=8, layer_types=(), vocab_size=4096, tie_embeddings=False
-    )
+    config = dataclasses.replace(Config.preset("qwen3.5-9b"), num_layers=8, layer_types=(), vocab_size=4096)
     model = Qwen3_5(config, rngs=None)
     graph, state = nnx.split(model)
     build = lambda params: nnx.merge(graph, params)  # noqa: E731
@@ -52,35 +49,28 @@ def model_and_programs():
     cache = jax.eval_shape(prefill, params, tokens(PROMPT)).cache
     decode = jax.jit(lambda params, cache, token: build(params).decode(token, cache), donate_argnums=1)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return model, {"decode": (decode, (params, cache, one)), "prefill": (jax.jit(prefill), (params, tokens(64)))}
+    return model, {"decode": (decode, (params, cache, one)), "prefill": (jax.jit(prefill), (params, tokens(NEW)))}
 
 
 def large_results(text: str, least: int = LEAST) -> list[str]:
-    """Instructions of a compiled program that write `least` bytes or more, but for updates in place."""
+    """Instructions of a compiled program that write `least` bytes or more, but for updates in place: name, what the
+    operation is (of a fusion, its last one), shape."""
     fused = set(re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", text))
-    bodies: dict[str, list[str]] = {}
-    name = ""
+    bodies: dict[str, list[tuple[str, str, str, str]]] = {}
+    body: list[tuple[str, str, str, str]] = []
     for line in text.splitlines():
         if found := re.match(r"(?:ENTRY )?%([\w.\-]+) \(", line):
-            name = found.group(1)
-            bodies[name] = []
-        elif name and line.startswith("  "):
-            bodies[name].append(line.strip())
-    in_place = {name for name, body in bodies.items() if any(_root_updates(line) for line in body)}
+            bodies[found.group(1)] = body = []
+        elif found := re.match(r"\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(.*", line):
+            called = re.search(r"calls=%([\w.\-]+)", line)
+            body.append((found.group(2), called.group(1) if called else "", found.group(4), found.group(3)))
     result = []
     for name in bodies.keys() - fused:
-        for line in bodies[name]:
-            found = re.match(r"(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(", line)
-            if found is None or found.group(3) in VIEWS:
-                continue
-            called = re.search(r"calls=%([\w.\-]+)", line)
-            if _size(found.group(2)) >= least and not (called and called.group(1) in in_place):
-                result.append(f"{found.group(1)} {found.group(2)}")
+        for own, called, operation, shape in bodies[name]:
+            operation = bodies[called][-1][2] if called else operation  # the root comes last
+            if operation not in VIEWS | {"dynamic-update-slice"} and _size(shape) >= least:
+                result.append(f"{own} {operation} {shape}")
     return result
-
-
-def _root_updates(line: str) -> bool:
-    return re.match(r"ROOT %[\w.\-]+ = \S+ dynamic-update-slice\(", line) is not None
 
 
 def _size(shape: str) -> int:
@@ -88,11 +78,6 @@ def _size(shape: str) -> int:
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
     sizes = (BYTES.get(kind, 0) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in arrays)
     return max((size for size, (kind, _) in zip(sizes, arrays, strict=True) if kind != "s8"), default=0)
-
-
-def report(compiled) -> dict[str, Any]:
-    memory = compiled.memory_analysis()
-    return {"large": large_results(compiled.as_text()), "temporary": memory.temp_size_in_bytes}
 
 
 def main(folder: str) -> None:
@@ -111,7 +96,7 @@ def main(folder: str) -> None:
         for name, (program, operands) in model_and_programs()[1].items():
             operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), operands)
             compiled = program.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
-            reports[name] = report(compiled)
+            reports[name] = large_results(compiled.as_text())
     print(json.dumps(reports))
 
 
