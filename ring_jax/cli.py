@@ -129,8 +129,10 @@ def find_devices() -> list[Any]:
     use_all_devices()
     try:
         return jax.devices()
-    except RuntimeError as error:
-        raise CommandError(f"jax finds no device: {error}") from error
+    except (RuntimeError, AssertionError) as error:  # the latter where a platform's plugin is missing
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        asked = f" of JAX_PLATFORMS={platforms}" if platforms else ""
+        raise CommandError(f"jax finds no device{asked}: {error or 'is its plugin installed?'}") from error
 
 
 def use_all_devices(emulated: int = 8) -> None:

@@ -88,7 +88,6 @@ def test_doctor():
         (["--temperature", "-1"], "temperature must be finite and >= 0, got -1"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be positive, got 0"),
         (["--model", "nowhere"], "give --prompt TEXT"),
-        (["--model", __file__, "--prompt", "x"], "test_cli.py is a file: give the directory of a checkpoint"),
         (["--prompt-file", str(ROOT)], f"cannot read {ROOT}"),
     ],
 )
@@ -102,6 +101,10 @@ def test_generate_errors(args, message, capsys):
     ("args", "message"),
     [
         (["generate", "--prompt", ""], "--prompt is empty"),
+        (
+            ["generate", "--model", __file__, "--prompt", "x"],
+            "test_cli.py is a file: give the directory of a checkpoint",
+        ),
         (["generate", "--prompt", "\udcff"], "--prompt is not UTF-8"),
         (["generate", "--prompt-file", os.devnull], f"{os.devnull} is empty"),
         (["generate", "--prompt", "x", "--stop", ""], "--stop needs a text"),
@@ -145,6 +148,16 @@ def test_known_errors_have_no_traceback(error, status, message, monkeypatch, cap
     assert main(["doctor"]) == status
     found = capfd.readouterr().err
     assert found.startswith(message) and bool(found) == bool(message)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unable to initialize backend 'cuda'"), AssertionError()])
+def test_no_device(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("jax.devices", fail)
+    assert main(["doctor"]) == 2
+    assert "ring-jax: error: jax finds no device" in capsys.readouterr().err
 
 
 def test_errors_of_ours_are_not_hidden(monkeypatch):

@@ -100,6 +100,8 @@ def _check(args: argparse.Namespace) -> bool:
     without_prompt = args.prompt is None and args.prompt_file is None
     if without_prompt and args.model is not None:
         raise CommandError("give --prompt TEXT or --prompt-file F")
+    if args.model is not None and args.model.is_file():
+        raise CommandError(f"--model {args.model} is a file: give the directory of a checkpoint")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise CommandError(f"--max-new-tokens must be positive, got {args.max_new_tokens}")
     if without_prompt and args.max_new_tokens is not None:

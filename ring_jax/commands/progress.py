@@ -1,6 +1,7 @@
 """How far a command is: a bar over its steps in a terminal, elsewhere a line for each step."""
 
 import contextlib
+import shutil
 import sys
 import threading
 import time
@@ -25,7 +26,8 @@ class Progress:
             from tqdm import tqdm
 
             form = "{desc:<32} {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} steps, {elapsed}"
-            self._bar = tqdm(total=steps, bar_format=form, leave=False, dynamic_ncols=True)
+            columns = shutil.get_terminal_size().columns - 1  # tqdm itself hides where a terminal tells no width
+            self._bar = tqdm(total=steps, bar_format=form, leave=False, ncols=columns)
             self._ticker = threading.Thread(target=self._tick, daemon=True)
             self._ticker.start()
 

@@ -82,8 +82,6 @@ class Session:
         from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
 
         directory = settings.directory
-        if directory.is_file():
-            raise CommandError(f"--model {directory} is a file: give the directory of a checkpoint")
         devices = jax.devices()[:ranks]
         mesh = jax.sharding.Mesh(np.asarray(devices), ("context",))
         cp = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh, strategy=settings.strategy)
