@@ -8,6 +8,7 @@ from ring_jax.flash import flash_attention as flash_attention
 from ring_jax.flash import merge_partials as merge_partials
 from ring_jax.gdn import gated_delta_rule as gated_delta_rule
 from ring_jax.layout import Contiguous as Contiguous
+from ring_jax.layout import Layout as Layout
 from ring_jax.layout import Striped as Striped
 from ring_jax.layout import Zigzag as Zigzag
 from ring_jax.mask import Mask as Mask

@@ -5,9 +5,12 @@ an array is due, text where a number is), ValueError for a wrong value (rank, si
 expected and what to do. Values that are traced cannot be read: what depends on them saturates instead, see `to_int32`.
 """
 
+import functools
 import math
 import operator
+import os
 from collections.abc import Iterable, MutableMapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -18,6 +21,14 @@ T = TypeVar("T")
 Kind = Literal["floating", "integer", "signed", "bool", "any"]
 
 INT32 = np.iinfo(np.int32)
+
+
+class Sizes(dict[str, int]):
+    """Sizes by axis name, and in `origin` the array that each comes from."""
+
+    def __init__(self, **sizes: int):
+        super().__init__(sizes)
+        self.origin: dict[str, str] = {}
 
 
 def concrete(x) -> "np.ndarray | None":
@@ -44,7 +55,7 @@ def check_array(
         name: of the argument, for the message.
         x: a `jax.Array`, traced or not, or a `numpy.ndarray`.
         axes: one word an axis, such as "B T N H"; a word that is a number is that size. None takes any rank.
-        sizes: sizes by axis name. Names that it holds must agree, others are added: handing one dictionary from array to
+        sizes: sizes by axis name. Names that it holds must agree, others are added: handing one `Sizes` from array to
             array checks that they fit together.
         kind: what its dtype must be.
         advice: what to do, appended to a message about rank or size.
@@ -65,9 +76,14 @@ def check_array(
     known = {} if sizes is None else sizes
     for axis, (word, size) in enumerate(zip(words, x.shape, strict=True)):
         expected = int(word) if word.isdigit() else known.setdefault(word, size)
+        origins = known.origin if isinstance(known, Sizes) else {}
+        origin = origins.setdefault(word, name) if expected == size else origins.get(word)
         if size != expected:
+            of = f" from that of {origin}" if origin not in (None, name) else ""
             shape = ", ".join(w if w.isdigit() or w not in known else f"{w}={known[w]}" for w in words)
-            raise ValueError(f"{name} must have shape [{shape}], got {x.shape}: axis {axis} differs{_advice(advice)}")
+            raise ValueError(
+                f"{name} must have shape [{shape}], got {x.shape}: axis {axis} differs{of}{_advice(advice)}"
+            )
 
 
 def is_array(x: Any) -> bool:
@@ -81,20 +97,21 @@ def as_integers(name: str, x: Any, axes: str) -> Any:
     For the small descriptions of batches (lengths, borders, ids): lists of integers are taken too, and stay in NumPy.
     """
     forms = [form.split() for form in axes.replace("()", "").split("|")]
-    expected = " or ".join(f"[{', '.join(form)}]" if form else "one integer" for form in forms)
+    shapes = " or ".join(f"[{', '.join(form)}]" for form in forms if form)
+    expected = " or ".join((["one integer"] if [] in forms else []) + ([f"integers {shapes}"] if shapes else []))
     if isinstance(x, (list, tuple, int)) and not isinstance(x, bool):
         try:
             x = np.asarray(x)
         except ValueError:  # rows of different lengths
-            raise ValueError(f"{name} must be integers, {expected}, got rows of different lengths") from None
+            raise ValueError(f"{name} must be {expected}, got rows of different lengths") from None
         except OverflowError:
             raise ValueError(f"{name} must fit into 64 bits, got {describe(x)}") from None
         if x.dtype == object:
-            raise ValueError(f"{name} must be integers that fit into 64 bits, got {describe(x.tolist())}")
+            raise ValueError(f"{name} must be {expected}, of at most 64 bits, got {describe(x.tolist())}")
     if not is_array(x):
-        raise TypeError(f"{name} must be integers, {expected}, got {describe(x)}")
+        raise TypeError(f"{name} must be {expected}, got {describe(x)}")
     if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim not in [len(form) for form in forms]:
-        raise ValueError(f"{name} must be integers, {expected}, got {describe(x)}")
+        raise ValueError(f"{name} must be {expected}, got {describe(x)}")
     return x
 
 
@@ -241,6 +258,17 @@ def check_instance(
         raise TypeError(f"{name} must be {expected}{' or None' if optional else ''}, got {describe(value)}")
 
 
+def check_path(name: str, value: Any) -> Path:
+    """`value`, the name of a file or directory on a file system, as a path."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(text := os.fspath(value), str):
+        raise TypeError(f"{name} must be a path, got {describe(value)}")
+    if not text or "\0" in text:  # Path("") would be the current directory
+        raise ValueError(f"{name} must be the name of a file or directory, got {text!r}")
+    if "://" in text:
+        raise NotImplementedError(f"{name} must lie on a (mounted) file system, got {text}")
+    return Path(text)
+
+
 def to_int32(x: Any) -> Any:
     """Integers as int32, saturated: a count beyond int32 is the largest int32, not what is left of its low bits.
 
@@ -259,7 +287,10 @@ def describe(value: Any) -> str:
     """What came, short enough for a message."""
     if is_array(value):
         return f"{value.dtype} {value.shape}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # what is wrong may be why it cannot be shown
+        text = "something without a repr"
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
@@ -272,6 +303,7 @@ _KINDS = {
 }
 
 
+@functools.cache
 def _is_kind(dtype: Any, kind: Kind) -> bool:
     if kind == "any":  # not NumPy's objects, texts and times
         return any(jnp.issubdtype(dtype, x) for x in (jnp.number, jnp.bool_, jax.dtypes.extended))

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_jax import _repr
+from ring_jax._checks import Sizes, check_array, check_axis, check_count, check_instance, describe, is_array
 
 # A position, a rank or an index: a Python int, a NumPy array or a (traced) JAX array of int32.
 Index = Any
@@ -86,20 +87,28 @@ class BlockCyclic:
         raise NotImplementedError
 
     def padded_length(self, seq_len: int, ranks: int) -> int:
+        """Smallest length >= seq_len that this layout can divide over `ranks`."""
         raise NotImplementedError
 
     def coarsen(self, factor: int) -> "Layout":
+        """The layout that groups of `factor` neighbouring ranks hold together."""
         raise NotImplementedError
 
     def position(self, index: Index, rank: Index, length: int, ranks: int) -> Index:
+        """Global position of local index `index` on `rank`; ascending in `index`."""
         b = self.block_size(length, ranks)
+        _check_index("index", index, length // ranks)
+        _check_index("rank", rank, ranks)
         period, within = index // (self._folds * b), index % (self._folds * b)
         mirrored = within // b
         block = rank + mirrored * (2 * ranks - 1 - 2 * rank)
         return (period * (self._folds * ranks) + block) * b + within % b
 
     def rank_of(self, position: Index, length: int, ranks: int) -> Index:
-        block = (position // self.block_size(length, ranks)) % (self._folds * ranks)
+        """The rank that holds a global position."""
+        b = self.block_size(length, ranks)
+        _check_index("position", position, length)
+        block = (position // b) % (self._folds * ranks)
         mirrored = block // ranks
         return block + mirrored * (2 * ranks - 1 - 2 * block)
 
@@ -108,7 +117,10 @@ class BlockCyclic:
         return self.count_below(position, self.rank_of(position, length, ranks), length, ranks)
 
     def count_below(self, g: Index, rank: Index, length: int, ranks: int) -> Index:
+        """How many of `rank`'s positions are < g, for 0 <= g <= length."""
         b = self.block_size(length, ranks)
+        _check_index("g", g, length + 1)
+        _check_index("rank", rank, ranks)
         full, rest = g // (self._folds * ranks * b), g % (self._folds * ranks * b)
         count = full * (self._folds * b) + _clip(rest - rank * b, 0, b)
         if self._folds == 2:
@@ -116,14 +128,17 @@ class BlockCyclic:
         return count
 
     def positions(self, rank: Index, length: int, ranks: int) -> Index:
+        """Global positions of all of `rank`'s local indices, int32 [length / ranks]."""
         arange = jnp.arange if isinstance(rank, jax.Array) else np.arange
         index = arange(_shard_length(self, length, ranks), dtype=np.int32)
         return self.position(index, rank, length, ranks)
 
     def restore(self, x: jax.Array, axis: int, ranks: int) -> jax.Array:
+        """Put shards that were concatenated in rank order along `axis` into natural order."""
         return self._permute_blocks(x, axis, ranks, to_natural=True)
 
     def scatter(self, x: jax.Array, axis: int, ranks: int) -> jax.Array:
+        """Inverse of `restore`: natural order to shards concatenated in rank order."""
         return self._permute_blocks(x, axis, ranks, to_natural=False)
 
     def describe(self, seq_len: int, ranks: int) -> str:
@@ -140,7 +155,8 @@ class BlockCyclic:
     def _permute_blocks(self, x: jax.Array, axis: int, ranks: int, to_natural: bool) -> jax.Array:
         # Blocks move whole: a transpose [C, period, fold] <-> [period, C, fold] and a static
         # permutation of the C * folds blocks of a period. No element-wise gather.
-        axis %= x.ndim
+        check_array("x", x, kind="any")
+        axis = check_axis("axis", axis, x.ndim)
         length, folds = x.shape[axis], self._folds
         b = self.block_size(length, ranks)
         before, after = x.shape[:axis], x.shape[axis + 1 :]
@@ -163,6 +179,16 @@ class BlockCyclic:
         return x.reshape(*before, length, *after)
 
 
+def _check_index(name: str, value: Index, size: int) -> None:
+    """Raises unless `value` holds integers; those that are known now, in [0, size)."""
+    if not is_array(value):
+        check_count(name, value, 0, size - 1)
+        return
+    check_array(name, value, kind="integer")
+    if not isinstance(value, jax.Array) and value.size and (value.min() < 0 or value.max() >= size):
+        raise ValueError(f"{name} must be in [0, {size - 1}], got {value.min()} to {value.max()}")
+
+
 def _shard_length(layout: Layout, length: int, ranks: int) -> int:
     padded = layout.padded_length(length, ranks)
     if padded != length:
@@ -174,15 +200,11 @@ def _shard_length(layout: Layout, length: int, ranks: int) -> int:
     return length // ranks
 
 
-def _round_up(x: int, multiple: int) -> int:
-    if x < 0:
-        raise ValueError(f"expected a sequence length >= 0, got {x}")
-    return -(-x // multiple) * multiple
-
-
-def _check_block(name: str, block: int) -> None:
-    if isinstance(block, bool) or not isinstance(block, (int, np.integer)) or block < 1:
-        raise ValueError(f"{name}(block=...) takes an integer >= 1, got {block!r}")
+def _round_up(seq_len: int, ranks: int, per_rank: int) -> int:
+    """The next multiple of `per_rank` positions on each of `ranks`."""
+    seq_len, ranks = check_count("seq_len", seq_len), check_count("ranks", ranks, 1)
+    multiple = ranks * per_rank
+    return -(-seq_len // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -197,12 +219,16 @@ class Contiguous(BlockCyclic):
     """
 
     def padded_length(self, seq_len: int, ranks: int) -> int:
-        return _round_up(seq_len, 2 * ranks)
+        """Smallest length >= seq_len that divides into two chunks on each of `ranks`."""
+        return _round_up(seq_len, ranks, 2)
 
     def block_size(self, length: int, ranks: int) -> int:
+        """Positions of a rank."""
         return max(_shard_length(self, length, ranks), 1)
 
     def coarsen(self, factor: int) -> "Contiguous":
+        """The layout that groups of `factor` neighbouring ranks hold together: the same."""
+        check_count("factor", factor, 1)
         return self
 
 
@@ -220,18 +246,21 @@ class Striped(BlockCyclic):
     block: int = 1
 
     def __post_init__(self):
-        _check_block("Striped", self.block)
+        check_count("Striped(block=...)", self.block, 1)
 
     def padded_length(self, seq_len: int, ranks: int) -> int:
+        """Smallest length >= seq_len that gives each of `ranks` whole blocks."""
         # An even number of blocks or positions per rank, so that the default pads as the others do.
-        return _round_up(seq_len, ranks * math.lcm(2, self.block))
+        return _round_up(seq_len, ranks, math.lcm(2, self.block))
 
     def block_size(self, length: int, ranks: int) -> int:
+        """`block`, where `length` divides."""
         _shard_length(self, length, ranks)
         return self.block
 
     def coarsen(self, factor: int) -> "Striped":
-        return Striped(self.block * factor)
+        """The layout that groups of `factor` neighbouring ranks hold together: larger blocks."""
+        return Striped(self.block * check_count("factor", factor, 1))
 
 
 @dataclass(frozen=True)
@@ -254,16 +283,20 @@ class Zigzag(BlockCyclic):
 
     def __post_init__(self):
         if self.block is not None:
-            _check_block("Zigzag", self.block)
+            check_count("Zigzag(block=...)", self.block, 1, advice="None is the two-chunk form")
 
     def padded_length(self, seq_len: int, ranks: int) -> int:
-        return _round_up(seq_len, 2 * ranks * (self.block or 1))
+        """Smallest length >= seq_len that gives each of `ranks` whole blocks, as many forth as back."""
+        return _round_up(seq_len, ranks, 2 * (self.block or 1))
 
     def block_size(self, length: int, ranks: int) -> int:
+        """`block`, or half of a rank's positions; raises where `length` does not divide."""
         _shard_length(self, length, ranks)
         return self.block or max(length // (2 * ranks), 1)
 
     def coarsen(self, factor: int) -> "Zigzag":
+        """The layout that groups of `factor` neighbouring ranks hold together: larger blocks."""
+        check_count("factor", factor, 1)
         return self if self.block is None else Zigzag(self.block * factor)
 
 
@@ -279,7 +312,7 @@ def as_layout(layout: "Layout | str") -> Layout:
             )
         return _BY_NAME[layout]
     if isinstance(layout, type) or not isinstance(layout, Layout):
-        raise ValueError(f"expected a layout name or a value such as Zigzag(), got {layout!r}")
+        raise TypeError(f"layout must be a name or a value such as Zigzag(), got {describe(layout)}")
     return layout
 
 
@@ -299,6 +332,13 @@ def work_per_rank(starts: np.ndarray, ends: np.ndarray, layout: "Layout | str", 
         [18, 18]
     """
     layout = as_layout(layout)
+    check_count("ranks", ranks, 1)
+    sizes = Sizes()
+    for name, x in (("starts", starts), ("ends", ends)):
+        check_array(name, x, "S", sizes, kind="integer")
+        check_instance(name, x, (np.ndarray, jax.Array), "known outside of jit")
+        if np.any(np.asarray(x) < 0):
+            raise ValueError(f"{name} must be >= 0, got {np.min(np.asarray(x))}")
     pairs = np.maximum(np.asarray(ends, np.int64) - np.asarray(starts, np.int64), 0)
     length = layout.padded_length(len(pairs), ranks)
     rank = layout.rank_of(np.arange(len(pairs)), length, ranks)

@@ -18,7 +18,16 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from ring_jax import _repr
-from ring_jax._checks import check_count, concrete, static_length
+from ring_jax._checks import (
+    INT32,
+    as_integers,
+    check_array,
+    check_count,
+    concrete,
+    describe,
+    is_array,
+    static_length,
+)
 from ring_jax.layout import Layout
 
 Interval = tuple[Array, Array]
@@ -109,11 +118,6 @@ class _Segments:
     def interval(self, q: Queries) -> Interval:
         ids = jnp.asarray(self.ids)
         length = ids.shape[1]
-        if length < q.kv_len:
-            raise ValueError(
-                f"segment_ids cover {length} of {q.kv_len} positions: they describe the whole sequence in natural order (also inside a "
-                "shard_map, on every rank)"
-            )
         index = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
         border = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
         first = lax.cummax(jnp.where(border, index, 0), axis=1)
@@ -195,9 +199,10 @@ class Mask:
         return hash(self._value())
 
     def __and__(self, other: "Mask") -> "Mask":
+        """Both: a query sees the keys that both masks let it see."""
         if not isinstance(other, Mask):
-            raise ValueError(f"a Mask combines with & with another Mask, got {type(other).__name__}: {other!r}")
-        return Mask(_checked(self.parts + other.parts))
+            raise TypeError(f"a Mask combines with & with another Mask, got {describe(other)}")
+        return Mask(_checked(_parts(self) + _parts(other)))
 
     def interval(
         self,
@@ -218,12 +223,16 @@ class Mask:
         Returns:
             (start, end), int32 [B or 1, T]; B where some part differs between batch rows.
         """
+        q_len, kv_len = static_length("q_len", q_len), static_length("kv_len", kv_len)
+        if index is not None:
+            check_array("index", index, "T", kind="integer")
+        check_covers(self, kv_len)
         index = jnp.arange(q_len, dtype=jnp.int32) if index is None else index
         offset = per_row("query_offset", query_offset)
         queries = Queries(index, index[None, :] + offset[:, None], q_len, kv_len)
         start = jnp.where(index < q_len, 0, kv_len)[None, :].astype(jnp.int32)
         end = jnp.full_like(start, kv_len)
-        for part in self.parts:
+        for part in _parts(self):
             part_start, part_end = part.interval(queries)
             start, end = jnp.maximum(start, part_start), jnp.minimum(end, part_end)
         start, end = jnp.broadcast_arrays(start, end)
@@ -248,8 +257,9 @@ class Mask:
         """
         q_len = static_length("q_len", q_len)
         kv_len = q_len if kv_len is None else static_length("kv_len", kv_len)
+        rows = max([1] + [x.shape[0] for x in jax.tree.leaves(_parts(self))])
+        row = check_count("row", row, 0, rows - 1)
         start, end = (np.asarray(x) for x in self.interval(q_len=q_len, kv_len=kv_len))
-        row = check_count("row", row, 0, start.shape[0] - 1)
         return _repr.draw_mask(start[row], end[row], kv_len)
 
 
@@ -265,6 +275,23 @@ class ResolvedMask:
     q_len: int
     kv_len: int
     __repr__ = _repr.of_fields
+
+
+def _parts(mask: Mask) -> "tuple[_Part, ...]":
+    """Its parts. Checked here and not when it is made: jax rebuilds pytrees around whatever leaves it has at hand."""
+    if not isinstance(mask.parts, tuple) or not all(isinstance(part, _Part) for part in mask.parts):
+        raise TypeError(f"the parts of a Mask come from causal(), window(), ...; got Mask({describe(mask.parts)})")
+    return mask.parts
+
+
+def check_covers(mask: Mask, kv_len: int) -> None:
+    """Raises ValueError where segment ids are shorter than the keys."""
+    for part in _parts(mask):
+        if isinstance(part, _Segments) and part.ids.shape[1] < kv_len:
+            raise ValueError(
+                f"segment_ids cover {part.ids.shape[1]} of {kv_len} positions: they describe the whole sequence in natural order "
+                "(also inside a shard_map, on every rank)"
+            )
 
 
 def _checked(parts: tuple[_Part, ...]) -> tuple[_Part, ...]:
@@ -306,16 +333,21 @@ def window(left: "int | Array | None", right: "int | Array | None" = None) -> Ma
     """
     widths = {"window(left)": left, "window(right)": right}
     for name, width in widths.items():
-        if width is not None and np.ndim(width) != 0:
-            raise ValueError(f"{name} takes one integer >= 0 or None, got shape {np.shape(width)}")
+        if width is not None:
+            as_integers(name, width, "()")
     return Mask((_Window(*(None if w is None else per_row(name, w) for name, w in widths.items())),))
 
 
 def local_window(size: "int | tuple[int | None, int | None]") -> Mask:
     """`window` by jax.nn's `local_window_size`: one width for both sides, or (left, right)."""
-    sides = (size, size) if np.ndim(size) == 0 else tuple(size)  # type: ignore[arg-type]
+    if is_array(size):
+        size = as_integers("local_window_size", size, "() | 2")
+    sides = tuple(size) if isinstance(size, (tuple, list)) or np.ndim(size) == 1 else (size, size)  # type: ignore[arg-type]
     if len(sides) != 2:
-        raise ValueError(f"local_window_size takes an integer or (left, right), got {size!r}")
+        raise ValueError(f"local_window_size takes an integer or (left, right), got {describe(size)}")
+    for side in sides:
+        if side is not None:
+            per_row("local_window_size", as_integers("local_window_size", side, "()"))
     return window(*sides)
 
 
@@ -382,9 +414,10 @@ def documents(
 
 def per_row(name: str, n) -> Array:
     """A count >= 0 as int32 [1] or [B]: NumPy while it is known, so that masks made at import touch no device."""
+    if type(n) is int and 0 <= n <= INT32.max:  # the usual offset, in every eager call
+        return np.full(1, n, np.int32)  # type: ignore[return-value]
+    n = as_integers(name, n, "() | B")
     n = n if isinstance(n, jax.Array) else np.asarray(n)
-    if not np.issubdtype(n.dtype, np.integer) or n.ndim > 1:
-        raise ValueError(f"{name} takes an integer or int32 [B], got {n.dtype} of shape {n.shape}")
     known = concrete(n)
     if known is not None and np.any(known < 0):
         raise ValueError(f"{name} must be >= 0, got {known}")
@@ -393,9 +426,8 @@ def per_row(name: str, n) -> Array:
 
 def _rows(name: str, x) -> Array:
     """Integers [n] or [B, n] as int32 [1 or B, n]."""
+    x = as_integers(name, x, "n | B n")
     x = x if isinstance(x, jax.Array) else np.asarray(x)
-    if not np.issubdtype(x.dtype, np.integer) or x.ndim not in (1, 2):
-        raise ValueError(f"{name} must be integers of shape [n] or [B, n], got {x.dtype} of shape {x.shape}")
     known = concrete(x)
     if known is not None and known.size and np.abs(known.astype(np.int64)).max() > np.iinfo(np.int32).max:
         raise ValueError(f"{name} must fit into int32, got values up to {np.abs(known).max()}")
@@ -411,8 +443,8 @@ def _segment_ids(ids) -> Array:
         values, counts = np.unique(runs, return_counts=True)
         if np.any(counts > 1):
             raise ValueError(
-                f"segment id {values[counts > 1][0]} is used by two separate runs: its tokens would see two intervals of keys. "
-                "Give every document one contiguous run of its own id."
+                f"segment_ids: segment id {values[counts > 1][0]} is used by two separate runs, its tokens would see two intervals: "
+                "give every document one contiguous run of its own id."
             )
     return out
 

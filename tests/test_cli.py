@@ -22,10 +22,18 @@ from tests.inference.checkpoint import tiny_checkpoint
 ROOT = Path(__file__).parents[1]
 
 
-def start(*args, cwd=ROOT, flags="--xla_backend_optimization_level=0"):
+# Jobs in the background of a shell ignore Ctrl-C, and so do their children, these tests for one.
+IN_FRONT = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("ring_jax", run_name="__main__", alter_sys=True)
+"""
+
+
+def start(*args, cwd=ROOT, flags="--xla_backend_optimization_level=0", how=("-m", "ring_jax")):
     """The command in a process; `flags` are quick to compile and say nothing of the devices."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "ring_jax", *map(str, args)]
+    command = [sys.executable, *how, *map(str, args)]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, cwd=cwd, env=environment, **pipes)
 
@@ -167,7 +175,7 @@ def test_errors_of_ours_are_not_hidden(monkeypatch):
 
 
 def test_ctrl_c_is_quiet_also_while_something_compiles(tmp_path):
-    with start("generate", "--context-ranks", 1, cwd=tmp_path, flags="") as process:
+    with start("generate", "--context-ranks", 1, cwd=tmp_path, flags="", how=("-c", IN_FRONT)) as process:
         try:
             found = ""
             while not found.endswith("compile   prefill on one rank ..."):

@@ -106,23 +106,27 @@ def test_work_balance_of_packed_documents():
 
 def test_zigzag_balances_causal_work_exactly():
     for ranks in (2, 3, 8):
-        work = work_per_rank(np.zeros(48 * ranks), np.arange(48 * ranks) + 1, "zigzag", ranks)
+        work = work_per_rank(np.zeros(48 * ranks, int), np.arange(48 * ranks) + 1, "zigzag", ranks)
         assert len(set(work)) == 1
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "make, error, message",
     [
-        (lambda: as_layout("spiral"), "unknown layout 'spiral': expected one of"),
-        (lambda: as_layout(Zigzag), "a value such as Zigzag"),
-        (lambda: Zigzag(block=0), "integer >= 1, got 0"),
-        (lambda: Striped(block=True), "integer >= 1"),
-        (lambda: Contiguous().positions(0, 10, 4), "length 10 does not divide over 4 .* next length that does is 16"),
-        (lambda: Zigzag().padded_length(-1, 4), "length >= 0, got -1"),
+        (lambda: as_layout("spiral"), ValueError, "unknown layout 'spiral': expected one of"),
+        (lambda: as_layout(Zigzag), TypeError, "a value such as Zigzag"),
+        (lambda: Zigzag(block=0), ValueError, r"Zigzag\(block=...\) must be >= 1, got 0"),
+        (lambda: Striped(block=True), TypeError, r"Striped\(block=...\) must be an integer, got True"),
+        (
+            lambda: Contiguous().positions(0, 10, 4),
+            ValueError,
+            "length 10 does not divide over 4 .* next length that does is 16",
+        ),
+        (lambda: Zigzag().padded_length(-1, 4), ValueError, "seq_len must be >= 0, got -1"),
     ],
 )
-def test_errors(make, message):
-    with pytest.raises(ValueError, match=message):
+def test_errors(make, error, message):
+    with pytest.raises(error, match=message):
         make()
 
 

@@ -9,16 +9,25 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ring_jax._checks import concrete, static_length
+from ring_jax._checks import (
+    check_array,
+    check_choice,
+    check_flag,
+    check_instance,
+    concrete,
+    describe,
+    is_array,
+    static_length,
+)
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.context import halves
 from ring_jax.context.parallel import ContextParallel, axis_size, mask_specs, run_sharded
 from ring_jax.context.shard import Shard
-from ring_jax.context.strategies import STRATEGIES, check_strategy, choose
+from ring_jax.context.strategies import NAMES, STRATEGIES, choose
+from ring_jax.flash import backends
 from ring_jax.flash.api import make_spec, static_scalars
-from ring_jax.flash.backends import check_inputs, select
 from ring_jax.flash.merge import partial_dtype
-from ring_jax.flash.packed import pack
+from ring_jax.flash.packed import pack, pack_like
 from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
 
 
@@ -80,7 +89,8 @@ def ring_attention(
         that sees no key gives out 0 and lse -inf (or its sink), with zero gradients; jax.nn gives the mean of V there.
 
     Raises:
-        ValueError: arguments that do not fit together. NotImplementedError: what is not supported, with the reason.
+        TypeError, ValueError: arguments that are not what they should be, or do not fit together.
+        NotImplementedError: what is not supported, with the reason.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -93,8 +103,21 @@ def ring_attention(
 
     Source: Liu et al., Ring Attention, arXiv 2310.01889; vLLM pull request 39875.
     """
-    _check_call(bias, mask, context, return_residual, is_causal)
-    check_inputs(query, key, value)
+    check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
+    if bias is not None:
+        raise NotImplementedError(
+            "bias is not supported: blocks see intervals of keys, not arrays of logits. Express masking with mask=; "
+            "for additive biases gather the sequence and use jax.nn.dot_product_attention"
+        )
+    check_options(
+        mask=mask, scale=scale, is_causal=is_causal, local_window_size=local_window_size, implementation=implementation,
+        return_residual=return_residual, seq_len=seq_len, key_value_seq_len=key_value_seq_len, strategy=strategy,
+        logits_soft_cap=logits_soft_cap, deterministic=deterministic,
+    )  # fmt: skip
+    backends.check_inputs(query, key, value)
+    if sinks is not None:
+        check_array("sinks", sinks, "N", {"N": query.shape[2]}, advice="one logit for each query head")
+    offset = per_row("query_offset", query_offset)
     mask = _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset)
     if isinstance(mask, ResolvedMask):
         seq_len, key_value_seq_len = _resolved_lengths(mask, context, seq_len, key_value_seq_len)
@@ -103,18 +126,14 @@ def ring_attention(
         query, key, value, context, seq_len, key_value_seq_len, strategy, scale, logits_soft_cap, implementation
     )
     call = dataclasses.replace(call, deterministic=deterministic)
-    if sinks is not None:
-        sinks = jnp.asarray(sinks)
-        if sinks.shape != (query.shape[2],) or not jnp.issubdtype(sinks.dtype, jnp.floating):
-            raise ValueError(
-                f"sinks must be floating point of shape [N] = {(query.shape[2],)} (one per query head), got {sinks.dtype} {sinks.shape}"
-            )
     resolved = isinstance(mask, ResolvedMask)
     if not isinstance(mask, ResolvedMask):
+        _check_rows((mask, offset), query.shape[0])
         call = dataclasses.replace(call, whole=_whole(call, mask, query_offset))
         if strategy == "auto" and call.strategy == "all_gather":
             call = _ring_for_cudnn(call, mask, query_offset, query, key, value)
-    where = mask if resolved else (mask, per_row("query_offset", query_offset))
+    sinks = None if sinks is None else jnp.asarray(sinks)
+    where = mask if resolved else (mask, offset)
     if context.is_manual:
         out, lse = call(query, key, value, where, sinks)
     else:
@@ -185,8 +204,8 @@ def _ring_for_cudnn(call: _Call, mask: Mask, query_offset, query, key, value) ->
     ring = dataclasses.replace(ring, whole=_whole(ring, mask, query_offset))
     if ring.whole == call.whole:
         return call
-    inputs = query, jax.eval_shape(pack, key, value), call.logits_soft_cap, ring.whole, call.deterministic
-    implementation = select(None, *inputs).name if call.implementation is None else call.implementation
+    inputs: Any = query, pack_like(key, value), call.logits_soft_cap, ring.whole, call.deterministic
+    implementation = backends.select(None, *inputs).name if call.implementation is None else call.implementation
     return ring if implementation == "cudnn" else call
 
 
@@ -214,11 +233,7 @@ def _plan(
     whole = ranks if context.is_manual else 1
     query_len, key_len = query.shape[1] * whole, key.shape[1] * whole
     for name, length in (("query", query_len), ("key", key_len)):
-        if context.layout.padded_length(length, ranks) != length:
-            raise ValueError(
-                f"{name} length {length} does not divide over {ranks} context ranks in layout {context.layout}: lay the arrays out with "
-                f"context.to_layout, which pads to {context.layout.padded_length(length, ranks)}, and pass seq_len={length}"
-            )
+        check_divides(name, length, ranks, context)
     q_len = query_len if seq_len is None else static_length("seq_len", seq_len)
     if key_value_seq_len is not None:
         kv_len = static_length("key_value_seq_len", key_value_seq_len)
@@ -232,7 +247,6 @@ def _plan(
     for name, given, length in (("seq_len", q_len, query_len), ("key_value_seq_len", kv_len, key_len)):
         if not 0 <= given <= length:
             raise ValueError(f"{name}={given} is not in [0, {length}], the length of the array")
-    check_strategy(strategy)
     if (strategy == "ring_ulysses") != isinstance(context.axis, tuple) and strategy != "auto":
         raise ValueError(
             f"strategy {strategy!r} does not fit context axis {context.axis!r}: 'ring_ulysses' takes two mesh axes (outer, inner), "
@@ -251,6 +265,10 @@ def _plan(
 
 def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset):
     """`mask` and the shorthand arguments as one mask."""
+    counts = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
+    for name, count in counts.items():
+        if count is not None:
+            per_row(name, count)
     shorthand = Mask()
     if is_causal:
         shorthand &= causal()
@@ -284,22 +302,54 @@ def _resolved_lengths(mask: ResolvedMask, context: ContextParallel, seq_len, key
     return mask.q_len, mask.kv_len
 
 
-def _check_call(bias, mask, context, return_residual, is_causal) -> None:
-    if not isinstance(context, ContextParallel):
-        raise ValueError(f"context must be a ring_jax.ContextParallel, got {type(context).__name__}")
-    if bias is not None:
-        raise NotImplementedError(
-            "bias is not supported: blocks see intervals of keys, not arrays of logits. Express masking with mask=; "
-            "for additive biases gather the sequence and use jax.nn.dot_product_attention"
-        )
+def check_options(
+    *,
+    mask=None,
+    scale=None,
+    is_causal=False,
+    local_window_size=None,
+    implementation=None,
+    return_residual=False,
+    seq_len=None,
+    key_value_seq_len=None,
+    strategy=None,
+    logits_soft_cap=None,
+    deterministic=None,
+) -> None:
+    """Checks what is known before any array is, of `ring_attention` and of the defaults of an `attention_fn`."""
     if mask is not None and not isinstance(mask, (Mask, ResolvedMask)):
-        raise NotImplementedError(
-            f"mask must be a ring_jax.Mask such as causal() & documents(segment_ids=...), got {type(mask).__name__}: a mask array need not "
-            "be one interval of keys per query, and would cost O(T S) memory"
+        kind = NotImplementedError if is_array(mask) else TypeError
+        raise kind(
+            f"mask must be a ring_jax.Mask such as causal() & documents(segment_ids=...), got {describe(mask)}: a mask array need "
+            "not be one interval of keys per query, and would cost O(T S) memory"
         )
-    for name, flag in (("is_causal", is_causal), ("return_residual", return_residual)):
-        if not isinstance(flag, bool):
-            raise ValueError(f"{name} must be True or False, known at trace time, got {flag!r}")
+    check_flag("is_causal", is_causal)
+    check_flag("return_residual", return_residual)
+    check_choice("strategy", strategy, NAMES, optional=True)
+    backends.check_options(implementation, deterministic)
+    static_scalars(scale, logits_soft_cap)
+    for name, length in (("seq_len", seq_len), ("key_value_seq_len", key_value_seq_len)):
+        if length is not None:
+            static_length(name, length)
+    if local_window_size is not None:
+        local_window(local_window_size)
+
+
+def _check_rows(mask_and_offset, batch: int) -> None:
+    for rows in {x.shape[0] for x in jax.tree.leaves(mask_and_offset)} - {1, batch}:
+        raise ValueError(
+            f"mask, query_seq_lengths, key_value_seq_lengths and query_offset must have one row or the batch's {batch}, got {rows}"
+        )
+
+
+def check_divides(name: str, length: int, ranks: int, context: ContextParallel) -> None:
+    """Raises ValueError where a sequence was not laid out."""
+    padded = context.layout.padded_length(length, ranks)
+    if padded != length:
+        raise ValueError(
+            f"{name} length {length} does not divide over {ranks} context ranks in layout {context.layout}: lay the arrays out with "
+            f"context.to_layout, which pads to {padded}, and pass seq_len={length}"
+        )
 
 
 def _check_divides(what: str, size: int, mesh, axis) -> None:

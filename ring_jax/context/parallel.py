@@ -8,15 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from ring_jax import _repr
-from ring_jax._checks import static_length
+from ring_jax._checks import (
+    check_array,
+    check_axis,
+    check_choice,
+    check_count,
+    check_instance,
+    check_mesh_axes,
+    static_length,
+)
+from ring_jax.context import strategies
 from ring_jax.context.reshard import relayout as relayout_shard
 from ring_jax.context.shard import Axis, Shard, axis_names
-from ring_jax.context.strategies import check_strategy
 from ring_jax.layout import Contiguous, Layout, as_layout
 from ring_jax.mask import Mask, ResolvedMask, per_row
 
@@ -57,36 +65,28 @@ class ContextParallel:
         object.__setattr__(self, "layout", as_layout(self.layout))
         for name in ("axis", "batch_axis", "head_axis"):
             value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, value := tuple(value))
-            if value is None and name != "axis":
-                continue
-            if (
-                not value
-                or not isinstance(value, (str, tuple))
-                or not all(isinstance(a, str) for a in axis_names(value))
-            ):
-                raise ValueError(
-                    f"ContextParallel({name}=...) takes a mesh axis name or a tuple of them, got {value!r}"
-                )
-        if len(axis_names(self.axis)) > 2:
-            raise ValueError(
-                f"the sequence can be spread over one mesh axis, or two (ring, ulysses), got {self.axis!r}"
-            )
-        if isinstance(self.axis, tuple) and len(self.axis) == 1:
-            object.__setattr__(self, "axis", self.axis[0])
+            if value is not None or name == "axis":
+                # The sequence goes over one mesh axis, or two: (ring, ulysses).
+                most = 2 if name == "axis" else None
+                object.__setattr__(self, name, check_mesh_axes(f"ContextParallel({name}=...)", value, most))
         named = [a for value in (self.axis, self.batch_axis, self.head_axis) for a in axis_names(value)]
         if len(set(named)) != len(named):
             raise ValueError(f"a mesh axis can carry one of sequence, batch and heads, got {named}")
-        check_strategy(self.strategy)
+        check_choice("strategy", self.strategy, strategies.NAMES)
+        check_instance("mesh", self.mesh, (Mesh, AbstractMesh), "a jax.sharding.Mesh", optional=True)
         if self.mesh is not None:
             self._check_mesh(self.mesh)
 
     # -- layouts ---------------------------------------------------------------------------------
 
     def padded_length(self, seq_len: int, like: jax.Array | None = None) -> int:
-        """Length of a sequence of `seq_len` once laid out: the next multiple that the layout divides."""
-        return self.layout.padded_length(seq_len, self.ranks(like))
+        """Length of a sequence of `seq_len` once laid out: the next multiple that the layout divides.
+
+        Args:
+            seq_len: real length, known at trace time.
+            like: an array on the mesh, where neither the context nor the ambient mesh names it.
+        """
+        return self.layout.padded_length(check_count("seq_len", seq_len), self.ranks(like))
 
     def to_layout(self, x: Array, seq_axis: int = 1, *, head_dim: int | None = None) -> Array:
         """Natural order to this layout, padded with zeros to `padded_length`, sharded over the context axis.
@@ -101,7 +101,7 @@ class ContextParallel:
             x with length padded_length(S) on `seq_axis`; bit-exact. Pass `seq_len=S` to `ring_attention` so that the
             padding is masked. Inside a shard_map: the local contiguous shard to the local shard in this layout.
         """
-        seq_axis = _check_axis(x, seq_axis)
+        seq_axis, head_dim = _check_axes(x, seq_axis, head_dim)
         if not self.is_manual:
             length = x.shape[seq_axis]
             pad = self.padded_length(length, x) - length
@@ -112,16 +112,16 @@ class ContextParallel:
         self, x: Array, seq_len: int | None = None, seq_axis: int = 1, *, head_dim: int | None = None
     ) -> Array:
         """Inverse of `to_layout`: natural order, cut to `seq_len` (default: the padded length)."""
-        seq_axis = _check_axis(x, seq_axis)
-        x = self._move(x, self.layout, Contiguous(), seq_axis, head_dim)
-        if seq_len is None or seq_len == x.shape[seq_axis]:
-            return x
-        if self.is_manual:
+        seq_axis, head_dim = _check_axes(x, seq_axis, head_dim)
+        length = x.shape[seq_axis]
+        seq_len = length if seq_len is None else check_count("seq_len", seq_len, 0, length)
+        if seq_len != length and self.is_manual:
             raise ValueError(
                 "from_layout(seq_len=...) cannot cut local shards inside a shard_map: cut the array outside"
             )
-        if seq_len > x.shape[seq_axis]:
-            raise ValueError(f"seq_len={seq_len} exceeds the array's length {x.shape[seq_axis]} on axis {seq_axis}")
+        x = self._move(x, self.layout, Contiguous(), seq_axis, head_dim)
+        if seq_len == length:
+            return x
         mesh = self.resolve_mesh(x)
         if seq_len % axis_size(mesh, self.axis):  # no longer divides over the axis: Explicit meshes want that said
             x = place(x, mesh, self._spec(x, mesh, seq_axis, None, head_dim))
@@ -134,13 +134,14 @@ class ContextParallel:
         target = other.layout if isinstance(other, ContextParallel) else as_layout(other)
         if isinstance(other, ContextParallel) and other.axis != self.axis:
             raise ValueError(f"relayout stays on one mesh axis, got {self.axis!r} and {other.axis!r}")
-        return self._move(x, self.layout, target, _check_axis(x, seq_axis), head_dim)
+        seq_axis, head_dim = _check_axes(x, seq_axis, head_dim)
+        return self._move(x, self.layout, target, seq_axis, head_dim)
 
     def positions(self, seq_len: int, like: jax.Array | None = None) -> Int[Array, " S"]:
         """Global position of every place of the laid-out sequence, int32 [padded_length(seq_len)] ([.../C], the local
         ones, inside a shard_map); those >= seq_len are padding. For RoPE, labels and loss masks."""
         ranks = self.ranks(like)
-        length = self.layout.padded_length(seq_len, ranks)
+        length = self.layout.padded_length(check_count("seq_len", seq_len), ranks)
         if self.is_manual:
             return self.shard(length).positions()
         local, index = length // ranks, jnp.arange(length, dtype=jnp.int32)
@@ -164,6 +165,7 @@ class ContextParallel:
             query_offset: key position of query 0, an integer or int32 [B].
             like: an array on the mesh, where neither the context nor the ambient mesh names it.
         """
+        check_instance("mask", mask, Mask, "a ring_jax.Mask such as causal() & documents(...)")
         seq_len = static_length("seq_len", seq_len)
         kv_len = seq_len if key_value_seq_len is None else static_length("key_value_seq_len", key_value_seq_len)
         mask_and_offset = (mask, per_row("query_offset", query_offset))
@@ -223,6 +225,7 @@ class ContextParallel:
         Raises:
             ValueError: there is none, or it lacks a named axis.
         """
+        _check_like(like)
         ambient = jax.sharding.get_abstract_mesh()
         mesh: Any = self.mesh
         # Inside a shard_map over other axes only the ambient mesh knows which of them are manual.
@@ -246,17 +249,20 @@ class ContextParallel:
 
     def free(self, axis: Axis | None) -> Axis | None:
         """`axis` without the mesh axes over which a surrounding shard_map is manual already."""
+        axis = axis if axis is None else check_mesh_axes("axis", axis)
         names = tuple(a for a in axis_names(axis) if a not in jax.sharding.get_abstract_mesh().manual_axes)
         return names if len(names) > 1 else names[0] if names else None
 
     def ranks(self, like: jax.Array | None = None) -> int:
-        """Number of context ranks C."""
+        """Number of context ranks C; `like` is an array on the mesh, where nothing else names it."""
+        _check_like(like)
         if self.is_manual:
             return int(jax.lax.axis_size(self.axis))
         return axis_size(self.resolve_mesh(like), self.axis)
 
     def shard(self, length: int, like: jax.Array | None = None) -> Shard:
         """This context as strategies see it, for a padded sequence of `length` positions."""
+        length = check_count("length", length)
         return Shard(self.axis, self.ranks(like), self.layout, length)
 
     def _check_mesh(self, mesh) -> None:
@@ -286,8 +292,8 @@ class ContextParallel:
         spec: list[Axis | None] = [None] * x.ndim
         if seq_axis != 0:
             spec[0] = self.free(self.batch_axis)
-        if head_dim is not None and head_dim % x.ndim not in (0, seq_axis):
-            spec[head_dim % x.ndim] = self.free(self.head_axis)
+        if head_dim is not None:
+            spec[head_dim] = self.free(self.head_axis)
         elif x.ndim == 4 and seq_axis == 1:
             spec[2] = self.free(self.head_axis)
         spec = [
@@ -364,7 +370,19 @@ def mask_specs(tree, batch: int, batch_axis: Axis | None):
     return jax.tree.map(spec, tree)
 
 
-def _check_axis(x, seq_axis: int) -> int:
-    if not -x.ndim <= seq_axis < x.ndim:
-        raise ValueError(f"seq_axis={seq_axis} is out of range for an array of shape {x.shape}")
-    return seq_axis % x.ndim
+def _check_like(like) -> None:
+    if like is not None:
+        check_array("like", like, kind="any")
+
+
+def _check_axes(x, seq_axis: int, head_dim: int | None) -> tuple[int, int | None]:
+    """(axis of the sequence, axis of the heads) of an array, from its start."""
+    check_array("x", x, kind="any")
+    seq_axis = check_axis("seq_axis", seq_axis, x.ndim)
+    if head_dim is None:
+        return seq_axis, None
+    head_dim = check_axis("head_dim", head_dim, x.ndim)
+    if head_dim in (0, seq_axis):
+        taken = "the sequence" if head_dim == seq_axis else "the batch"
+        raise ValueError(f"head_dim={head_dim} is the axis of {taken}, heads need one of their own: leave head_dim out")
+    return seq_axis, head_dim

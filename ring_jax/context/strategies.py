@@ -30,9 +30,7 @@ STRATEGIES: dict[str, Callable] = {
 _SHORT_SHARD, _GATHERED = 8192, 2**18
 
 
-def check_strategy(strategy: str) -> None:
-    if strategy != "auto" and strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}: expected 'auto' or one of {sorted(STRATEGIES)}")
+NAMES = ("auto", *sorted(STRATEGIES))
 
 
 def choose(

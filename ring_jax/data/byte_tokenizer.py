@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ring_jax._checks import check_count, check_instance, check_path
+
 BYTES = 256
 END, END_TEXT = 256, "<|endoftext|>"
 
@@ -26,6 +28,11 @@ def tokens_of(rows: Sequence[str]) -> np.ndarray:
         >>> tokens_of(["ab" + chr(END)]).tolist()
         [[97, 98, 256]]
     """
+    check_instance("rows", rows, (list, tuple), "a list of texts")
+    if not rows:
+        raise ValueError("rows must hold at least one text, got none")
+    for row in rows:
+        check_instance("rows", row, str, "a list of texts")
     if any(not row.replace(chr(END), "").isascii() for row in rows):
         raise ValueError("rows must be ASCII, so that a character is one token: encode other texts with the tokenizer")
     if len({len(row) for row in rows}) != 1:
@@ -51,6 +58,8 @@ def write_byte_tokenizer(directory: str | Path, *, max_length: int) -> None:
         >>> tokenizer.encode("a\u00e9").ids
         [97, 195, 169]
     """
+    directory = check_path("directory", directory)
+    check_count("max_length", max_length, 1)
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     # BPE without merges, over the characters by which tokenizers write bytes.
@@ -60,7 +69,6 @@ def write_byte_tokenizer(directory: str | Path, *, max_length: int) -> None:
     tokenizer.add_special_tokens([AddedToken(END_TEXT, special=True, normalized=False)])
     assert tokenizer.token_to_id(END_TEXT) == END
 
-    directory = Path(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ring_jax._checks import check_count, check_instance, check_number, describe
+
 DIGITS = 5
 NEEDLE = "\n\nThe pass key is {key}. Remember it.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
@@ -56,15 +58,14 @@ def pass_key_text(key: str, length: int, depth: float, *, text: str | None = Non
         >>> len(found.prompt), "The pass key is 48151." in found.prompt, found.answer
         (200, True, '48151.')
     """
-    text = held_out_text() if text is None else text
+    _check(length=length, depth=depth)
+    check_count("start", start)
+    text = held_out_text() if text is None else _ascii_text("text", text)
+    _ascii_text("key", key)
     needle, question = NEEDLE.format(key=key), QUESTION
     room = length - len(needle) - len(question)
     if room < 0:
         raise ValueError(f"length must be at least {length - room} to hold the key and the question, got {length}")
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth must be between 0 and 1, got {depth}")
-    if not text or not text.isascii() or not key.isascii():
-        raise ValueError("text must be ASCII and not empty: a character must be one byte")
     hay = _cut(text, start, room)
     place = round(depth * room)
     if place < room:
@@ -74,6 +75,9 @@ def pass_key_text(key: str, length: int, depth: float, *, text: str | None = Non
 
 def random_text(random: np.random.Generator, length: int, depth: float | None = None, *, text: str) -> PassKeyText:
     """A random key at a random (or given) depth of a random stretch of `text`; `length` as in `pass_key_text`."""
+    check_instance("random", random, np.random.Generator, "a numpy.random.Generator")
+    _check(length=length, depth=0.0 if depth is None else depth)
+    _ascii_text("text", text)
     key = "".join(map(str, random.integers(0, 10, DIGITS)))
     depth = float(random.random()) if depth is None else depth
     return pass_key_text(key, length, depth, text=text, start=int(random.integers(len(text))))
@@ -94,6 +98,12 @@ def training_row(random: np.random.Generator, length: int, asked: int, *, text: 
         >>> len(row), [row[place : place + 7] for place in answers]
         (300, ['65230.$', '65230.$', '65230.$'])
     """
+    check_instance("random", random, np.random.Generator, "a numpy.random.Generator")
+    _check(length=length)
+    check_count("asked", asked, 1)
+    _ascii_text("text", text)
+    if len(_ascii_text("end", end, any_character=True)) != 1:
+        raise ValueError(f"end must be one character, got {end!r}")
     more = int(random.integers(asked))
     answer_size = len(ANSWER.format(key="0" * DIGITS) + end)
     room = length - answer_size - more * (len(QUESTION) + answer_size)
@@ -108,6 +118,18 @@ def training_row(random: np.random.Generator, length: int, asked: int, *, text: 
         size += stop - start + len(QUESTION) + len(answer)
         answers.append(size - len(answer))
     return "".join(pieces), answers
+
+
+def _check(*, length: int, depth: float = 0.0) -> None:
+    check_count("length", length, 1)
+    check_number("depth", depth, low=0, high=1)
+
+
+def _ascii_text(name: str, text: str, *, any_character: bool = False) -> str:
+    check_instance(name, text, str, "text")
+    if not text or not (any_character or text.isascii()):
+        raise ValueError(f"{name} must be ASCII and not empty: a character must be one byte, got {describe(text)}")
+    return text
 
 
 @functools.cache

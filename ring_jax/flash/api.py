@@ -10,12 +10,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ring_jax._checks import concrete
+from ring_jax._checks import check_array, check_instance, check_number, concrete
 from ring_jax._vma import align
 from ring_jax.flash import parts
-from ring_jax.flash.backends import Backend, check_inputs, select
+from ring_jax.flash.backends import Backend, check_inputs, check_options, select
 from ring_jax.flash.merge import carry_gradient, partial_dtype
-from ring_jax.flash.packed import pack
+from ring_jax.flash.packed import pack, pack_like
 
 Partial = tuple[jax.Array, jax.Array]  # (out, lse)
 
@@ -76,22 +76,12 @@ def make_spec(query, kv, scale, logits_soft_cap, implementation, whole=None, det
 
 
 def static_scalars(scale, logits_soft_cap) -> tuple[float | None, float | None]:
-    """Both as Python floats (or None); raises ValueError for what is not a number known at trace time."""
-    scale = None if scale is None else _static("scale", scale)
+    """Both as Python floats (or None); raises unless they are finite numbers known at trace time."""
+    if scale is not None:
+        scale = check_number("scale", scale, advice="multiply a traced scale into the query instead")
     if logits_soft_cap is not None:
-        logits_soft_cap = _static("logits_soft_cap", logits_soft_cap)
-        if not 0 < logits_soft_cap < float("inf"):
-            raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
+        logits_soft_cap = check_number("logits_soft_cap", logits_soft_cap, above=0)
     return scale, logits_soft_cap
-
-
-def _static(name: str, value) -> float:
-    known = concrete(value)
-    if known is None or known.ndim != 0:
-        raise ValueError(
-            f"{name} must be one number known at trace time, got {value!r}; multiply a traced scale into the query instead"
-        )
-    return float(known)
 
 
 def delta_of(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
@@ -162,8 +152,8 @@ def flash_attention(
         partial result. An empty row gives out 0 and lse -inf, with zero gradients, or its carry unchanged.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit. NotImplementedError: a named implementation that
-        cannot run these inputs on this device.
+        TypeError: what is no array, number, flag or name. ValueError: shapes, dtypes or values that do not fit.
+        NotImplementedError: a named implementation that cannot run these inputs on this device.
 
     Example:
         >>> import jax.numpy as jnp
@@ -175,18 +165,25 @@ def flash_attention(
     Source: Dao, FlashAttention-2, arXiv 2307.08691; the resumed form is Liu et al., Ring Attention, arXiv 2310.01889.
     """
     check_inputs(query, key, value)
+    scale, logits_soft_cap = static_scalars(scale, logits_soft_cap)
+    check_options(implementation, deterministic)
     B, T, N, _ = query.shape
     S = key.shape[1]
-    start, end = _check_bounds(key_start, key_end, B, T, S)
+    if carry is not None:
+        check_instance("carry", carry, (tuple, list), "a pair (out, lse) of arrays")
+        if len(carry) != 2:
+            raise ValueError(f"carry must be a pair (out, lse) of arrays, got {len(carry)}")
+        sizes = {"B": B, "T": T, "N": N, "Hv": value.shape[3]}
+        check_array("carry[0]", carry[0], "B T N Hv", sizes)
+        check_array("carry[1]", carry[1], "B T N", sizes)
+    _check_bounds(key_start, key_end, B, T, S)
+    whole = _whole(key_start, key_end, T, S)
+    spec = make_spec(query, pack_like(key, value), scale, logits_soft_cap, implementation, whole, deterministic)
+    start, end = _clipped(key_start, key_end, B, T, S)
     kv = pack(key, value)
-    spec = make_spec(query, kv, scale, logits_soft_cap, implementation, _whole(key_start, key_end, T, S), deterministic)
     acc_dtype = partial_dtype(query.dtype)
     if carry is not None:
         out_in, lse_in = carry
-        if out_in.shape != (B, T, N, value.shape[3]) or lse_in.shape != (B, T, N):
-            raise ValueError(
-                f"carry must be (out {(B, T, N, value.shape[3])}, lse {(B, T, N)}), got {out_in.shape} and {lse_in.shape}"
-            )
         carry = (out_in.astype(acc_dtype), lse_in.astype(acc_dtype))
     if S == 0 or T == 0:
         return carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
@@ -204,22 +201,23 @@ def _whole(key_start, key_end, T: int, S: int) -> str | None:
     return "causal" if np.all(np.minimum(end, S) == np.minimum(np.arange(1, T + 1), S)) else None
 
 
-def _check_bounds(key_start, key_end, B: int, T: int, S: int):
-    bounds = []
+def _check_bounds(key_start, key_end, B: int, T: int, S: int) -> None:
     for name, x in (("key_start", key_start), ("key_end", key_end)):
-        if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-            raise ValueError(f"{name} must be int32, got {jnp.result_type(x)}")
+        check_array(name, x, kind="integer")
         if x.shape not in ((T,), (1, T), (B, T)):
             raise ValueError(
                 f"{name} must have shape {(B, T)} (or {(1, T)}, {(T,)}) for query [B, T, ...], got {x.shape}"
             )
-        bounds.append(jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)))
-    start, end = bounds
     low, high = concrete(key_start), concrete(key_end)
     if low is not None and high is not None:
         low, high = np.clip(low, 0, S), np.clip(high, 0, S)
         _check_ascending("key_start", low)
         _check_ascending("key_end", np.maximum(low, high))
+
+
+def _clipped(key_start, key_end, B: int, T: int, S: int):
+    """Bounds as int32 [B, T], 0 <= start <= end <= S."""
+    start, end = (jnp.broadcast_to(jnp.clip(jnp.asarray(x, jnp.int32), 0, S), (B, T)) for x in (key_start, key_end))
     return start, jnp.maximum(start, end)
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from ring_jax._checks import Sizes, check_array, check_choice, check_flag
 from ring_jax.flash import cudnn, reference, xla
 from ring_jax.flash.hopper import backend as mosaic
 
@@ -130,13 +131,10 @@ def select(
         ValueError: unknown name.
         NotImplementedError: a named backend cannot run these inputs on this device.
     """
-    if deterministic not in (None, True, False):
-        raise ValueError(f"deterministic must be True, False or None, got {deterministic!r}")
+    check_options(implementation, deterministic)
     if implementation is None:
         inputs = query, kv, logits_soft_cap, whole, deterministic
         implementation = next(name for name in PREFERENCE if why_not(name, *inputs) is None)
-    elif implementation not in BACKENDS:
-        raise ValueError(f"unknown implementation {implementation!r}: expected None or one of {sorted(BACKENDS)}")
     elif (reason := why_not(implementation, query, kv, logits_soft_cap, whole, deterministic)) is not None:
         raise NotImplementedError(
             f"implementation={implementation!r} cannot run here: {reason}. None lets ring_jax choose"
@@ -152,21 +150,25 @@ def check_inputs(query, key, value) -> None:
     """Shapes and dtypes that every attention call shares.
 
     Raises:
-        ValueError: with what came and what was expected.
+        TypeError, ValueError: with what came and what was expected.
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have shape [batch, sequence, heads, head size], got {x.shape}")
+    sizes = Sizes()
+    for name, x, axes in (("query", query, "B T N H"), ("key", key, "B S K H"), ("value", value, "B S K Hv")):
+        check_array(name, x, axes, sizes)
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name} must be floating point (bfloat16, float16, float32 or float64), got {x.dtype}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}: cast them first"
         )
-    B, _, N, H = query.shape
-    if key.shape[:3] != value.shape[:3] or key.shape[0] != B or key.shape[3] != H:
-        raise ValueError(
-            f"shapes do not fit: query [B, T, N, H] = {query.shape}, key [B, S, K, H] = {key.shape}, value [B, S, K, Hv] = {value.shape}"
-        )
-    if key.shape[2] == 0 or N % key.shape[2]:
-        raise ValueError(f"{N} query heads cannot share {key.shape[2]} key-value heads: N must be a multiple of K")
+    N, K = sizes["N"], sizes["K"]
+    if K == 0 or N % K:
+        raise ValueError(f"{N} query heads cannot share {K} key-value heads: query's N must be a multiple of key's K")
+    if query.shape[3] == 0:
+        raise ValueError(f"query, key must have a head size of at least 1, got {query.shape}")
+
+
+def check_options(implementation, deterministic) -> None:
+    """Raises unless these name a backend and say which gradients; None leaves the choice to us."""
+    check_choice("implementation", implementation, sorted(BACKENDS), optional=True)
+    check_flag("deterministic", deterministic, optional=True)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ring_jax._checks import check_array
+
 
 def partial_dtype(dtype) -> jnp.dtype:
     """Dtype of partial results and products of inputs of `dtype`: float32, float64 for float64."""
@@ -47,10 +49,12 @@ def merge_partials(
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867.
     """
-    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.shape[:-1]:
+    for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        check_array(name, x)
+    if out_a.ndim == 0 or out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.shape[:-1]:
         raise ValueError(
-            f"merge_partials expects out [B, T, N, H] and lse [B, T, N] of equal shapes, got out {out_a.shape} and {out_b.shape}, "
-            f"lse {lse_a.shape} and {lse_b.shape}"
+            f"merge_partials expects out [B, T, N, H] and lse [B, T, N] of equal shapes, got out_a {out_a.shape} and out_b "
+            f"{out_b.shape}, lse_a {lse_a.shape} and lse_b {lse_b.shape}"
         )
     lse = log_add_exp(lse_a, lse_b)
     out = weight(lse_a, lse)[..., None] * out_a + weight(lse_b, lse)[..., None] * out_b

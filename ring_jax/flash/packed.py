@@ -37,6 +37,13 @@ def pack(key: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.concatenate([key, value], axis=-1)
 
 
+def pack_like(key: jax.Array, value: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of `pack(key, value)`, computing nothing."""
+    if key.shape == value.shape:
+        return jax.ShapeDtypeStruct((2, *key.shape), key.dtype)
+    return jax.ShapeDtypeStruct((*key.shape[:-1], key.shape[-1] + value.shape[-1]), key.dtype)
+
+
 def unpack(kv: jax.Array, head_size: int) -> tuple[jax.Array, jax.Array]:
     """(key, value) of a packed array; `head_size` is the key's."""
     if kv.ndim == 5:

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ring_jax._checks import Sizes, check_array
 
 
 def state_dtype(*arrays: jax.Array) -> jnp.dtype:
@@ -16,51 +19,40 @@ def widened(x: jax.Array) -> jax.Array:
 
 
 def check_operands(query, key, value, log_decay, beta, initial_state, segment_ids) -> None:
-    """Raises ValueError unless the operands of one gated delta rule fit together."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be [batch, time, heads, head size], got shape {x.shape}")
-        _check_float(name, x)
-    batch, time, key_heads, dk = key.shape
-    value_heads, dv = value.shape[2:]
-    _check_shape("query", query, key.shape, "the shape of key")
-    _check_shape("value", value, (batch, time, value_heads, dv), "the batch and time of key")
+    """Raises unless the operands of one gated delta rule fit together."""
+    sizes = Sizes()
+    check_array("key", key, "B T K dk", sizes)
+    check_array("query", query, "B T K dk", sizes, advice="query must have the shape of key")
+    check_array("value", value, "B T N dv", sizes, advice="value must have the batch and time of key")
+    value_heads, key_heads = sizes["N"], sizes["K"]
     if key_heads == 0 or value_heads % key_heads:
         raise ValueError(
             f"the number of value heads must be a multiple of the number of key heads, got {value_heads} value heads "
             f"and {key_heads} key heads: key head h serves value heads h*r ... h*r + r - 1, r = value heads / key heads"
         )
-    per_head = (batch, time, value_heads)
-    _check_shape("log_decay", log_decay, per_head, "[batch, time, value heads]")
-    _check_shape("beta", beta, per_head, "[batch, time, value heads]")
-    _check_float("beta", beta)
+    if sizes["dk"] == 0:
+        raise ValueError(f"query and key must have a head size of at least 1, got shape {key.shape}")
+    for name, x in (("log_decay", log_decay), ("beta", beta)):
+        check_array(name, x, "B T N", sizes, advice="one for each value head")
     dtype = state_dtype(query, key, value, log_decay, beta)
     if log_decay.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(
             f"log_decay must be float32, got {log_decay.dtype}: it is summed over the sequence, so compute "
             "-exp(A_log) * softplus(a + dt_bias) in float32 (a cast of a rounded value would keep the rounding)"
         )
+    # Reading an array on a device would make the host wait for it, so only NumPy's are read.
+    if isinstance(log_decay, np.ndarray) and not np.all(log_decay <= 0):
+        raise ValueError(
+            f"log_decay must be <= 0 (a decay of at most 1), got up to {np.max(log_decay)}: it is the logarithm of the decay"
+        )
     if initial_state is not None:
-        _check_shape("initial_state", initial_state, (batch, value_heads, dk, dv), "[batch, value heads, d_k, d_v]")
+        check_array("initial_state", initial_state, "B N dk dv", sizes)
         if initial_state.dtype != dtype:
             raise ValueError(f"initial_state must be {dtype}, got {initial_state.dtype}: states are never rounded")
-    check_segments(segment_ids, batch, time)
+    check_segments(segment_ids, sizes["B"], sizes["T"])
 
 
 def check_segments(segment_ids, batch: int, time: int) -> None:
-    """Raises ValueError unless `segment_ids` is None or an integer array [batch, time]."""
-    if segment_ids is None:
-        return
-    _check_shape("segment_ids", segment_ids, (batch, time), "[batch, time]")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.signedinteger):
-        raise ValueError(f"segment_ids must be signed integers (negative: padding), got {segment_ids.dtype}")
-
-
-def _check_shape(name: str, x, expected: tuple[int, ...], meaning: str) -> None:
-    if x.shape != expected:
-        raise ValueError(f"{name} must have shape {expected} ({meaning}), got {x.shape}")
-
-
-def _check_float(name: str, x) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be a floating-point array, got {x.dtype}: cast it first")
+    """Raises unless `segment_ids` is None or a signed integer array [batch, time]; negative ids are padding."""
+    if segment_ids is not None:
+        check_array("segment_ids", segment_ids, "B T", {"B": batch, "T": time}, kind="signed")

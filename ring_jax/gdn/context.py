@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ring_jax._checks import check_array, check_callable, check_choice, check_count, check_flag, check_instance
 from ring_jax._vma import pcast_to
 from ring_jax.context.parallel import ContextParallel, axis_size, place
 from ring_jax.context.shard import Shard, axis_names, axis_to_seq, seq_to_axis
@@ -71,11 +72,17 @@ def run(
         >>> y, cache = run(lambda p, x, c, spread: mixer(p, x, c, spread), params, cp.to_layout(x), context=cp,
         ...                way="state", seq_len=x.shape[1])  # doctest: +SKIP
     """
+    check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
+    check_callable("layers", layers, "a function layers(params, x, caches, spread)")
+    check_choice("way", way, ("auto", *WAYS))
+    check_instance("shape", shape, GDNShape, "a ring_jax.gdn.GDNShape", optional=True)
+    check_flag("sums", sums)
+    batch, length = _check_leaves(x, caches)
     leaf = _first_leaf(x)
-    batch, length = leaf.shape[:2]
     ranks = context.ranks(leaf)
     manual = context.is_manual
     length = length * ranks if manual else length
+    seq_len = None if seq_len is None else check_count("seq_len", seq_len, 0, length)
     check_segments(segment_ids, batch, leaf.shape[1])
     shard = context.shard(length, leaf)
     rows = batch if manual else _local_rows(batch, context, leaf)
@@ -103,6 +110,7 @@ def run(
 def gated_delta_rule_across(operands, *, context: ContextParallel, way: str, initial_state, segment_ids, **options):
     """`ring_jax.gated_delta_rule(..., context=...)`: see there. Heads may be sharded over `context.head_axis`."""
     query, key, value, log_decay, beta = operands
+    check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
     check_operands(query, key, value, log_decay, beta, initial_state, segment_ids)
     ranks, manual = context.ranks(query), context.is_manual
     shard = context.shard(query.shape[1] * (ranks if manual else 1), query)
@@ -175,8 +183,6 @@ def _run_rows(layers, params, x, caches, ids, shard: Shard):
 def _mask_padding(ids, x, shard: Shard, seq_len: int | None):
     if seq_len is None or seq_len == shard.length:
         return ids
-    if not 0 <= seq_len <= shard.length:
-        raise ValueError(f"seq_len={seq_len} lies outside of the array's {shard.length} positions")
     positions = shard.positions()
     if ids is None:
         ids = jnp.zeros(x.shape[:2], jnp.int32)
@@ -190,8 +196,6 @@ def _pad_rows(x, rows: int, value: int = 0):
 
 def _resolve_way(way: str, shape: GDNShape | None, rows: int, shard: Shard) -> str:
     """`way` by name, checked against the layout; "auto" by cost."""
-    if way != "auto" and way not in WAYS:
-        raise ValueError(f"unknown way {way!r}: expected 'auto' or one of {sorted(WAYS)}")
     if way == "auto":
         if shard.ranks == 1:
             return "batch"
@@ -212,6 +216,23 @@ def _local_rows(batch: int, context: ContextParallel, x) -> int:
             "(rows of negative segment ids cost nothing but time), or leave batch_axis out"
         )
     return batch // size
+
+
+def _check_leaves(x, caches) -> tuple[int, int]:
+    """(batch, tokens here) of the arrays in x, which must agree; caches have the same batch."""
+    leaves = jax.tree.leaves(x)
+    if not leaves:
+        raise ValueError("x must hold at least one array [B, T, ...], got none")
+    for leaf in leaves:
+        check_array("x", leaf, kind="any")
+        if leaf.ndim < 2 or leaf.shape[:2] != leaves[0].shape[:2]:
+            shapes = [leaf.shape for leaf in leaves]
+            raise ValueError(f"x must be [B, T, ...], all leaves with the same B and T, got shapes {shapes}")
+    for leaf in jax.tree.leaves(caches):
+        check_array("caches", leaf, kind="any")
+        if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
+            raise ValueError(f"caches must have the batch {leaves[0].shape[0]} in front, got shape {leaf.shape}")
+    return leaves[0].shape[:2]
 
 
 def _first_leaf(x):

@@ -11,6 +11,7 @@ stands right before the first valid token.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ring_jax._checks import Sizes, check_array
 from ring_jax.gdn.checks import check_segments, state_dtype
 from ring_jax.gdn.segments import PADDING, blank_padding, first_valid, last_valid, segment_at
 
@@ -60,17 +61,17 @@ def causal_convolution(
 
 
 def check_convolution(x, weight, tail, segment_ids) -> None:
-    """Raises ValueError unless the operands of one convolution fit together."""
-    if x.ndim != 3 or weight.ndim != 2 or x.shape[2] != weight.shape[1] or weight.shape[0] < 1:
-        raise ValueError(
-            f"expected inputs [batch, time, features] and a weight [width, features], got {x.shape} and {weight.shape}; "
-            "a checkpoint's conv1d.weight [features, 1, width] is weight[:, 0].T"
-        )
-    expected = (x.shape[0], weight.shape[0] - 1, x.shape[2])
-    if tail is not None and (tail.shape != expected or tail.dtype != x.dtype):
-        raise ValueError(
-            f"tail must be {x.dtype} {expected} (the last width - 1 inputs), got {tail.dtype} {tail.shape}"
-        )
+    """Raises unless the operands of one convolution fit together."""
+    sizes = Sizes()
+    check_array("x", x, "B T F", sizes)
+    check_array("weight", weight, "W F", sizes, advice="a checkpoint's conv1d.weight [F, 1, W] is weight[:, 0].T")
+    if sizes["W"] < 1:
+        raise ValueError(f"weight must have at least one tap, got shape {weight.shape}")
+    if tail is not None:
+        sizes["W-1"] = sizes["W"] - 1
+        check_array("tail", tail, "B W-1 F", sizes, advice="the last W - 1 inputs")
+        if tail.dtype != x.dtype:
+            raise ValueError(f"tail must have x's dtype {x.dtype}, got {tail.dtype}: it holds inputs")
     check_segments(segment_ids, *x.shape[:2])
 
 

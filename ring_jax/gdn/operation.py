@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from ring_jax._checks import check_choice, check_number
 from ring_jax.gdn.checks import check_operands, state_dtype
 from ring_jax.gdn.chunked import chunked
 from ring_jax.gdn.recurrent import UNROLLED, recurrent
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
     from ring_jax.context import ContextParallel
 
 IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "recurrent": recurrent}
+WAYS = ("batch", "head", "state")  # to spread a sequence over ranks, see `ring_jax.gdn.context`
+
+
+def check_options(scale, implementation, way) -> float | None:
+    """Raises unless these are what a gated delta rule can be asked for; `scale` as a Python float."""
+    if scale is not None:
+        scale = check_number("scale", scale, advice="multiply a traced scale into the query instead")
+    check_choice("implementation", implementation, sorted(IMPLEMENTATIONS), optional=True)
+    check_choice("way", way, ("auto", *WAYS))
+    return scale
 
 
 def gated_delta_rule(
@@ -62,8 +73,9 @@ def gated_delta_rule(
         All arithmetic is float32 at highest precision.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown implementation, or a way that the layout or the
-            number of heads does not allow.
+        TypeError: what is no array, number or name.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, a way without a context or one that the
+            layout or the number of heads does not allow, a positive log_decay (of NumPy: a device's is not read).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -74,6 +86,7 @@ def gated_delta_rule(
 
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (arXiv 2412.06464); Qwen3-Next and Qwen3.5 use it so.
     """
+    scale = check_options(scale, implementation, way)
     if context is not None:
         from ring_jax.gdn.context import gated_delta_rule_across  # it stands on this module
 
@@ -86,15 +99,13 @@ def gated_delta_rule(
             scale=scale,
             implementation=implementation,
         )
+    if way != "auto":
+        raise ValueError(f"way={way!r} is how a sequence is spread over ranks: it needs a context")
     check_operands(query, key, value, log_decay, beta, initial_state, segment_ids)
     batch, time, _, dk = key.shape
     heads, dv = value.shape[2:]
     if implementation is None:
         implementation = "recurrent" if time <= UNROLLED else "chunked"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown implementation {implementation!r}: expected one of {sorted(IMPLEMENTATIONS)} or None"
-        )
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, dk, dv), state_dtype(query, key, value, log_decay, beta))
     if time == 0:

@@ -8,12 +8,12 @@ else runs between its two all-to-alls, at no extra cost unless rows are padded).
 import math
 from dataclasses import dataclass
 
+from ring_jax._checks import check_count, check_instance, check_number
 from ring_jax.gdn.chunked import CHUNK
 from ring_jax.gdn.mixer import Heads, gathers_input
+from ring_jax.gdn.operation import WAYS as WAYS
 from ring_jax.gdn.ranks import GATHER_RANKS
 from ring_jax.layout import Contiguous, Layout, Zigzag, as_layout
-
-WAYS = ("batch", "head", "state")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Rates:
     flops_per_second: float = 4.0e13
     bytes_per_second: float = 1.5e11
     seconds_per_collective: float = 3.0e-5
+
+    def __post_init__(self):
+        check_number("Rates(flops_per_second=...)", self.flops_per_second, above=0)
+        check_number("Rates(bytes_per_second=...)", self.bytes_per_second, above=0)
+        check_number("Rates(seconds_per_collective=...)", self.seconds_per_collective, low=0)
 
 
 BETWEEN_HOSTS = Rates(bytes_per_second=2.5e10)  # one 400 Gb/s link to each GPU, half of it used
@@ -53,6 +58,12 @@ class GDNShape:
     layers: int = 1
     itemsize: int = 2
 
+    def __post_init__(self):
+        check_instance("GDNShape(heads=...)", self.heads, Heads, "ring_jax.gdn.Heads")
+        least = {"batch": 0, "length": 0, "width": 0, "conv_width": 1, "layers": 1, "itemsize": 1}
+        for name, low in least.items():
+            check_count(f"GDNShape({name}=...)", getattr(self, name), low)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -65,6 +76,7 @@ class Cost:
 
     def seconds(self, rates: Rates = Rates()) -> float:  # noqa: B008 (a frozen value)
         """Rough time at nominal rates, nothing overlapped."""
+        check_instance("rates", rates, Rates, "ring_jax.gdn.plan.Rates")
         moving = self.bytes / rates.bytes_per_second + self.collectives * rates.seconds_per_collective
         return moving + self.flops / rates.flops_per_second
 
@@ -80,6 +92,8 @@ def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous") -> d
         >>> costs(shape, 8, "striped")["state"].obstacle is None
         False
     """
+    check_instance("shape", shape, GDNShape, "a ring_jax.gdn.GDNShape")
+    check_count("ranks", ranks, 1)
     layout = as_layout(layout)
     return {
         "batch": _batch_cost(shape, ranks),

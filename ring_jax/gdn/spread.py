@@ -12,12 +12,13 @@ States and tails that enter and leave are those of the whole sequence and all he
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._checks import check_array
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import check_operands, state_dtype
@@ -27,6 +28,7 @@ from ring_jax.gdn.operation import gated_delta_rule
 from ring_jax.gdn.ranks import Chunks
 
 
+@runtime_checkable
 class Spread(Protocol):
     """What a layer asks of the spread that it runs under."""
 
@@ -56,13 +58,20 @@ class OneDevice:
 
     segment_ids: jax.Array | None = None
 
+    def __post_init__(self):
+        if self.segment_ids is not None:
+            check_array("OneDevice(segment_ids=...)", self.segment_ids, "B T", kind="signed")
+
     def gated_delta_rule(self, *operands, **options):
+        """As `ring_jax.gated_delta_rule`."""
         return gated_delta_rule(*operands, segment_ids=self.segment_ids, **options)
 
     def causal_convolution(self, x, weight, *, tail=None):
+        """As `ring_jax.gdn.causal_convolution`."""
         return causal_convolution(x, weight, tail=tail, segment_ids=self.segment_ids)
 
     def edge_segments(self):
+        """Ids of the first and the last valid token, int32 [B] each; None without ids."""
         ids = self.segment_ids
         if ids is None:
             return None

@@ -20,6 +20,7 @@ from typing import Protocol
 import jax
 from jax import lax
 
+from ring_jax._checks import check_choice
 from ring_jax._vma import pcast_to
 from ring_jax.context.shard import Axis, axis_names
 
@@ -50,8 +51,7 @@ def choose_way(way: str | None, ranks: int, per_token: int, platform: str) -> st
     """
     if way is None:
         return "ragged" if platform == "gpu" and ranks > per_token else "gather"
-    if way not in WAYS:
-        raise ValueError(f"unknown exchange {way!r}: expected None or one of {WAYS}")
+    check_choice("exchange", way, WAYS, optional=True)
     if way == "ragged" and platform == "cpu":
         raise NotImplementedError(
             "exchange='ragged' cannot run here: XLA has no ragged_all_to_all on CPUs; use 'gather'"

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from ring_jax._checks import Sizes, check_array, check_choice, check_flag, check_instance, check_mesh_axes
 from ring_jax._device import target
-from ring_jax.context.shard import Axis
+from ring_jax.context.shard import Axis, axis_names
 from ring_jax.moe.blocks import Blocks, block_size
-from ring_jax.moe.exchange import Exchange, Gathered, Here, choose_way, slices
+from ring_jax.moe.exchange import WAYS, Exchange, Gathered, Here, choose_way, slices
 from ring_jax.moe.experts import blocks_per_step, run_experts
 from ring_jax.moe.ragged import Ragged
-from ring_jax.moe.router import RouterStats, Routing, route
+from ring_jax.moe.router import RouterStats, Routing, check_top_k, route
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +70,7 @@ def moe(
         tokens are); and the router's statistics over the tokens here.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown exchange.
+        TypeError, ValueError: shapes or dtypes that do not fit, an unknown exchange, or an axis that is none here.
         NotImplementedError: exchange="ragged" on CPUs.
 
     Example:
@@ -81,7 +82,18 @@ def moe(
 
     Source: as transformers' `Qwen3_5MoeSparseMoeBlock` without its shared expert.
     """
-    ranks = 1 if expert_axis is None else lax.axis_size(expert_axis)
+    check_flag("renormalize", renormalize)
+    check_flag("tokens_spread", tokens_spread)
+    check_choice("exchange", exchange, WAYS, optional=True)
+    expert_axis, ranks = _axis_ranks("expert_axis", expert_axis)
+    tensor_axis, _ = _axis_ranks("tensor_axis", tensor_axis)
+    shared = set(axis_names(expert_axis)) & set(axis_names(tensor_axis))
+    if shared:
+        raise ValueError(f"expert_axis and tensor_axis must differ, both name {sorted(shared)}")
+    if exchange is not None and (expert_axis is None or not tokens_spread):
+        raise ValueError(
+            f"exchange={exchange!r} moves tokens that differ between ranks: it needs an expert_axis and tokens_spread=True"
+        )
     _check(x, weights, top_k, ranks, valid)
     if valid is not None:
         x = jnp.where(valid[:, None], x, jnp.zeros_like(x))
@@ -89,10 +101,6 @@ def moe(
     stats = RouterStats.of(routing, valid)
     with jax.named_scope("moe"):
         if expert_axis is None or not tokens_spread:
-            if exchange is not None:
-                raise ValueError(
-                    f"exchange={exchange!r} moves tokens that differ between ranks: it needs an expert_axis and tokens_spread=True"
-                )
             here = Here(expert_axis, tensor_axis)
             y = _run(x, routing.experts, routing.weights, weights, expert_axis, lambda experts: here)
         else:
@@ -139,26 +147,36 @@ def _run(x, experts, factors, weights: MoEWeights, axis: Axis | None, make_excha
 
 
 def _check(x, weights: MoEWeights, top_k: int, ranks: int, valid) -> None:
-    router, gate_up, down = weights.router, weights.gate_up, weights.down
-    if x.ndim != 2:
-        raise ValueError(f"x must be [tokens, width], got {x.shape}: flatten batch and sequence first")
-    width, experts = x.shape[1], router.shape[-1]
-    if router.shape != (width, experts):
-        raise ValueError(f"router must be [D, E] with D = {width}, got {router.shape}")
-    if gate_up.ndim != 4 or gate_up.shape[1:3] != (width, 2):
-        raise ValueError(f"gate_up must be [experts, D, 2, F] with D = {width}, gate first, got {gate_up.shape}")
-    here, features = gate_up.shape[0], gate_up.shape[3]
-    if down.shape != (here, features, width):
-        raise ValueError(f"down must be [experts, F, D] = {(here, features, width)} to fit gate_up, got {down.shape}")
+    check_instance("weights", weights, MoEWeights, "a ring_jax.moe.MoEWeights")
+    sizes = Sizes()
+    check_array("x", x, "T D", sizes, advice="flatten batch and sequence first")
+    check_array("weights.router", weights.router, "D E", sizes)
+    check_array("weights.gate_up", weights.gate_up, "e D 2 F", sizes, advice="gate first")
+    check_array("weights.down", weights.down, "e F D", sizes)
+    here, experts = sizes["e"], sizes["E"]
     if here * ranks != experts:
         raise ValueError(
             f"the router knows {experts} experts, but {ranks} ranks with {here} each hold {here * ranks}: shard gate_up and "
             "down over expert_axis, and only there"
         )
-    if not 0 < top_k <= experts:
-        raise ValueError(f"top_k must be 1 ... {experts} (the number of experts), got {top_k}")
-    for name, array in (("router", router), ("gate_up", gate_up), ("down", down)):
-        if array.dtype != x.dtype:
-            raise ValueError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}: cast the parameters first")
-    if valid is not None and (valid.shape != x.shape[:1] or valid.dtype != jnp.bool_):
-        raise ValueError(f"valid must be bool [{x.shape[0]}], one entry per token, got {valid.dtype} {valid.shape}")
+    check_top_k(top_k, experts)
+    for name in ("router", "gate_up", "down"):
+        if getattr(weights, name).dtype != x.dtype:
+            raise ValueError(
+                f"weights.{name} must have x's dtype {x.dtype}, got {getattr(weights, name).dtype}: cast the parameters first"
+            )
+    if valid is not None:
+        check_array("valid", valid, "T", sizes, kind="bool", advice="one entry per token")
+
+
+def _axis_ranks(name: str, axis: Axis | None) -> tuple[Axis | None, int]:
+    """Mesh axes as a name or a tuple, and how many ranks they have."""
+    if axis is None:
+        return None, 1
+    axis = check_mesh_axes(name, axis)
+    try:
+        return axis, lax.axis_size(axis)
+    except NameError:
+        raise ValueError(
+            f"{name}={axis!r} is no axis here: call moe inside a shard_map that is manual over it, or leave it out"
+        ) from None

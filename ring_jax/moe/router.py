@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ring_jax import _repr
+from ring_jax._checks import Sizes, check_array, check_count, check_flag, check_instance, describe
 
 
 @jax.tree_util.register_dataclass
@@ -43,11 +44,17 @@ class RouterStats:
     __repr__ = _repr.of_fields
 
     def __add__(self, other: "RouterStats") -> "RouterStats":
+        """Those of both sets of tokens."""
+        if not isinstance(other, RouterStats):
+            raise TypeError(f"RouterStats add up with others of their kind, got {describe(other)}")
         return jax.tree.map(jnp.add, self, other)
 
     @classmethod
     def of(cls, routing: Routing, valid: Bool[Array, " T"] | None = None) -> "RouterStats":
         """Those of one layer's tokens."""
+        check_instance("routing", routing, Routing, "a ring_jax.moe.Routing")
+        if valid is not None:
+            check_array("valid", valid, "T", {"T": routing.probs.shape[0]}, kind="bool")
         experts, (tokens, count) = lax.stop_gradient(routing.experts), routing.probs.shape
         dtype = routing.probs.dtype
         chosen = experts[..., None] == jnp.arange(count, dtype=experts.dtype)
@@ -83,6 +90,15 @@ def route(
         >>> route(jnp.eye(2), jnp.array([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]]), top_k=2).experts.tolist()
         [[2, 1], [0, 2]]
     """
+    sizes = Sizes()
+    check_array("x", x, "T D", sizes, advice="flatten batch and sequence first")
+    check_array("router", router, "D E", sizes)
+    if router.dtype != x.dtype:
+        raise ValueError(f"router must have x's dtype {x.dtype}, got {router.dtype}: cast it first")
+    check_top_k(top_k, sizes["E"])
+    check_flag("renormalize", renormalize)
+    if valid is not None:
+        check_array("valid", valid, "T", sizes, kind="bool", advice="one entry per token")
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     info = jnp.finfo(x.dtype)
     # Explicit, since XLA leaves out the rounding between a product and a cast: near ties would depend on the program.
@@ -96,6 +112,11 @@ def route(
         experts = jnp.where(here, experts, jnp.full_like(experts, router.shape[1]))
         weights, probs = (jnp.where(here, a, jnp.zeros_like(a)) for a in (weights, probs))
     return Routing(experts, weights, probs)
+
+
+def check_top_k(top_k: int, experts: int) -> None:
+    """Raises unless a token can go to so many of these experts."""
+    check_count("top_k", top_k, 1, experts, advice="a token goes to some of the router's experts")
 
 
 def load_balance_loss(stats: RouterStats) -> Float[Array, ""]:
@@ -117,6 +138,11 @@ def load_balance_loss(stats: RouterStats) -> Float[Array, ""]:
     Source: Fedus, Zoph, Shazeer, Switch Transformers (arXiv 2101.03961), eq. 4-6, summed over the k choices as
     transformers' `load_balancing_loss_func` does.
     """
+    check_instance("stats", stats, RouterStats, "a ring_jax.moe.RouterStats")
+    sizes = Sizes()
+    check_array("stats.counts", stats.counts, "E", sizes)
+    check_array("stats.probs", stats.probs, "E", sizes)
+    check_array("stats.tokens", stats.tokens, "")
     tokens = jnp.maximum(stats.tokens, jnp.ones_like(stats.tokens))
     used = lax.stop_gradient(stats.counts) / tokens
     return stats.counts.shape[0] * jnp.sum(used * (stats.probs / tokens))

@@ -50,15 +50,22 @@ def start_values(acc: jax.Array, p: jax.Array, v_smem: Any) -> jax.Array:
     return start_products((acc, p, v_smem))[0]
 
 
-def start_products(*products: tuple[jax.Array | None, Any, Any]) -> tuple[jax.Array, ...]:
+def start_products(*products: tuple[Any, ...]) -> tuple[jax.Array, ...]:
     """Issues A B^T for each (None, a, b) and acc + A B for each (acc, a, b), in order; `wait` before reading them.
 
-    a is an array or a slice of a Ref of 64 rows, b a slice of a Ref.
+    a is an array or a slice of a Ref of 64 rows, b a slice of a Ref. A fourth item says whether B is transposed,
+    where that is the other way round: (None, a, b, False) is A B, (acc, a, b, True) is acc + A B^T.
     """
+    products = tuple((*product, product[0] is None) if len(product) == 3 else product for product in products)
     if compat.interpreting():
         return tuple(_product(*product) for product in products)
+    transposed = [product[3] for product in products]
+    products = [product[:3] for product in products]
     operands = [x for product in products for x in product if x is not None]
-    shapes = [(a.shape[0], b.shape[0]) if acc is None else acc.shape for acc, a, b in products]
+    shapes = [
+        (a.shape[0], b.shape[0 if turned else 1]) if acc is None else acc.shape
+        for (acc, a, b), turned in zip(products, transposed, strict=True)
+    ]
 
     @plgpu.inline_mgpu(
         arg_types=tuple(_WGMMA if isinstance(x, jax.Array) else _SMEM for x in operands),
@@ -66,16 +73,15 @@ def start_products(*products: tuple[jax.Array | None, Any, Any]) -> tuple[jax.Ar
     )
     def issue(_, *operands):
         rest = iter(operands)
-        return _issue([tuple(None if x is None else next(rest) for x in product) for product in products])
+        return _issue([tuple(None if x is None else next(rest) for x in product) for product in products], transposed)
 
     return issue(*operands)
 
 
-def _product(acc, a, b) -> jax.Array:
+def _product(acc, a, b, transposed) -> jax.Array:
     a = a if isinstance(a, jax.Array) else a[...]
-    if acc is None:
-        return lax.dot(a, b[...].T, preferred_element_type=jnp.float32)
-    return acc + lax.dot(a, b[...], preferred_element_type=jnp.float32)
+    product = lax.dot(a, b[...].T if transposed else b[...], preferred_element_type=jnp.float32)
+    return product if acc is None else acc + product
 
 
 def wait(pending: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -117,40 +123,43 @@ def hold_back(l: jax.Array, smem: Any) -> None:
     conditional_store(l, smem)
 
 
-def mask(scores: jax.Array, low: jax.Array, high: jax.Array, hidden: float = -math.inf) -> jax.Array:
-    """scores [64, n] with `hidden` wherever not low <= column < high; low and high [64] int32 per row.
+def mask(scores: jax.Array, low: jax.Array | None, high: jax.Array, hidden: float = -math.inf) -> jax.Array:
+    """scores [64, n] with `hidden` wherever not low <= column < high; low (None: zeros) and high [64] int32 per row.
 
     Written out because each register's column is its thread's offset plus a constant: with the offset moved over to the
     bounds, two comparisons with constants are left, and no column indices that fill registers across the loop.
     """
     if compat.interpreting():
         column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        visible = (column >= low[:, None]) & (column < high[:, None])
+        visible = column < high[:, None]
+        if low is not None:
+            visible &= column >= low[:, None]
         return jnp.where(visible, scores, hidden)
     rows = plgpu.Layout.WGMMA.reduce(1)
 
-    @plgpu.inline_mgpu(arg_types=(_WGMMA, rows, rows), return_type=_float32(*scores.shape))
-    def select(_, scores, low, high):
+    bounds = (high,) if low is None else (low, high)
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, *[rows] * len(bounds)), return_type=_float32(*scores.shape))
+    def select(_, scores, *bounds):
         f32 = ir.F32Type.get()
         lane = arith.andi(mgpu.thread_idx(), _index(3))
         first_column = arith.muli(lane, _index(2))
-        low, high = (
+        *low, high = (
             [arith.subi(llvm.extractelement(row, _index(0)), first_column) for row in bound.registers.flat]
-            for bound in (low, high)
+            for bound in bounds
         )
         hidden_register = arith.constant(f32, ir.FloatAttr.get(f32, hidden))
         selected = []
         for i, score in enumerate(_registers(scores)):
             # In fragment order: 8 columns at a time, in them the upper and the lower row, of each two columns.
             column, row = _index(i // 4 * 8 + i % 2), i // 2 % 2
-            visible = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.sle, low[row], column),
-                arith.cmpi(arith.CmpIPredicate.sgt, high[row], column),
-            )
+            visible = [arith.cmpi(arith.CmpIPredicate.sle, bound[row], column) for bound in low]
+            visible.append(arith.cmpi(arith.CmpIPredicate.sgt, high[row], column))
+            visible = visible[0] if len(visible) == 1 else arith.andi(*visible)
             selected.append(arith.select(visible, score, hidden_register))
         return _array(selected, scores.shape)
 
-    return select(scores, low, high)
+    return select(scores, *bounds)
 
 
 def rescale(acc: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -219,9 +228,9 @@ def _float32(rows: int, columns: int) -> Any:
     return plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=_WGMMA)
 
 
-def _issue(products) -> tuple[Any, ...]:
+def _issue(products, transposed) -> tuple[Any, ...]:
     """Emits the products (acc or None, a, b), each its own wgmma group; the float32 arrays in flight."""
-    shapes = [_result_shape(*product) for product in products]
+    shapes = [_result_shape(*product, turned) for product, turned in zip(products, transposed, strict=True)]
     fresh = [i for i, product in enumerate(products) if product[0] is None]
     # The results in the order of the asm's operands: fresh registers before tied ones.
     order = fresh + [i for i in range(len(products)) if i not in fresh]
@@ -238,7 +247,7 @@ def _issue(products) -> tuple[Any, ...]:
     # Every register that a product reads is defined before the first one starts, or ptxas serialises them.
     before = [".reg .pred old, new;", "setp.eq.b32 old, 0, 0;", "setp.ne.b32 new, 0, 0;"]
     instructions = []
-    for i, (acc, a, b) in enumerate(products):
+    for i, ((acc, a, b), turned) in enumerate(zip(products, transposed, strict=True)):
         in_registers = isinstance(a, mgpu.FragmentedArray)
         depth = a.shape[1] if in_registers else _logical_shape(a)[1]
         first = used + len(inputs)
@@ -248,12 +257,12 @@ def _issue(products) -> tuple[Any, ...]:
             inputs.append((_descriptor(a, leading=0, stride=depth // 64 * _TILE_BYTES), "l"))
         b_stride = _logical_shape(b)[1] // 64 * _TILE_BYTES
         b_base = f"${used + len(inputs)}"
-        inputs.append((_descriptor(b, leading=0 if acc is None else _TILE_BYTES, stride=b_stride), "l"))
+        inputs.append((_descriptor(b, leading=0 if turned else _TILE_BYTES, stride=b_stride), "l"))
         for k in range(depth // _K):
             # 64 columns are one tile, and one tile row is one step of the swizzled 128 bytes.
             along_rows = (k // 4 * _TILE_BYTES + k % 4 * 2 * _K) >> 4
             before.append(
-                f".reg .b64 b{i}_{k};\nadd.s64 b{i}_{k}, {b_base}, {along_rows if acc is None else k * 2 * b_stride >> 4};"
+                f".reg .b64 b{i}_{k};\nadd.s64 b{i}_{k}, {b_base}, {along_rows if turned else k * 2 * b_stride >> 4};"
             )
             if in_registers:
                 left = "{" + ",".join(f"${first + n}" for n in range(4 * k, 4 * k + 4)) + "}"
@@ -261,7 +270,7 @@ def _issue(products) -> tuple[Any, ...]:
                 left = f"a{i}_{k}"
                 before.append(f".reg .b64 {left};\nadd.s64 {left}, ${first}, {along_rows};")
             flags = ["new" if acc is None and k == 0 else "old", "1", "1", *([] if in_registers else ["0"])]
-            flags.append("0" if acc is None else "1")
+            flags.append("0" if turned else "1")
             kind = str(ir.MemRefType(b.type).element_type)
             instructions.append(_instruction(shapes[i][1], kind, operand[i], left, f"b{i}_{k}", ", ".join(flags)))
         instructions.append("wgmma.commit_group.sync.aligned;")
@@ -270,11 +279,11 @@ def _issue(products) -> tuple[Any, ...]:
     return tuple(results[order.index(i)] for i in range(len(products)))
 
 
-def _result_shape(acc, a, b) -> tuple[int, int]:
+def _result_shape(acc, a, b, transposed) -> tuple[int, int]:
     if acc is not None:
         return tuple(acc.shape)
     rows = a.shape[0] if isinstance(a, mgpu.FragmentedArray) else _logical_shape(a)[0]
-    return rows, _logical_shape(b)[0]
+    return rows, _logical_shape(b)[0 if transposed else 1]
 
 
 def _instruction(n: int, kind: str, accumulator: list[str], a: str, b: str, flags: str) -> str:

@@ -31,11 +31,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ring_jax._checks import (
+    check_array,
+    check_callable,
+    check_dtype,
+    check_flag,
+    check_instance,
+    check_number,
+    check_precision,
+    describe,
+    is_array,
+)
 from ring_jax.context import ContextParallel, ring_attention
-from ring_jax.mask import Mask, ResolvedMask
+from ring_jax.context.attention import check_options
+from ring_jax.mask import Mask, ResolvedMask, per_row
 
+_CHECKED = frozenset(inspect.signature(check_options).parameters)
 _NOT_DEFAULTS = ("query", "key", "value", "bias", "return_residual", "context")
 
 
@@ -60,16 +74,31 @@ def attention_fn(context: ContextParallel, **defaults: Any) -> AttentionFn:
       >>> cp = ring_jax.ContextParallel("context", layout="zigzag")
       >>> layer = nnx.MultiHeadAttention(8, 512, decode=False, attention_fn=cp.attention_fn(is_causal=True), rngs=rngs)
     """
+    check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
     known = _ring_options()
-    for name, value in defaults.items():
+    defaults = {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()}
+    for name in defaults:
         if name not in known:
             raise TypeError(f"attention_fn got an unknown default {name!r}; it takes {', '.join(sorted(known))}")
-        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+    _check_defaults(defaults)
+    for name, value in defaults.items():
+        if isinstance(value, np.ndarray) or any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
             raise ValueError(
                 f"the attention_fn default {name!r} holds an array, which would be frozen into the layer. Pass it to "
                 "the layer's call (mask=ring_jax.documents(...)), or call ring_jax.ring_attention yourself"
             )
     return AttentionFn(context, tuple(sorted(defaults.items())))
+
+
+def _check_defaults(defaults: dict[str, Any]) -> None:
+    checked = {name: value for name, value in defaults.items() if name in _CHECKED}
+    check_options(**checked)
+    check_callable("rope", defaults.get("rope"), "a function (x, positions) -> x", optional=True)
+    for name in ("query_seq_lengths", "key_value_seq_lengths", "query_offset"):
+        if name in defaults and (name == "query_offset" or defaults[name] is not None):
+            per_row(name, defaults[name])
+    if defaults.get("sinks") is not None:
+        raise ValueError("attention_fn takes no sinks, which are an array: call ring_jax.ring_attention yourself")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +107,14 @@ class AttentionFn:
 
     context: ContextParallel
     defaults: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self):
+        check_instance("context", self.context, ContextParallel, "a ring_jax.ContextParallel")
+        pairs = self.defaults if isinstance(self.defaults, tuple) else (None,)
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise TypeError(
+                f"defaults must be a tuple of (name, value), got {describe(self.defaults)}: use attention_fn"
+            )
 
     def __call__(
         self,
@@ -107,16 +144,25 @@ class AttentionFn:
           ValueError: for shapes that do not belong together, or ``input_positions`` without ``rope`` or the reverse.
           NotImplementedError: for an argument that ring attention cannot honour.
         """
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_array(name, x)
+        flags = {"broadcast_dropout": broadcast_dropout, "deterministic": deterministic, "is_causal": is_causal}
+        for name, flag in (flags | {"force_fp32_for_softmax": force_fp32_for_softmax}).items():
+            check_flag(name, flag)
+        check_number("dropout_rate", dropout_rate, low=0, high=1)
+        check_dtype("dtype", dtype, optional=True)
+        check_callable("promote_dtype", promote_dtype, "a function (arrays, dtype=) -> arrays", optional=True)
         del broadcast_dropout, dropout_rng, force_fp32_for_softmax
         _reject(bias=bias, module=module, einsum_dot_general=einsum_dot_general)
         _reject(qk_attn_weights_einsum=qk_attn_weights_einsum, attn_weights_value_einsum=attn_weights_value_einsum)
         _reject_dropout(dropout_rate, deterministic)
+        check_precision("precision", precision)
         _reject_precision(precision)
 
         options = dict(self.defaults)
         rope = options.pop("rope", None)
         options["mask"] = _combine_masks(mask, options.get("mask"))
-        options["is_causal"] = bool(is_causal) or options.get("is_causal", False)
+        options["is_causal"] = is_causal or options.get("is_causal", False)
 
         query, key, value = _promote((query, key, value), dtype, promote_dtype)
         batch = _common_batch(query, key, value)
@@ -176,7 +222,7 @@ def _combine_masks(mask: Any, default: Mask | None) -> Mask | ResolvedMask | Non
             raise ValueError("a resolved mask is complete and cannot join the mask that attention_fn has as a default")
         return mask
     if not isinstance(mask, Mask):
-        raise ValueError(
+        raise (NotImplementedError if is_array(mask) else TypeError)(
             f"ring attention takes a ring_jax.Mask, got mask={type(mask).__name__} with shape "
             f"{getattr(mask, 'shape', None)}. Say it as intervals: ring_jax.causal() & ring_jax.documents(...) & "
             "ring_jax.lengths(...). Flax's decode=True makes such an array, and is not supported"
@@ -219,6 +265,11 @@ def _rotate(rope: Any, query: Array, key: Array, positions: Array | None) -> tup
     if query.shape[1] != key.shape[1]:
         raise ValueError(
             f"input_positions cannot serve queries of length {query.shape[1]} and keys of length {key.shape[1]} at once"
+        )
+    check_array("input_positions", positions, kind="integer")
+    if positions.shape[-1:] != query.shape[1:2] or math.prod(positions.shape[:-1]) not in (1, query.shape[0]):
+        raise ValueError(
+            f"input_positions must be [T] or [B..., T] for {query.shape[0]} rows of T={query.shape[1]}, got {positions.shape}"
         )
     positions = jnp.broadcast_to(positions.reshape(-1, positions.shape[-1]), query.shape[:2])
     return rope(query, positions), rope(key, positions)

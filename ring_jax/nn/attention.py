@@ -11,10 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ring_jax import _repr
+from ring_jax._checks import check_array, check_count, check_flag, check_instance, check_number
 from ring_jax.context import ContextParallel, ring_attention
+from ring_jax.context.attention import check_divides, check_options
 from ring_jax.flash import flash_attention
-from ring_jax.mask import Mask, ResolvedMask, causal, local_window
-from ring_jax.nn.rope import apply_rope
+from ring_jax.mask import Mask, ResolvedMask, causal, check_covers, local_window
+from ring_jax.nn.projections import check_projections
+from ring_jax.nn.rope import apply_rope, check_positions, check_rotary
 
 
 class Attention(nnx.Module):
@@ -85,12 +88,29 @@ class Attention(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
     ):
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_count("features", features, 1)
+        check_count("num_heads", num_heads, 1)
+        num_kv_heads = num_heads if num_kv_heads is None else check_count("num_kv_heads", num_kv_heads, 1)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
         if head_dim is None and features % num_heads:
             raise ValueError(f"features must divide by num_heads where head_dim is not given: {features} / {num_heads}")
-        head_dim = features // num_heads if head_dim is None else head_dim
+        head_dim = features // num_heads if head_dim is None else check_count("head_dim", head_dim, 1)
+        check_options(
+            is_causal=is_causal,
+            local_window_size=local_window_size,
+            strategy=strategy,
+            implementation=implementation,
+        )
+        check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel", optional=True)
+        for name, flag in (("qk_norm", qk_norm), ("output_gate", output_gate), ("use_bias", use_bias)):
+            check_flag(name, flag)
+        check_number("norm_epsilon", norm_epsilon, above=0)
+        if rope_theta is not None:
+            check_number("rope_theta", rope_theta, above=0)
+            check_rotary(head_dim, rope_theta, rotary_fraction)
+        check_projections(dtype, param_dtype, precision, kernel_init, rngs)
+        self.features = features
 
         self.is_causal = is_causal
         self.local_window_size = local_window_size
@@ -147,6 +167,23 @@ class Attention(nnx.Module):
         Returns:
           [B, T, D]. Rows of padding hold finite values without meaning.
         """
+        check_array("x", x, "B T D", {"D": self.features})
+        check_options(mask=mask)
+        if positions is not None and self.rope_theta is None:
+            raise ValueError("positions act through rotary embedding only, and this layer has rope_theta=None")
+        if positions is not None:
+            check_positions(positions, x)
+        length = x.shape[1]
+        if self.context is not None:
+            ranks = self.context.ranks(x)
+            length *= ranks if self.context.is_manual else 1
+            check_divides("x", length, ranks, self.context)
+        if seq_len is not None:
+            seq_len = check_count("seq_len", seq_len, 0, length)
+        if self.context is None and (self.strategy is not None or isinstance(mask, ResolvedMask)):
+            what = "a resolved mask" if self.strategy is None else f"strategy={self.strategy!r}"
+            raise ValueError(f"{what} needs a context; this layer has context=None")
+        bounds = self._bounds(x, mask, seq_len) if self.context is None else None
         query, key, value = self.query(x), self.key(x), self.value(x)
         gate = None
         if self.output_gate:
@@ -158,7 +195,11 @@ class Attention(nnx.Module):
             rope = functools.partial(apply_rope, theta=self.rope_theta, rotary_fraction=self.rotary_fraction)
             query, key = rope(query, positions), rope(key, positions)
 
-        attended = self._attend(query, key, value, mask, seq_len)
+        if bounds is None:
+            attended = self._attend(query, key, value, mask, seq_len)
+        else:
+            out, _ = flash_attention(query, key, value, *bounds, implementation=self.implementation)
+            attended = out.astype(query.dtype)
         if gate is not None:
             attended = attended * jax.nn.sigmoid(gate)
         return self.out(attended)
@@ -172,8 +213,7 @@ class Attention(nnx.Module):
     def _attend(
         self, query: Array, key: Array, value: Array, mask: Mask | ResolvedMask | None, seq_len: int | None
     ) -> Array:
-        if self.context is None:
-            return self._attend_here(query, key, value, mask, seq_len)
+        assert self.context is not None
         out = ring_attention(
             query,
             key,
@@ -189,20 +229,15 @@ class Attention(nnx.Module):
         assert isinstance(out, jax.Array)
         return out
 
-    def _attend_here(
-        self, query: Array, key: Array, value: Array, mask: Mask | ResolvedMask | None, seq_len: int | None
-    ) -> Array:
-        if self.strategy is not None or isinstance(mask, ResolvedMask):
-            what = "a resolved mask" if self.strategy is None else f"strategy={self.strategy!r}"
-            raise ValueError(f"{what} needs a context; this layer has context=None")
+    def _bounds(self, x: Array, mask: Any, seq_len: int | None) -> tuple[Array, Array]:
+        """Key bounds of every query on one device, int32 [B, T]."""
         mask = Mask() if mask is None else mask
         if self.is_causal:
             mask = mask & causal()
         if self.local_window_size is not None:
             mask = mask & local_window(self.local_window_size)
-        length = query.shape[1]
+        length = x.shape[1]
         real = length if seq_len is None else seq_len
+        check_covers(mask, real)
         start, end = mask.interval(jnp.arange(length, dtype=jnp.int32), q_len=real, kv_len=real)
-        start, end = (jnp.broadcast_to(x, query.shape[:2]) for x in (start, end))
-        out, _ = flash_attention(query, key, value, start, end, implementation=self.implementation)
-        return out.astype(query.dtype)
+        return jnp.broadcast_to(start, x.shape[:2]), jnp.broadcast_to(end, x.shape[:2])

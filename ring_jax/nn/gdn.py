@@ -12,11 +12,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ring_jax import _repr
-from ring_jax.gdn.checks import state_dtype
+from ring_jax._checks import (
+    check_array,
+    check_choice,
+    check_count,
+    check_dtype,
+    check_instance,
+    check_number,
+)
+from ring_jax.gdn.checks import check_segments, state_dtype
 from ring_jax.gdn.context import run
 from ring_jax.gdn.mixer import GDNCache, Heads, MixerWeights, mix
+from ring_jax.gdn.operation import check_options
 from ring_jax.gdn.plan import GDNShape
 from ring_jax.gdn.spread import OneDevice, Spread
+from ring_jax.nn.projections import check_projections
 
 if TYPE_CHECKING:
     from ring_jax.context import ContextParallel
@@ -86,12 +96,24 @@ class GatedDeltaNet(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
     ):
+        check_count("features", features, 1)
+        for name, count in (("num_key_heads", num_key_heads), ("num_value_heads", num_value_heads)):
+            check_count(name, count, 1)
+        for name, count in (("key_head_dim", key_head_dim), ("value_head_dim", value_head_dim)):
+            check_count(name, count, 1)
+        check_count("conv_width", conv_width, 1)
+        check_number("norm_epsilon", norm_epsilon, above=0)
+        check_choice("projections", projections, PROJECTIONS)
+        check_options(None, implementation, way)
+        if context is not None:
+            from ring_jax.context import ContextParallel
+
+            check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
+        check_projections(dtype, param_dtype, precision, kernel_init, rngs)
         if num_value_heads % num_key_heads:
             raise ValueError(
                 f"num_value_heads must be a multiple of num_key_heads: {num_value_heads} and {num_key_heads}"
             )
-        if projections not in PROJECTIONS:
-            raise ValueError(f"unknown projections {projections!r}: expected one of {PROJECTIONS}")
         self.features = features
         self.heads = heads = Heads(num_key_heads, num_value_heads, key_head_dim, value_head_dim)
         self.conv_width = conv_width
@@ -157,7 +179,13 @@ class GatedDeltaNet(nnx.Module):
         Returns:
           y [B, T, D], zeros on padding, and the cache after the last valid token (the same on all context ranks).
         """
+        check_array("x", x, "B T D", {"D": self.features})
+        check_instance("cache", cache, GDNCache, "a ring_jax.gdn.GDNCache", optional=True)
+        if cache is not None:
+            self._check_cache(cache, x)
+        check_segments(segment_ids, *x.shape[:2])
         if spread is not None:
+            check_instance("spread", spread, Spread, "what ring_jax.gdn.run hands to its layers")
             if segment_ids is not None or seq_len is not None:
                 raise ValueError("segment_ids and seq_len go to ring_jax.gdn.run, which hands them on in `spread`")
             return self._apply(x, cache, spread)
@@ -178,7 +206,7 @@ class GatedDeltaNet(nnx.Module):
                 segment_ids=segment_ids,
                 seq_len=seq_len,
             )
-        if seq_len is not None and seq_len != x.shape[1]:
+        if seq_len is not None and check_count("seq_len", seq_len, 0, x.shape[1]) != x.shape[1]:
             valid = jnp.arange(x.shape[1], dtype=jnp.int32) < seq_len
             ids = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
             segment_ids = jnp.where(valid, ids, -1)
@@ -187,12 +215,23 @@ class GatedDeltaNet(nnx.Module):
     def shape(self, *, layers: int = 1, dtype: Any = jnp.bfloat16) -> GDNShape:
         """What `ring_jax.gdn.costs` and `run(way="auto")` need to know of a run of `layers` such layers. Batch and
         length are zero here; `run` fills them in, `dataclasses.replace` sets them by hand."""
+        check_count("layers", layers, 1)
+        check_dtype("dtype", dtype)
         itemsize = jnp.dtype(dtype).itemsize
         return GDNShape(0, 0, self.heads, self.features, self.conv_width, layers, itemsize)
 
     def empty_cache(self, batch: int, dtype: Any = jnp.float32) -> GDNCache:
         """The cache before the first token, for activations of `dtype`."""
+        check_dtype("dtype", dtype)
         return GDNCache.empty(batch, self.heads, self.conv_width, self.dtype or dtype)
+
+    def _check_cache(self, cache: GDNCache, x: Array) -> None:
+        heads = self.heads
+        sizes = {"B": x.shape[0], "N": heads.value_heads, "dk": heads.key_size, "dv": heads.value_size}
+        sizes |= {"W-1": self.conv_width - 1, "F": heads.features}
+        check_array("cache.state", cache.state, "B N dk dv", sizes)
+        check_array("cache.tail", cache.tail, "B W-1 F", sizes)
+        check_array("cache.segment", cache.segment, "B", sizes, kind="signed")
 
     def _apply(self, x: Array, cache: GDNCache | None, spread: Spread) -> tuple[Array, GDNCache]:
         x = x.astype(self.dtype or x.dtype)
@@ -236,6 +275,12 @@ def split_fused_projections(
       ba: for each key head [b (r) | a (r)].
       heads: numbers and sizes of heads.
     """
+    check_instance("heads", heads, Heads, "ring_jax.gdn.Heads")
+    if heads.value_heads % heads.key_heads:
+        raise ValueError(f"heads: {heads.value_heads} value heads are no multiple of {heads.key_heads} key heads")
+    sizes = {"F": heads.features + heads.parts[2], "2N": 2 * heads.value_heads}
+    check_array("qkvz", qkvz, "D F", sizes)
+    check_array("ba", ba, "D 2N", sizes)
     width, r = qkvz.shape[0], heads.value_heads // heads.key_heads
     qkvz = qkvz.reshape(width, heads.key_heads, -1)
     ends = [heads.key_size, 2 * heads.key_size, 2 * heads.key_size + r * heads.value_size]

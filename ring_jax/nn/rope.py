@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ring_jax._checks import check_array, check_number
+
 
 def apply_rope(
     x: Float[Array, "B T N H"],
@@ -27,25 +29,40 @@ def apply_rope(
       The rotated array, shape and dtype of `x`.
 
     Raises:
-      ValueError: where rotary_fraction * H is not a positive even number, or positions do not match `x`.
+      TypeError, ValueError: where rotary_fraction * H is not a positive even number, or positions do not match `x`.
 
     Example:
       >>> query = ring_jax.nn.apply_rope(query, context.positions(seq_len))
     """
-    rotary = round(x.shape[-1] * rotary_fraction)
-    if not 0 < rotary <= x.shape[-1] or rotary % 2:
-        raise ValueError(
-            f"RoPE rotates pairs: rotary_fraction * head size must be even and in (0, {x.shape[-1]}], got "
-            f"{rotary_fraction} * {x.shape[-1]} = {rotary}"
-        )
-    if positions.shape not in ((x.shape[1],), x.shape[:2], (1, x.shape[1])):
-        raise ValueError(f"expected positions [{x.shape[1]}] or {list(x.shape[:2])}, got {list(positions.shape)}")
+    check_array("x", x, "B T N H")
+    check_positions(positions, x)
+    rotary = check_rotary(x.shape[-1], theta, rotary_fraction)
 
     # In NumPy, once, and as checkpoints were trained: far out, one more rounding turns an angle by a hundredth.
-    frequency = 1 / theta ** (np.arange(0, rotary, 2, dtype=np.float32) / rotary)
+    frequency = 1 / float(theta) ** (np.arange(0, rotary, 2, dtype=np.float32) / rotary)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency  # [(B,) T, 1, R/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x[..., :rotary].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     rotated = rotated.astype(x.dtype)
     return rotated if rotary == x.shape[-1] else jnp.concatenate([rotated, x[..., rotary:]], axis=-1)
+
+
+def check_rotary(head_size: int, theta: float, rotary_fraction: float) -> int:
+    """How many features of a head rotate; raises unless that is a positive even number."""
+    check_number("theta", theta, above=0)
+    check_number("rotary_fraction", rotary_fraction, above=0, high=1)
+    rotary = round(head_size * rotary_fraction)
+    if not 0 < rotary <= head_size or rotary % 2:
+        raise ValueError(
+            f"RoPE rotates pairs: rotary_fraction * head size must be even and in (0, {head_size}], got "
+            f"{rotary_fraction} * {head_size} = {rotary}"
+        )
+    return rotary
+
+
+def check_positions(positions: Array, x: Array) -> None:
+    """Raises unless these are positions [T], [1, T] or [B, T] for x [B, T, ...]."""
+    check_array("positions", positions, kind="integer")
+    if positions.shape not in ((x.shape[1],), x.shape[:2], (1, x.shape[1])):
+        raise ValueError(f"positions must be [{x.shape[1]}] or {list(x.shape[:2])} as x, got {list(positions.shape)}")

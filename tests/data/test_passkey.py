@@ -35,7 +35,7 @@ def test_texts_repeat_and_differ():
     "arguments, message",
     [
         (("12345", 50, 0.5), "length must be at least 79"),
-        (("12345", 500, 1.5), "depth must be between 0 and 1, got 1.5"),
+        (("12345", 500, 1.5), "depth must be finite and >= 0 and <= 1, got 1.5"),
     ],
 )
 def test_errors(arguments, message):

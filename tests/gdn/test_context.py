@@ -367,5 +367,5 @@ def test_errors():
         gated_delta_rule(*(x[:, :44] for x in arrays[:5]), context=zigzag, way="state")
     with pytest.raises(ValueError, match="pass shape=GDNShape"):
         run(lambda *x: x, None, arrays[0], context=zigzag, way="auto")
-    with pytest.raises(ValueError, match="seq_len=49 lies outside"):
+    with pytest.raises(ValueError, match="seq_len must be in .0, 48., got 49"):
         run(lambda _, x, c, s: (x, c), None, arrays[0], context=zigzag, way="batch", seq_len=49)

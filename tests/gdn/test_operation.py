@@ -210,9 +210,9 @@ def test_default_implementation(time, expected):
 @pytest.mark.parametrize(
     "index, change, message",
     [
-        (0, lambda x: x[:, :, 0], "query must be .batch, time, heads, head size."),
+        (0, lambda x: x[:, :, 0], "query must have 4 axes .B, T, K, dk."),
         (0, lambda x: x[:, :9], "query must have shape"),
-        (0, lambda x: x.astype(np.int32), "floating-point"),
+        (0, lambda x: x.astype(np.int32), "floating point"),
         (2, lambda x: x[:, :, :3], "multiple of the number of key heads"),
         (2, lambda x: x[:1], "value must have shape"),
         (3, lambda x: x[..., :1], "log_decay must have shape"),
@@ -231,7 +231,7 @@ def test_errors(index, change, message):
 
 def test_errors_of_options():
     arrays = operands(13, 2, 10, 2, 4, 8, 4)
-    with pytest.raises(ValueError, match="segment_ids must have shape"):
+    with pytest.raises(ValueError, match="segment_ids must have 2 axes"):
         gated_delta_rule(*arrays[:5], segment_ids=np.zeros(10, np.int32))
     with pytest.raises(ValueError, match="segment_ids must be signed integers"):
         gated_delta_rule(*arrays[:5], segment_ids=np.zeros((2, 10), np.float32))

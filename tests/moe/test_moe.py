@@ -84,10 +84,10 @@ def test_float64_stays():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda x, w: (x[None], w, 2), r"x must be \[tokens, width\], got \(1, 9, 24\)"),
-        (lambda x, w: (x, w, 5), r"top_k must be 1 \.\.\. 4 .*, got 5"),
-        (lambda x, w: (x, w, 0), r"top_k must be 1 \.\.\. 4 .*, got 0"),
-        (lambda x, w: (x[:, 1:], w, 2), r"router must be \[D, E\] with D = 23, got \(24, 4\)"),
+        (lambda x, w: (x[None], w, 2), r"x must have 2 axes \[T, D\], got shape \(1, 9, 24\)"),
+        (lambda x, w: (x, w, 5), r"top_k must be in \[1, 4\], got 5"),
+        (lambda x, w: (x, w, 0), r"top_k must be in \[1, 4\], got 0"),
+        (lambda x, w: (x[:, 1:], w, 2), r"router must have shape \[D=23, E\], got \(24, 4\)"),
         (lambda x, w: (x.astype(jnp.bfloat16), w, 2), "router must have x's dtype bfloat16, got float32"),
         (
             lambda x, w: (x, MoEWeights(w.router, w.gate_up[:2], w.down[:2]), 2),
@@ -95,11 +95,11 @@ def test_float64_stays():
         ),
         (
             lambda x, w: (x, MoEWeights(w.router, w.gate_up[:, :, 0], w.down), 2),
-            r"gate_up must be \[experts, D, 2, F\]",
+            r"gate_up must have 4 axes \[e, D, 2, F\]",
         ),
         (
             lambda x, w: (x, MoEWeights(w.router, w.gate_up, w.down[:, 1:]), 2),
-            r"down must be \[experts, F, D\] = \(4, 12, 24\)",
+            r"down must have shape \[e=4, F=12, D=24\]",
         ),
     ],
 )
@@ -112,7 +112,7 @@ def test_errors_say_what_came(change, message):
 
 def test_valid_must_be_one_bool_per_token():
     x, weights, _ = operands(9, 4)
-    with pytest.raises(ValueError, match=r"valid must be bool \[9\], one entry per token, got int32 \(9,\)"):
+    with pytest.raises(ValueError, match="valid must be booleans, got int32"):
         moe(jnp.asarray(x), weights, top_k=2, valid=jnp.ones(9, jnp.int32))
 
 

@@ -48,8 +48,8 @@ def test_keeps_dtype_and_works_under_jit():
     ("options", "positions", "message"),
     [
         ({"rotary_fraction": 0.1}, (4,), "must be even"),
-        ({"rotary_fraction": 1.5}, (4,), "must be even"),
-        ({}, (5,), r"expected positions \[4\] or \[1, 4\], got \[5\]"),
+        ({"rotary_fraction": 1.5}, (4,), "rotary_fraction must be finite and > 0 and <= 1, got 1.5"),
+        ({}, (5,), r"positions must be \[4\] or \[1, 4\] as x, got \[5\]"),
     ],
 )
 def test_errors(options, positions, message):

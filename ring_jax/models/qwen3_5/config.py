@@ -119,7 +119,7 @@ class Config:
                 f"layer_types must name {self.num_layers} layers, each {FULL!r} or {LINEAR!r}, got {len(types)}: {types}"
             )
         if not {FULL, LINEAR} <= set(types):
-            raise ValueError(f"a hybrid model has both {FULL!r} and {LINEAR!r} layers, got {types}")
+            raise ValueError(f"layer_types must hold both {FULL!r} and {LINEAR!r}: the model is a hybrid, got {types}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}")
         if self.linear.value_heads % self.linear.key_heads:

@@ -23,24 +23,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ring_jax import _repr
-from ring_jax._checks import concrete
+from ring_jax._checks import (
+    Sizes,
+    check_array,
+    check_choice,
+    check_count,
+    check_dtype,
+    check_flag,
+    check_instance,
+    concrete,
+)
 from ring_jax.context.parallel import Static, axis_size, place, run_sharded
-from ring_jax.gdn import segments
+from ring_jax.flash.backends import check_options
+from ring_jax.gdn import GDNCache, segments
 from ring_jax.models.qwen3_5 import passes
 from ring_jax.models.qwen3_5.cache import Cache, cache_specs
-from ring_jax.models.qwen3_5.config import Config
+from ring_jax.models.qwen3_5.config import FULL, Config
 from ring_jax.models.qwen3_5.initial import initialise, param
 from ring_jax.models.qwen3_5.layers import Group
 from ring_jax.models.qwen3_5.passes import Ask, Output
 from ring_jax.models.qwen3_5.sharding import REDUCED, VOCABULARY, WHOLE, Sharding
 from ring_jax.moe import RouterStats
 
-REMAT = (None, "full", "attention")
+REMAT = ("full", "attention")
 LOGITS = ("all", "last", "none")
 
 
@@ -74,8 +85,13 @@ class Qwen3_5(nnx.Module):
         remat: str | None = None,
         implementation: str | None = None,
     ):
-        if remat not in REMAT:
-            raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
+        check_instance("config", config, Config, "a ring_jax.models.qwen3_5.Config")
+        check_instance("rngs", rngs, nnx.Rngs, "flax.nnx.Rngs", optional=True)
+        check_instance("sharding", sharding, Sharding, "a ring_jax.models.qwen3_5.Sharding", optional=True)
+        check_choice("remat", remat, REMAT, optional=True)
+        check_options(implementation, None)
+        check_dtype("dtype", dtype)
+        check_dtype("param_dtype", param_dtype, optional=True)
         self.config, self.dtype, self.sharding = config, jnp.dtype(dtype), sharding
         self.remat, self.implementation = remat, implementation
         dtype = self.dtype if param_dtype is None else jnp.dtype(param_dtype)
@@ -109,7 +125,8 @@ class Qwen3_5(nnx.Module):
         """One pass over whole sequences, in natural order, of any length.
 
         Args:
-            tokens: int32 [B, S].
+            tokens: int32 [B, S], of the vocabulary. Others raise where they are known; under jit all results of their
+                row become NaN. Padding (beyond `lengths`, or of a negative segment id) may hold anything.
             lengths: int32 [B], real tokens of each row, the rest is padding on the right.
             segment_ids: int [B, S], packed documents; negative ids are padding. Not together with `lengths`.
             logits: "all", "last" (of each row's last real token) or "none".
@@ -120,17 +137,18 @@ class Qwen3_5(nnx.Module):
         Raises:
             ValueError: arguments that do not fit together, or more tokens than the model has positions.
         """
-        tokens = jnp.asarray(tokens)
-        lengths, segment_ids = (None if x is None else jnp.asarray(x) for x in (lengths, segment_ids))
-        self._check_inputs(tokens, lengths, segment_ids)
-        if logits not in LOGITS:
-            raise ValueError(f"logits must be one of {LOGITS}, got {logits!r}")
+        if cache_room is not None:
+            cache_room = check_count("cache_room", cache_room, 1)
+        self._check_inputs(tokens, lengths, segment_ids, cache_room or 0)
+        check_choice("logits", logits, LOGITS)
+        check_flag("return_hidden", return_hidden)
+        check_flag("return_stats", return_stats)
         if segment_ids is not None and (logits == "last" or cache_room is not None):
             raise ValueError("packed documents (segment_ids) have no one last token: no logits='last', no cache_room")
-        if cache_room is not None and cache_room < 1:
-            raise ValueError(f"cache_room must be positive, got {cache_room}")
         if return_stats and self.config.experts is None:
             raise ValueError("return_stats: this model has no experts")
+        tokens = jnp.asarray(tokens)
+        lengths, segment_ids = (None if x is None else jnp.asarray(x) for x in (lengths, segment_ids))
         ask = Ask(logits, cache_room, return_hidden, return_stats, tokens.shape[1])
         specs = None if self.sharding is None else self._output_specs(ask, self.sharding)
         out = self._run_prompt(passes.forward, specs, ask, tokens, lengths, segment_ids, None)
@@ -150,23 +168,24 @@ class Qwen3_5(nnx.Module):
         Logits are formed `chunk` tokens at a time, forward and backward: [B, S, V] never exists.
 
         Args:
-            tokens, lengths, segment_ids: as in a call; no token predicts one of another document.
+            tokens, lengths, segment_ids: as in a call; no token predicts one of another document. Tokens are what is
+                read and what is predicted, so -100 and other negative ids, by which some libraries mark labels to be
+                skipped, are errors (NaN under jit): give such places a weight of zero.
             weights: float [B, S], weight of predicting the token at that place (place 0 predicts nothing).
             chunk: tokens of a rank whose logits exist at a time.
         """
         from ring_jax.models.qwen3_5.training import local_loss, next_tokens
 
-        if chunk < 1:
-            raise ValueError(f"chunk must be positive, got {chunk}")
+        check_count("chunk", chunk, 1)
+        self._check_inputs(tokens, lengths, segment_ids)
+        if weights is not None:
+            check_array("weights", weights, "B S", dict(zip("BS", tokens.shape, strict=True)), advice="as the tokens")
         arrays: list[Any] = [None if x is None else jnp.asarray(x) for x in (tokens, lengths, segment_ids, weights)]
-        self._check_inputs(*arrays[:3])
         if self.sharding is not None:  # the next token may lie on another rank: tokens are small, so all have them
             arrays = [
                 None if x is None else place(x, self.sharding.resolve_mesh(), P(self.sharding.batch)) for x in arrays
             ]
         tokens, lengths, segment_ids, weights = arrays
-        if weights is not None and weights.shape != tokens.shape:
-            raise ValueError(f"weights must be [B, S] = {tokens.shape} as the tokens, got {weights.shape}")
         ask = Ask("none", None, False, self.config.experts is not None, tokens.shape[1], chunk)
         labels = next_tokens(tokens, lengths, segment_ids, weights)
         return self._run_prompt(local_loss, P(), ask, tokens, lengths, segment_ids, labels)
@@ -175,7 +194,7 @@ class Qwen3_5(nnx.Module):
         """One more token for each row.
 
         Args:
-            tokens: int32 [B], the tokens after what the cache holds.
+            tokens: int32 [B], the tokens after what the cache holds; of the vocabulary, as in a call.
             cache: of `model(..., cache_room=...)` or of the last step. Donate it under jit.
 
         Returns:
@@ -185,15 +204,17 @@ class Qwen3_5(nnx.Module):
             ValueError: no room left, where the count is known; under jit the host has to count (a step beyond the room
             overwrites nothing, but its own token is forgotten).
         """
+        self._check_cache(cache)
+        check_array(
+            "tokens", tokens, "B", {"B": cache.lengths.shape[0]}, kind="integer", advice="one a row of the cache"
+        )
+        self._check_has_parameters()
+        self._check_vocabulary(tokens, None, None)
         tokens = jnp.asarray(tokens)
         known = concrete(cache.count)
         if known is not None and known >= cache.room:
             raise ValueError(
                 f"the cache had room for {cache.room} new tokens and holds {known}: ask for more cache_room"
-            )
-        if tokens.ndim != 1 or tokens.shape != cache.lengths.shape:
-            raise ValueError(
-                f"tokens must be [B] = {cache.lengths.shape}, one for each row of the cache, got {tokens.shape}"
             )
         graph, params = self._split()
         if self.sharding is None:
@@ -210,9 +231,7 @@ class Qwen3_5(nnx.Module):
 
     def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
         """`local` on every rank's share of the prompts, laid out by itself."""
-        length, room, limit = tokens.shape[1], ask.cache_room or 0, self.config.max_positions
-        if length + room > limit:
-            raise ValueError(f"{length} tokens and room for {room} more exceed the model's {limit} positions")
+        length = tokens.shape[1]
         graph, params = self._split()
         if self.sharding is None:
             return _run_here(Static(local, (graph, ask)), params, tokens, lengths, segment_ids, labels)
@@ -232,18 +251,23 @@ class Qwen3_5(nnx.Module):
         operands = (params, tokens, lengths, segment_ids, labels)
         return run_sharded(Static(local, (graph, ask)), mesh, in_specs, out_specs, operands)
 
-    def _check_inputs(self, tokens, lengths, segment_ids) -> None:
-        """Raises ValueError for shapes and values that do not fit; values only where they are known now."""
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
-            raise ValueError(f"tokens must be integers [B, S], got {tokens.dtype} {tokens.shape}")
+    def _check_inputs(self, tokens, lengths, segment_ids, room: int = 0) -> None:
+        """Raises for shapes and values that do not fit; values only where they are known now."""
+        sizes = Sizes()
+        check_array("tokens", tokens, "B S", sizes, kind="integer")
+        if 0 in tokens.shape:
+            raise ValueError(f"tokens must hold at least one token, got shape {tokens.shape}")
         batch, length = tokens.shape
+        if length + room > self.config.max_positions:
+            raise ValueError(
+                f"{length} tokens and room for {room} more exceed the model's {self.config.max_positions} positions"
+            )
         if lengths is not None and segment_ids is not None:
             raise ValueError("give lengths or segment_ids, not both: padding has negative segment ids")
-        if segment_ids is not None and segment_ids.shape != tokens.shape:
-            raise ValueError(f"segment_ids must be [B, S] = {tokens.shape} as the tokens, got {segment_ids.shape}")
+        if segment_ids is not None:
+            check_array("segment_ids", segment_ids, "B S", sizes, kind="signed", advice="as the tokens")
         if lengths is not None:
-            if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-                raise ValueError(f"lengths must be integers [B] = {(batch,)}, got {lengths.dtype} {lengths.shape}")
+            check_array("lengths", lengths, "B", sizes, kind="integer")
             known = concrete(lengths)
             if known is not None and not ((known >= 1) & (known <= length)).all():
                 raise ValueError(f"lengths must be from 1 to {length} (the tokens' S), got {known.tolist()}")
@@ -256,10 +280,49 @@ class Qwen3_5(nnx.Module):
                     f"a batch of {batch} does not divide over batch_axis={self.sharding.batch!r} of size {ranks}: pad the "
                     "batch, or leave batch_axis out"
                 )
+        self._check_has_parameters()
+        self._check_vocabulary(tokens, lengths, segment_ids)
+
+    def _check_has_parameters(self) -> None:
         if isinstance(self.embed.get_value(), jax.ShapeDtypeStruct):
             raise ValueError(
                 "this model has no parameters yet (rngs=None): load some with set_parameters or from_pretrained"
             )
+
+    def _check_vocabulary(self, tokens, lengths, segment_ids) -> None:
+        """Raises for ids that are known now and outside of the vocabulary; `passes.encode` makes NaN of the others."""
+        ids = concrete(tokens)
+        if ids is None:
+            return
+        outside = (ids < 0) | (ids >= self.config.vocab_size)
+        if not outside.any():
+            return
+        known_lengths, known_ids = concrete(lengths), concrete(segment_ids)
+        if (lengths is not None and known_lengths is None) or (segment_ids is not None and known_ids is None):
+            return  # which tokens are padding is not known yet
+        if known_lengths is not None:
+            outside &= np.arange(ids.shape[1]) < known_lengths[:, None]
+        if known_ids is not None:
+            outside &= known_ids >= 0
+        if outside.any():
+            raise ValueError(
+                f"tokens must be in [0, {self.config.vocab_size - 1}], the model's vocabulary, got {ids[outside][0]}: do "
+                "tokenizer and checkpoint belong together? Padding is marked by lengths or negative segment_ids, and "
+                "what is not to be learned by weights"
+            )
+
+    def _check_cache(self, cache: Cache) -> None:
+        check_instance("cache", cache, Cache, "a ring_jax.models.qwen3_5.Cache, of model(..., cache_room=...)")
+        config = self.config
+        kinds = 2 * config.layer_types.count(FULL)  # keys and values
+        sizes = {"M": kinds, "K": config.num_kv_heads, "H": config.head_dim}
+        check_array("cache.prompt_kv", cache.prompt_kv, "M B S K H", sizes, advice="a cache belongs to its model")
+        check_array("cache.new_kv", cache.new_kv, "M B R K H", sizes)
+        check_array("cache.lengths", cache.lengths, "B", sizes, kind="integer")
+        check_array("cache.count", cache.count, "", kind="integer")
+        check_instance("cache.gdn", cache.gdn, GDNCache, "a ring_jax.gdn.GDNCache")
+        for name in ("state", "tail"):
+            check_array(f"cache.gdn.{name}", getattr(cache.gdn, name))
 
     def _output_specs(self, ask: Ask, sharding: Sharding) -> Any:
         vocabulary = self._vocabulary_axis(sharding.resolve_mesh())
@@ -284,6 +347,7 @@ class Qwen3_5(nnx.Module):
 
     def param_specs(self, sharding: Sharding, mesh: Any) -> dict[str, Any]:
         """PartitionSpec of every parameter, in the tree of `nnx.to_pure_dict(nnx.state(model))`."""
+        check_instance("sharding", sharding, Sharding, "a ring_jax.models.qwen3_5.Sharding")
         sharding.check(self.config, mesh)
         found = nnx.state(self, nnx.Param)
         is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
@@ -335,6 +399,9 @@ class Qwen3_5(nnx.Module):
         Raises:
             ValueError: another tree, or other shapes.
         """
+        check_instance("values", values, dict, "a dict of parameters, as nnx.to_pure_dict(nnx.state(model)) gives it")
+        for path, x in jax.tree_util.tree_flatten_with_path(values)[0]:
+            check_array(f"values{jax.tree_util.keystr(path)}", x)
         own = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(self, nnx.Param)))[0]
         new = dict(jax.tree_util.tree_flatten_with_path(values)[0])
         wrong = [jax.tree_util.keystr(path) for path, x in own if path not in new or new[path].shape != x.shape]

@@ -131,6 +131,8 @@ def decode(params, tokens, cache: Cache, graph):
 def encode(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
     """(how the tokens lie, the last layer's output [B, T here, D] in layout order, what the layers leave)."""
     tokens, here = _lay_out(model, tokens, lengths, segment_ids, ask)
+    if here.valid is not None:  # padding may hold any id
+        tokens = jnp.where(here.valid, tokens, jnp.zeros_like(tokens))
     x, left = _walk(model, _embed(model, here, tokens), here, hidden=ask.hidden, stats=ask.stats)
     return here, x, left
 
@@ -236,7 +238,10 @@ def _linear_run(layers: list[Layer], x, here: Prompt, hidden: bool, stats: bool)
 
 def _embed(model: Qwen3_5, here: Any, tokens):
     x = here.rows(model.embed[...], tokens, model.config.hidden_size).astype(model.dtype)
-    return pcast_to(x, here.token_axes())
+    # A gather clips, and an id that no vocabulary has would look like a trained one.
+    known = (tokens >= 0) & (tokens < model.config.vocab_size)
+    x, known = pcast_to((x, known), here.token_axes())
+    return jnp.where(known[..., None], x, jnp.nan)
 
 
 def head(model: Qwen3_5):

@@ -1,0 +1,88 @@
+"""Token ids that the vocabulary does not have: errors where they are known, NaN under jit, anything goes in padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
+from tests.arguments.calls import context
+from tests.arguments.models import SIZES, V
+
+S = 6
+OUTSIDE = [V, -1, 10**6, -100, -(2**31), 2**31 - 1]
+GOOD = np.array([[1, 2, 3, 4, 5, 6], [3, 1, 4, 1, 5, 9]], np.int32)
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3_5:
+    return Qwen3_5(Config(**SIZES), rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def spread(model) -> Qwen3_5:
+    """The same over two context ranks."""
+    made = Qwen3_5(model.config, rngs=None, dtype=jnp.float32, sharding=Sharding(context()))
+    made.set_parameters(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return made
+
+
+def with_id(token: int, row: int = 1, place: int = 3) -> np.ndarray:
+    tokens = GOOD.copy()
+    tokens[row, place] = token
+    return tokens
+
+
+@pytest.mark.parametrize("token", OUTSIDE)
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_known_ids_raise(model, token, array):
+    message = rf"tokens must be in \[0, {V - 1}\], the model's vocabulary, got {token}"
+    for call in (model, model.loss):
+        with pytest.raises(ValueError, match=message):
+            call(array(with_id(token)))
+    with pytest.raises(ValueError, match=message):
+        call(array(with_id(token)), weights=np.zeros(GOOD.shape, np.float32))  # it would be read all the same
+    cache = jax.eval_shape(lambda: model(GOOD, cache_room=1).cache)
+    cache = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), cache)
+    with pytest.raises(ValueError, match=message):
+        model.decode(array(with_id(token)[1, 2:4]), cache)
+
+
+@pytest.mark.parametrize("which", ["model", "spread"])
+def test_traced_ids_give_nan_in_their_row_only(which, request):
+    model = request.getfixturevalue(which)
+    logits, loss = jax.jit(lambda tokens: (model(tokens).logits, model.loss(tokens)))(with_id(0))
+    assert np.isfinite(logits).all() and np.isfinite(loss)
+    run = jax.jit(lambda tokens: (model(tokens).logits, model.loss(tokens)))
+    for token in OUTSIDE:
+        found, loss = run(with_id(token))
+        assert np.isnan(found[1, 3:]).all() and np.isnan(loss), token
+        np.testing.assert_array_equal(found[0], logits[0])
+
+
+def test_traced_ids_give_nan_in_decode(model):
+    cache = model(GOOD, cache_room=2).cache
+    step = jax.jit(lambda tokens: model.decode(tokens, cache)[0])
+    right = step(np.array([1, 2], np.int32))
+    assert np.isfinite(right).all()
+    for token in OUTSIDE:
+        found = step(np.array([1, token], np.int32))
+        assert np.isnan(found[1]).all(), token
+        np.testing.assert_array_equal(found[0], right[0])
+
+
+@pytest.mark.parametrize("which", ["model", "spread"])
+def test_padding_may_hold_any_id(which, request):
+    model = request.getfixturevalue(which)
+    lengths = np.array([S, 3], np.int32)
+    ids = np.where(np.arange(S) < lengths[:, None], 0, -1).astype(np.int32)
+    run = jax.jit(lambda tokens, **rest: (model(tokens, **rest).logits, model.loss(tokens, **rest)))
+    for padding in ({"lengths": lengths}, {"segment_ids": ids}):
+        right, loss = run(with_id(0, place=4), **padding)
+        for token in (-100, V):
+            tokens = with_id(token, place=4)
+            model._check_inputs(tokens, **{"lengths": None, "segment_ids": None} | padding)
+            found, other = run(tokens, **padding)
+            np.testing.assert_array_equal(found[ids >= 0], right[ids >= 0])
+            assert other == loss and np.isfinite(loss)

@@ -1,0 +1,165 @@
+"""Bad arguments of every public call: thousands of tries, no silent acceptance, no foreign error, nothing compiled.
+
+What is public, and what each call takes, stands in `tests/arguments`. A new public call without an entry there fails here.
+"""
+
+import importlib
+import inspect
+import time
+from collections import Counter
+
+import jax
+import pytest
+
+from tests.arguments import calls, models
+from tests.arguments.engine import Call, name_of, outcome, tries
+
+MODULES = (
+    "ring_jax",
+    "ring_jax.layout",
+    "ring_jax.gdn",
+    "ring_jax.moe",
+    "ring_jax.nn",
+    "ring_jax.models.qwen3_5",
+    "ring_jax.inference",
+    "ring_jax.data.byte_tokenizer",
+    "ring_jax.data.passkey",
+)
+PAIRS = 60  # tries of two bad arguments, for each call
+
+# Public names without tries, and why. Protocols, and what takes no arguments, need no entry.
+_TREE = "a pytree: jax makes it around whatever leaves; what it holds is checked where it is used"
+_RESULT = "a result: calls make it, users read it"
+_FILES = "reads or writes files: tests/models and tests/inference break those"
+EXEMPT = {
+    "ring_jax.layout.BlockCyclic.padded_length": "abstract",
+    "ring_jax.layout.BlockCyclic.block_size": "abstract",
+    "ring_jax.layout.BlockCyclic.coarsen": "abstract",
+    "ring_jax.mask.Mask": _TREE,
+    "ring_jax.gdn.mixer.GDNCache": _TREE,
+    "ring_jax.models.qwen3_5.cache.Cache": _TREE,
+    "ring_jax.moe.layer.MoEWeights": _TREE,
+    "ring_jax.moe.router.RouterStats": _TREE,
+    "ring_jax.moe.router.Routing": _TREE,
+    "ring_jax.gdn.plan.Cost": _RESULT,
+    "ring_jax.data.passkey.PassKeyText": _RESULT,
+    "ring_jax.inference.generate.Generation": _RESULT,
+    "ring_jax.models.qwen3_5.passes.Output": _RESULT,
+    "ring_jax.inference.generate.generate": "tests/inference/test_generate.py",
+    "ring_jax.inference.generate.stream": "tests/inference/test_generate.py",
+    "ring_jax.models.qwen3_5.config.Config.from_hf": _FILES,
+    "ring_jax.models.qwen3_5.modeling.Qwen3_5.from_pretrained": _FILES,
+    "ring_jax.models.qwen3_5.modeling.Qwen3_5.save_pretrained": _FILES,
+}
+
+
+@pytest.fixture(scope="module")
+def entries() -> list[Call]:
+    groups = (calls.layouts, calls.masks, calls.contexts, calls.attention, calls.rules, calls.experts, calls.layers)
+    return [call for group in (*groups, models.models, models.texts) for call in group()]
+
+
+@pytest.fixture
+def whole_tracebacks():
+    """jax hides its own frames by default, and then a foreign error looks like one of ours."""
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "off")
+    yield
+    jax.config.update("jax_traceback_filtering", before)
+
+
+@pytest.fixture
+def compiled():
+    """What has been compiled since the test began."""
+    found: list[str] = []
+
+    def listen(event: str, seconds: float, **about) -> None:
+        if "backend_compile" in event:
+            found.append(str(about))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_good_arguments_are_accepted(entries):
+    """Else a try would prove nothing."""
+    refused = []
+    for call in entries:
+        try:
+            if call.check is not None:
+                call.check()
+            else:
+                call.trace(call.good)
+        except Exception as error:
+            refused.append(f"{call.name}: {type(error).__name__}: {str(error)[:300]}")
+    assert not refused, "\n".join(refused)
+
+
+def test_bad_arguments_raise_errors_that_help(entries, whole_tracebacks, compiled):
+    begin, counts, wrong = time.perf_counter(), Counter[str](), []
+    for number, call in enumerate(entries):
+        for attempt in tries(call, PAIRS, seed=number):
+            counts["tries"] += 1
+            before = len(compiled)
+            found = outcome(attempt)
+            if found is None and len(compiled) > before:
+                found = f"compiled: {compiled[before:]}"
+            if found is not None:
+                counts[found.split(":")[0]] += 1
+                wrong.append(f"{attempt} -> {found}")
+    kinds = ("silent", "foreign", "wrong type", "kind", "unclear", "compiled")
+    print(
+        f"\n{counts['tries']} tries of {len(entries)} calls: "
+        + ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
+        + f", {time.perf_counter() - begin:.1f} s"
+    )
+    assert not wrong, f"{len(wrong)} wrong: \n" + "\n".join(wrong[:400])
+    assert counts["tries"] > 5000
+
+
+def public_calls() -> dict[str, object]:
+    """Every public function, class and method that takes arguments, by name."""
+    found: dict[str, object] = {}
+    for module in map(importlib.import_module, MODULES):
+        package = hasattr(module, "__path__")
+        for name, value in vars(module).items():
+            home = getattr(value, "__module__", None) or ""
+            # A package shows what its modules hold, a module what is its own.
+            if name.startswith("_") or not (home.startswith("ring_jax.") if package else home == module.__name__):
+                continue
+            if inspect.isfunction(value):
+                found[name_of(value)] = value
+            elif inspect.isclass(value) and not getattr(value, "_is_protocol", False):
+                found |= _of_class(value)
+    return {name: value for name, value in found.items() if _takes_arguments(value)}
+
+
+def _of_class(cls: type) -> dict[str, object]:
+    found: dict[str, object] = {name_of(cls): cls}
+    for base in cls.__mro__:
+        if not base.__module__.startswith("ring_jax."):
+            continue
+        for name, value in vars(base).items():
+            value = getattr(value, "__func__", value)
+            if inspect.isfunction(value) and (not name.startswith("_") or name in ("__call__", "__and__", "__add__")):
+                found[name_of(value)] = value
+    return found
+
+
+def _takes_arguments(value: object) -> bool:
+    names = inspect.signature(value).parameters  # type: ignore[arg-type]
+    return bool(names.keys() - {"self", "cls"})
+
+
+def test_every_public_call_is_tried(entries):
+    tried = {call.name for call in entries}
+    missing = public_calls().keys() - tried - EXEMPT.keys()
+    assert not missing, f"no tries for {sorted(missing)}: add them to tests/arguments, or say in EXEMPT why not"
+    unused = EXEMPT.keys() - public_calls().keys() | EXEMPT.keys() & tried
+    assert not unused, f"{sorted(unused)} need no exemption"
+
+
+def test_every_public_call_says_what_it_does():
+    bare = [name for name, value in public_calls().items() if not (getattr(value, "__doc__", None) or "").strip()]
+    assert not bare, f"no docstring: {sorted(bare)}"
