@@ -14,7 +14,8 @@ model that comes with ring_jax (`ring_jax/data/passkey`) was trained by this scr
     # The bundled model, on one Hopper GPU, six minutes.
     python examples/train_qwen3_5.py --config bundled --compute bfloat16 --implementation mosaic \\
         --max-seconds 335 --seed 2 --out runs/bundled
-    # Eight GPUs, each text over four. Interrupted? The same command with --resume goes on, over any number of GPUs.
+    # Eight GPUs, each text over four. Ctrl-C and SIGTERM save and end the run; the same command with --resume goes on, over
+    # any number of GPUs.
     python examples/train_qwen3_5.py --config bundled --data 2 --context 4 --out runs/eight --resume
 
 A run leaves in --out: checkpoints/ (Orbax, to resume), model/ (safetensors and tokenizer, for transformers or
@@ -24,10 +25,18 @@ A run leaves in --out: checkpoints/ (Orbax, to resume), model/ (safetensors and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +156,25 @@ class Trainer:
             tokens = jax.ShapeDtypeStruct((stage.batch, stage.length), jnp.int32)
             return jitted.lower(shapes, tokens, tokens.update(dtype=jnp.float32), np.float32(0)).compile()
 
-        pool = ThreadPoolExecutor(1)  # the next stage compiles while one trains
-        self.compiled = {stage: pool.submit(compile, stage) for stage in stages}
+        self.compiled: dict[Stage, Future] = {stage: Future() for stage in stages}
+
+        def compile_all() -> None:
+            for stage, future in self.compiled.items():
+                try:
+                    future.set_result(compile(stage))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        # The next stage compiles while one trains. A daemon: what ends the run does not wait for it.
+        threading.Thread(target=compile_all, daemon=True).start()
+
+    def ready(self, stage: Stage, seconds: float) -> bool:
+        """Whether the step of a stage is compiled, waiting so long for it."""
+        try:
+            self.compiled[stage].exception(seconds)
+        except TimeoutError:
+            return False
+        return True
 
     def step(self, stage: Stage, tokens: np.ndarray, weights: np.ndarray, progress: float) -> jax.Array:
         """One update. The loss, still being computed."""
@@ -167,39 +193,86 @@ def stage_at(progress: float, stages: tuple[Stage, ...]) -> Stage:
     return stages[min(int(np.searchsorted(ends, progress, side="right")), len(stages) - 1)]
 
 
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """The SIGINT or SIGTERM that has come, in a list: a run ends between two steps. A second one ends it at once."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python takes none
+        yield came
+        return
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(args: argparse.Namespace, recipe: Recipe, model: Qwen3_5, begin: float) -> list[tuple[int, float]]:
     """Trains in place; (step, mean loss of the last steps) every few steps. begin: when the run's time began."""
     optimizer = nnx.Optimizer(model, make_optimizer(args.learning_rate), wrt=nnx.Param)
-    folder, losses, step, before = args.out / "checkpoints", [], 0, 0.0
+    folder, losses, recent, step, before = args.out / "checkpoints", [], list[float](), 0, 0.0
     if args.resume:
         restored = checkpoint.restore(folder, model, optimizer)
         step, before, losses = restored.step, restored.extra["progress"], restored.extra["losses"]
+        recent = restored.extra.get("recent", [])  # of the steps since the last logged loss
     trainer, text = Trainer(model, optimizer, recipe.stages), training_text()
-    bar, recent = tqdm(initial=step, total=args.steps, desc="compile", disable=None), list[float]()
-    progress, compiled, pending = before, None, None
-    while progress < 1:
-        stage = stage_at(progress, recipe.stages)
-        # The texts of a step depend on nothing before it: a resumed run sees those that it would have seen.
-        loss = trainer.step(stage, *texts(np.random.default_rng((args.seed, step)), stage, text), progress)
-        compiled = compiled or time.perf_counter()
-        recent += [] if pending is None else [float(pending)]  # one step late, so that the device has work meanwhile
-        pending, step = loss, step + 1
-        progress = step / args.steps
-        if args.max_seconds is not None:
-            here = (time.perf_counter() - compiled) / (begin + args.max_seconds - compiled)
-            progress = max(progress, before + (1 - before) * here)
-        if step % LOG_EVERY == 0 or progress >= 1:
-            losses.append((step, float(np.mean([*recent, float(pending)]))))
-            recent, pending = [], None
-            shown = f"{stage.length} tokens, loss {losses[-1][1]:.3f}"
-            bar.set_description(shown, refresh=False)
-            bar.update(step - bar.n)
-            if bar.disable and step % (10 * LOG_EVERY) == 0:  # not a terminal
-                print(f"{time.perf_counter() - begin:6.0f} s  step {step:5}  {shown}", flush=True)
-        if step % args.save_every == 0 or progress >= 1:
-            checkpoint.save(folder, step, *trainer.modules(), extra={"progress": progress, "losses": losses})
-    bar.close()
+    bar = tqdm(initial=step, total=args.steps, desc="compile", disable=None)
+    progress, saved, compiled, pending = before, step, None, None
+
+    def save() -> None:
+        known = recent + ([] if pending is None else [float(pending)])
+        extra = {"progress": progress, "losses": losses, "recent": known}
+        checkpoint.save(folder, step, *trainer.modules(), extra=extra)
+
+    with signals() as came:
+        while progress < 1:
+            stage = stage_at(progress, recipe.stages)
+            while not came and not trainer.ready(stage, 0.2):
+                pass
+            if came:
+                break
+            # The texts of a step depend on nothing before it: a resumed run sees those that it would have seen.
+            loss = trainer.step(stage, *texts(np.random.default_rng((args.seed, step)), stage, text), progress)
+            compiled = compiled or time.perf_counter()
+            recent += (
+                [] if pending is None else [float(pending)]
+            )  # one step late, so that the device has work meanwhile
+            pending, step = loss, step + 1
+            progress = step / args.steps
+            if args.max_seconds is not None:
+                here = (time.perf_counter() - compiled) / (begin + args.max_seconds - compiled)
+                progress = max(progress, before + (1 - before) * here)
+            if step % LOG_EVERY == 0 or progress >= 1:
+                losses.append((step, float(np.mean([*recent, float(pending)]))))
+                recent, pending = [], None
+                shown = f"{stage.length} tokens, loss {losses[-1][1]:.3f}"
+                bar.set_description(shown, refresh=False)
+                bar.update(step - bar.n)
+                if bar.disable and step % (10 * LOG_EVERY) == 0:  # not a terminal
+                    print(f"{time.perf_counter() - begin:6.0f} s  step {step:5}  {shown}", flush=True)
+            if step % args.save_every == 0 or progress >= 1:
+                save()
+                saved = step
+        bar.close()
+        if came:
+            if step > saved:
+                save()
+            raise Stopped(came[0], f"stopped after step {step}: the same command with --resume goes on")
     return losses
+
+
+class Stopped(SystemExit):
+    """A run that a signal has ended, after it was saved; the exit status is the usual one."""
+
+    def __init__(self, number: int, message: str):
+        self.status, self.message = 128 + number, message
+        super().__init__(self.status)
 
 
 def retrieval(model: Qwen3_5, length: int, count: int) -> dict[str, Any]:
@@ -227,43 +300,74 @@ def save_model(model: Qwen3_5, directory: Path) -> None:
     small = Qwen3_5(model.config, rngs=None, dtype=jnp.bfloat16)
     kinds, values = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (small, model))
     small.set_parameters(jax.tree.map(lambda x, kind: x.astype(kind.dtype), values, kinds))
-    small.save_pretrained(directory, overwrite=True)
-    write_byte_tokenizer(directory, max_length=model.config.max_positions)
+    with tempfile.TemporaryDirectory() as tokenizer:
+        write_byte_tokenizer(tokenizer, max_length=model.config.max_positions)
+        small.save_pretrained(directory, tokenizer_from=tokenizer, overwrite=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="tiny", help="tiny, bundled, or a config.json to train as the bundled one")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, help="updates (default: the recipe's)")
-    parser.add_argument("--max-seconds", type=float, help="end after this time; stages and learning rate adapt")
-    parser.add_argument("--learning-rate", type=float, help="the highest (default: the recipe's)")
-    parser.add_argument("--data", type=int, default=1, help="ranks that share the texts of a step")
-    parser.add_argument("--context", type=int, default=1, help="ranks that share each text")
+    parser.add_argument("--steps", type=positive(int), help="updates (default: the recipe's)")
+    parser.add_argument(
+        "--max-seconds", type=positive(float), help="end after this time; stages and learning rate adapt"
+    )
+    parser.add_argument("--learning-rate", type=positive(float), help="the highest (default: the recipe's)")
+    parser.add_argument("--data", type=positive(int), default=1, help="ranks that share the texts of a step")
+    parser.add_argument("--context", type=positive(int), default=1, help="ranks that share each text")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="dtype of activations")
     parser.add_argument("--implementation", help="of flash attention (default: the best that is proven here)")
     parser.add_argument("--remat", choices=("full", "attention"), help="what the backward pass computes again")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument(
+        "--save-every", type=positive(int), help="steps between checkpoints (default: a tenth of the run, 500 at most)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --out")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=positive(int, low=0), default=0, help="of parameters and texts (default: 0)")
     return parser.parse_args(argv)
+
+
+def positive(kind: type, low: float | None = None) -> Any:
+    """Reads a finite number above 0, or from `low`."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not math.isfinite(value) or (value <= 0 if low is None else value < low):
+            raise argparse.ArgumentTypeError(
+                f"expected a number {'above 0' if low is None else f'from {low}'}, got {text}"
+            )
+        return value
+
+    read.__name__ = kind.__name__  # argparse says so where the text is no number
+    return read
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains, saves and checks; what metrics.json holds."""
     begin, args = time.perf_counter(), parse(argv)
     recipe = {"tiny": TINY, "bundled": BUNDLED}.get(args.config)
-    recipe = recipe or dataclasses.replace(BUNDLED, model=Config.from_hf(args.config))
+    try:
+        recipe = recipe or dataclasses.replace(BUNDLED, model=Config.from_hf(args.config))
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise SystemExit(f"--config {args.config}: {error}") from error
     if recipe.model.vocab_size <= END:
         raise SystemExit(
             f"{args.config}: bytes and the end need a vocabulary of {END + 1}, got {recipe.model.vocab_size}"
         )
     args.steps, args.learning_rate = args.steps or recipe.steps, args.learning_rate or recipe.learning_rate
+    args.save_every = args.save_every or min(500, -(-args.steps // 10))
+    if args.resume and checkpoint.latest_step(args.out / "checkpoints") is None:
+        raise SystemExit(f"{args.out} holds no checkpoint to resume from: leave --resume out")
     if not args.resume and checkpoint.latest_step(args.out / "checkpoints") is not None:
         raise SystemExit(f"{args.out} holds checkpoints of an earlier run: give --resume or another --out")
     args.out.mkdir(parents=True, exist_ok=True)
 
     sharding, ranks = None, args.data * args.context
+    if ranks > len(jax.devices()):
+        raise SystemExit(
+            f"--data {args.data} --context {args.context} need {ranks} devices, this machine has {len(jax.devices())}; "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8 emulates eight on a CPU"
+        )
     if ranks > 1:
         mesh = jax.make_mesh(
             (args.data, args.context), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -296,4 +400,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    status = 0
+    try:
+        main()
+    except (Stopped, KeyboardInterrupt) as stop:
+        status = stop.status if isinstance(stop, Stopped) else 130
+        print(stop.message if isinstance(stop, Stopped) else "interrupted", file=sys.stderr)
+    sys.stdout.flush()
+    # All is saved. An ordinary exit would wait for a compilation that is under way, or crash in the midst of it.
+    os._exit(status)

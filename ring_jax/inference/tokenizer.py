@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
+import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ring_jax._checks import check_count, check_path, describe, is_array
+from ring_jax.inference import render
+from ring_jax.models import hf
+from ring_jax.models.publish import located
+
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+# A chat template comes with a checkpoint, from anyone: what it may take.
+TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_GROWTH = 10.0, 1 << 30, 1 << 20
 
 
 class Tokenizer:
@@ -16,65 +25,69 @@ class Tokenizer:
 
     Args:
         directory: with tokenizer.json; a chat template in chat_template.jinja or tokenizer_config.json, and token ids
-            that end a text in generation_config.json or config.json, are taken where they are there.
+            that end a text in generation_config.json, config.json or tokenizer_config.json, are taken where they are
+            there.
 
     Raises:
-        FileNotFoundError: no tokenizer.json. ValueError: it cannot be read.
+        FileNotFoundError: no tokenizer.json. ValueError: it, or another of these files, cannot be read; file and entry
+            are named.
         ImportError: the package `tokenizers` (with a chat template also `jinja2`) is missing.
     """
 
     def __init__(self, directory: str | Path):
         import tokenizers
 
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
+        directory = located(check_path("directory", directory))
+        path = directory / hf.TOKENIZER_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer.json in {directory}: a checkpoint for text needs one")
+            raise FileNotFoundError(
+                f"no {hf.TOKENIZER_FILE} in {directory}: a checkpoint for text needs one; copy it from the checkpoint that "
+                "this one was made from"
+            )
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises bare Exception, and panics of Rust that are none
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._settings = _read_json(directory / "tokenizer_config.json")
-        self.chat_template = _chat_template(directory, self._settings)
-        self.eos_token_ids = _eos(directory, self._settings, self._tokenizer)
+        settings = hf.Fields.of(directory / hf.TOKENIZER_SETTINGS)
+        special = {name: hf.special_token(settings, name) for name in ("bos_token", "eos_token", "pad_token")}
+        self._special = {name: text for name, text in special.items() if text}
+        self.chat_template = hf.chat_template(directory)
+        self.eos_token_ids = tuple(sorted(hf.end_ids(directory)))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, special tokens in it included."""
-        return self._tokenizer.encode(text).ids
+        return self._encode("text", text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        if isinstance(ids, (str, bytes)) or not (isinstance(ids, Sequence) or (is_array(ids) and ids.ndim == 1)):
+            raise TypeError(f"ids must be a sequence of token ids, got {describe(ids)}")
+        known = [check_count("a token id", token, 0, 2**32 - 1) for token in ids]
+        return self._tokenizer.decode(known, skip_special_tokens=True)
 
     def chat(self, text: str) -> list[int]:
         """Token ids of `text` as a user's message, up to where the answer begins.
 
+        The template runs in a sandbox and in a process of its own, which takes about a tenth of a second.
+
         Raises:
-            ValueError: there is no chat template, or it fails.
+            ValueError: there is no chat template, or it fails, or it needs more than ten seconds, a GiB of memory, or a
+                million characters beyond the text.
         """
         if self.chat_template is None:
             raise ValueError("this checkpoint has no chat template: encode the text as it is")
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message):
-            raise jinja2.TemplateError(message)
-
-        loops = ["jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        environment.globals["raise_exception"] = refuse
-        names = ("bos_token", "eos_token", "pad_token")
-        special = {name: _content(self._settings[name]) for name in names if self._settings.get(name)}
+        _check_text("text", text)
         messages = [{"role": "user", "content": text}]
-        try:
-            template = environment.from_string(self.chat_template)
-            rendered = template.render(messages=messages, add_generation_prompt=True, **special)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template failed: {error}") from error
-        return self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        rendered = _render(self.chat_template, {"messages": messages, "add_generation_prompt": True, **self._special})
+        return self._encode("the chat template's text", rendered, add_special_tokens=False)
+
+    def _encode(self, name: str, text: str, **options: Any) -> list[int]:
+        _check_text(name, text)
+        return self._tokenizer.encode(text, **options).ids
 
 
 class TextStream:
@@ -112,36 +125,36 @@ class TextStream:
         return piece
 
 
-def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
-
-
-def _eos(directory: Path, settings: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        config = _read_json(directory / name)
-        ids = config.get("eos_token_id")
-        ids = config.get("text_config", {}).get("eos_token_id") if ids is None else ids
-        found.update([] if ids is None else ids if isinstance(ids, list) else [ids])
-    if settings.get("eos_token"):
-        found.add(tokenizer.token_to_id(_content(settings["eos_token"])))
-    return tuple(sorted(token for token in found if token is not None))
-
-
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be text, got {describe(text)}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not Unicode, it holds half of a surrogate pair: {error}") from None
+
+
+def _render(template: str, variables: dict[str, Any]) -> str:
+    """The text that a chat template makes; see `render.py` for why another process does it."""
+    if importlib.util.find_spec("jinja2") is None:
+        raise ModuleNotFoundError(
+            "a chat template needs the package jinja2: pip install 'ring-jax[cli]'", name="jinja2"
+        )
+    given = len(json.dumps(variables))
+    request: dict[str, Any] = {"template": template, "variables": variables, "path": sys.path}
+    request |= {"bytes": TEMPLATE_BYTES + 32 * given, "characters": TEMPLATE_GROWTH + 4 * given}
+    command = [sys.executable, "-S", str(Path(render.__file__))]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request).encode(), capture_output=True, timeout=TEMPLATE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"the chat template failed: it took more than {TEMPLATE_SECONDS:g} seconds") from None
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ValueError(f"the chat template failed: its process ended with status {done.returncode}; {last}") from None
+    if "error" in answer:
+        raise ValueError(f"the chat template failed: {answer['error']}")
+    return answer["text"]

@@ -3,7 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 
 from ring_jax.gdn import Heads
+from ring_jax.inference.tokenizer import Tokenizer
 from ring_jax.models.qwen3_5 import Config, Qwen3_5
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_qwen3_5.py"
@@ -58,28 +63,83 @@ def smallest(script, monkeypatch, standard_promotion):
     return recipe
 
 
-def test_interrupted_run_resumes_on_another_mesh(script, smallest, monkeypatch, tmp_path):
-    out = tmp_path / "run"
-    whole = script.main(["--config", "tiny", "--save-every", "4", "--out", str(out)])
+def test_a_signal_saves_and_the_run_resumes_on_another_mesh(script, smallest, monkeypatch, tmp_path):
+    """Ended between two logged losses, a run that goes on logs what the undisturbed one did, for the same steps."""
+    monkeypatch.setattr(script, "LOG_EVERY", 2)
+    whole = script.main(["--config", "tiny", "--save-every", "4", "--out", str(tmp_path / "whole")])
     losses = np.asarray(whole["losses"])
-    assert losses.shape == (8, 2)
+    assert losses[:, 0].tolist() == [2, 4, 6, 8]
     assert losses[-1, 1] < losses[0, 1] - 0.3
-
-    checkpoints = out / "checkpoints"
-    assert sorted(int(p.name) for p in checkpoints.iterdir()) == [4, 8]
+    assert sorted(int(p.name) for p in (tmp_path / "whole" / "checkpoints").iterdir()) == [4, 8]
     with pytest.raises(SystemExit, match="--resume"):
-        script.main(["--config", "tiny", "--out", str(out)])
+        script.main(["--config", "tiny", "--out", str(tmp_path / "whole")])
 
-    # As if it had been stopped after step 4; it goes on over two texts x two ranks.
-    (checkpoints / "8").rename(tmp_path / "gone")
+    out, made = tmp_path / "run", []
+
+    def interrupted(*args, texts=script.texts):
+        made.append(args)
+        if len(made) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return texts(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "texts", interrupted)
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as stopped:
+            script.main(["--config", "tiny", "--save-every", "100", "--out", str(out)])
+        assert stopped.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["3"]
+
+    # It goes on over two texts x two ranks.
     monkeypatch.setattr(script, "TINY", dataclasses.replace(smallest, checks=((128, 4),)))
     again = script.main(["--config", "tiny", "--data", "2", "--context", "2", "--resume", "--out", str(out)])
-    np.testing.assert_array_equal(np.asarray(again["losses"])[:4], losses[:4])
-    np.testing.assert_allclose(np.asarray(again["losses"])[4:], losses[4:], rtol=2e-4)
+    np.testing.assert_array_equal(np.asarray(again["losses"])[:1], losses[:1])
+    np.testing.assert_allclose(np.asarray(again["losses"]), losses, rtol=2e-4)
 
     assert {path.name for path in out.iterdir()} == {"checkpoints", "model", "loss.png", "metrics.json"}
     assert json.loads((out / "metrics.json").read_text())["retrieval"][0]["texts"] == 4
-    assert Qwen3_5.from_pretrained(out / "model").dtype == jnp.bfloat16
+    model = Qwen3_5.from_pretrained(out / "model")
+    assert model.dtype == jnp.bfloat16
+    model.save_pretrained(tmp_path / "again")
+    assert Tokenizer(tmp_path / "again").eos_token_ids == (script.END,)
+    assert len(list((out / "checkpoints").iterdir())) == 3, "by default a tenth of the run lies between two"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--steps", "0"], "--steps: expected a number above 0, got 0"),
+        (["--save-every", "-3"], "--save-every: expected a number above 0"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a number above 0, got nan"),
+        (["--seed", "-1"], "--seed: expected a number from 0"),
+        (["--data", "3", "--context", "5"], "need 15 devices, this machine has 8"),
+        (["--config", "nowhere.json"], "--config nowhere.json: no config.json at nowhere.json"),
+        (["--resume"], "no checkpoint to resume from"),
+    ],
+)
+def test_refuses(script, options, match, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main(["--out", str(tmp_path), *options])
+    assert match in f"{error.value}{capsys.readouterr().err}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_within_seconds(script, number, tmp_path):
+    """As a user ends it, the second stage still being compiled: saved, no traceback, the usual exit status."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, str(SCRIPT), "--config", "tiny", "--out", str(tmp_path), "--save-every", "1"]
+    run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begin = time.monotonic()
+    while not (tmp_path / "checkpoints" / "1").exists():
+        assert run.poll() is None and time.monotonic() - begin < 300
+        time.sleep(0.1)
+    run.send_signal(number)
+    sent = time.monotonic()
+    _, errors = run.communicate(timeout=60)
+    assert time.monotonic() - sent < 10
+    assert run.returncode == 128 + number and "--resume" in errors and "Traceback" not in errors
+    assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()) >= 1
 
 
 def test_texts_of_a_step(script):

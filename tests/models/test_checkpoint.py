@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -182,7 +183,7 @@ def test_what_is_not_there(run, tmp_path):
         checkpoint.restore(run[0], model, step=7)
     with pytest.raises(ValueError, match="step 2 does not follow step 2, the latest in"):
         checkpoint.save(run[0], 2, model, optimizer)
-    with pytest.raises(ValueError, match="keep must be at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="keep must be >= 1, got 0; None keeps all steps"):
         checkpoint.save(run[0], 3, model, keep=0)
     assert checkpoint.latest_step(tmp_path / "nowhere") is None and checkpoint.latest_step(tmp_path) is None
     assert not (tmp_path / "nowhere").exists()
@@ -197,20 +198,157 @@ def test_the_last_steps_stay(tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["20", "30", "40"]
 
 
-def test_an_interrupted_save_changes_nothing(tmp_path):
-    """A half-written step, under the temporary name that Orbax gives it, is neither restored nor counted."""
+def test_an_interrupted_save_changes_nothing(tmp_path, monkeypatch):
+    """Killed just before the rename that publishes; the next save clears away what was left."""
     model, optimizer = make()
     checkpoint.save(tmp_path, 1, model, optimizer)
     saved = leaves(model, optimizer)
-    half = tmp_path / "2.orbax-checkpoint-tmp"
-    (half / "model").mkdir(parents=True)
-    (half / "model" / "manifest.ocdbt").write_bytes(b"half")
+    train_step(model, optimizer, jnp.arange(8))
+    with monkeypatch.context() as patch:
+
+        def dies(folder, target):
+            assert (folder / "model").is_dir(), "whole, and without its name"
+            raise KeyboardInterrupt
+
+        patch.setattr(checkpoint, "_publish", dies)
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 2, model, optimizer)
+    assert len(list(tmp_path.iterdir())) == 2
     model, optimizer = make(seed=1)
     assert checkpoint.latest_step(tmp_path) == 1
     assert checkpoint.restore(tmp_path, model, optimizer).step == 1
     assert_same(leaves(model, optimizer), saved)
     checkpoint.save(tmp_path, 2, model, optimizer)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_what_is_called_like_a_step_and_is_none(tmp_path):
+    """Stray folders neither break a restore nor count as steps that are kept; only empty ones give their name away."""
+    model, optimizer = make()
+    checkpoint.save(tmp_path, 5, model, optimizer)
+    saved = leaves(model, optimizer)
+    (tmp_path / "9").mkdir()
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "diary.txt").write_text("mine")
+    (tmp_path / "7").write_text("a file")
+    assert checkpoint.latest_step(tmp_path) == 5
+    other, other_optimizer = make(seed=1)
+    assert checkpoint.restore(tmp_path, other, other_optimizer).step == 5
+    assert_same(leaves(other, other_optimizer), saved)
+    with pytest.raises(FileNotFoundError, match=r"no step 9 in .*, found steps \[5\]"):
+        checkpoint.restore(tmp_path, model, step=9)
+    for step in (7, 2024):
+        with pytest.raises(FileExistsError, match=f"{step} is there and is no whole step: move it away"):
+            checkpoint.save(tmp_path, step, model)
+    checkpoint.save(tmp_path, 9, model, optimizer, keep=1)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["2024", "7", "9"]
+    assert checkpoint.restore(tmp_path, other, other_optimizer).step == 9
+    assert (tmp_path / "2024" / "diary.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"step": 1.0}, TypeError, "step must be an integer, got 1.0"),
+        ({"step": "7"}, TypeError, "step must be an integer, got '7'"),
+        ({"step": True}, TypeError, "step must be an integer, got True"),
+        ({"step": -1}, ValueError, "step must be >= 0, got -1"),
+        ({"keep": 2.5}, TypeError, "keep must be an integer, got 2.5"),
+        ({"keep": -1}, ValueError, "keep must be >= 1, got -1"),
+        ({"extra": {"x": object()}}, ValueError, "extra must be JSON"),
+        ({"extra": {1: 2}}, TypeError, "extra must have names as keys, got 1"),
+        ({"extra": [1]}, TypeError, "extra must be a mapping"),
+        ({"directory": 3}, TypeError, "directory must be a path, got 3"),
+        ({"directory": ""}, ValueError, "directory must be the name"),
+        ({"directory": "gs://bucket/run"}, NotImplementedError, "mounted"),
+        ({"model": {}}, TypeError, "model must be a flax.nnx.Module"),
+        ({"optimizer": 3}, TypeError, "optimizer must be a flax.nnx.Optimizer or None"),
+    ],
+)
+def test_bad_arguments_write_nothing(tmp_path, options, error, match):
+    given = {"directory": tmp_path, "step": 1, "model": nnx.Dict(x=nnx.Param(jnp.ones(2)))} | options
+    with pytest.raises(error, match=match):
+        checkpoint.save(**given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_of_any_integer_type(tmp_path):
+    model = nnx.Dict(x=nnx.Param(jnp.ones(2)))
+    for step in (np.int64(0), jnp.int32(3)):
+        checkpoint.save(tmp_path, step, model)
+    assert checkpoint.latest_step(tmp_path) == 3 and checkpoint.restore(tmp_path, model, step=np.int8(0)).step == 0
+    with pytest.raises(TypeError, match="step must be an integer, got 1.0"):
+        checkpoint.restore(tmp_path, model, step=1.0)
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    """One byte of each file of a step in turn, the sums included."""
+    model, optimizer = make()
+    checkpoint.save(tmp_path, 1, model, optimizer, extra={"losses": [1.5]})
+    wanted, files = leaves(model, optimizer), sorted(x for x in (tmp_path / "1").rglob("*") if x.is_file())
+    random = np.random.default_rng(0)
+    assert len(files) > 10
+    for path in files:
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        place = random.integers(len(data))
+        data[place] ^= 1 << random.integers(8)
+        path.write_bytes(bytes(data))
+        with pytest.raises(ValueError, match=r"damaged|not valid JSON|must be"):
+            checkpoint.restore(tmp_path, model, optimizer)
+        path.write_bytes(whole)
+    other, other_optimizer = make(seed=1)
+    assert checkpoint.restore(tmp_path, other, other_optimizer).extra == {"losses": [1.5]}
+    assert_same(leaves(other, other_optimizer), wanted)
+    # Without the optimizer its files are not looked at; without sums, or unasked, none are.
+    damaged = max((x for x in files if "optimizer" in x.parts), key=lambda x: x.stat().st_size)
+    damaged.unlink()
+    checkpoint.restore(tmp_path, other)
+    with pytest.raises(ValueError, match="1 files are missing or differ"):
+        checkpoint.restore(tmp_path, other, other_optimizer)
+    data = bytearray((tmp_path / "1" / "extra" / "metadata").read_bytes())
+    data[data.index(b"5")] = ord("7")
+    (tmp_path / "1" / "extra" / "metadata").write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="damaged, 1 files .*: extra/metadata"):
+        checkpoint.restore(tmp_path, other)
+    assert checkpoint.restore(tmp_path, other, verify=False).extra == {"losses": [1.7]}
+    for path in (tmp_path / "1").glob("checksums.*.json"):
+        path.unlink()
+    assert checkpoint.restore(tmp_path, other).extra == {"losses": [1.7]}
+
+
+def test_two_jobs_that_save_one_step(tmp_path, monkeypatch):
+    """Both are writing when one publishes; the other gets an error and the step is whole, of one of them."""
+    model, optimizer = make()
+    wanted = leaves(model, optimizer)
+    late, late_optimizer = make(seed=1)
+
+    def meets(folder, target, publish=checkpoint._publish):
+        if not target.exists():
+            monkeypatch.setattr(checkpoint, "_publish", publish)
+            checkpoint.save(tmp_path, 1, model, optimizer)
+        publish(folder, target)
+
+    monkeypatch.setattr(checkpoint, "_publish", meets)
+    with pytest.raises(FileExistsError, match="another job has saved this step"):
+        checkpoint.save(tmp_path, 1, late, late_optimizer)
+    assert [x.name for x in tmp_path.iterdir()] == ["1"]
+    checkpoint.restore(tmp_path, late, late_optimizer)
+    assert_same(leaves(late, late_optimizer), wanted)
+
+
+def test_a_step_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """Killed while an old step is being removed: no half of one is found."""
+    model, optimizer = make()
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, model, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        checkpoint.save(tmp_path, 3, model, optimizer, keep=1)
+    assert sorted(x.name for x in tmp_path.iterdir() if not x.name.startswith(".")) == ["3"]
+    checkpoint.save(tmp_path, 4, model, optimizer, keep=1)
+    assert [x.name for x in tmp_path.iterdir()] == ["4"]
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])

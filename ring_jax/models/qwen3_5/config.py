@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ring_jax import _repr
 from ring_jax._checks import (
+    INT32,
     check_choice,
     check_count,
     check_flag,
     check_instance,
     check_number,
+    check_path,
 )
 from ring_jax.gdn import Heads
+from ring_jax.models import hf
+from ring_jax.models.publish import located
 
 FULL, LINEAR = "full_attention", "linear_attention"
 
@@ -182,21 +185,23 @@ class Config:
         """From Hugging Face's config: a dict, a config.json, or the directory that holds one. The text model inside
         a multimodal wrapper is found under "text_config".
 
+        Tokens that end a text are, from a directory, those that any of its files names: generation_config.json and the
+        tokenizer's settings say more than config.json, and transformers obeys them too.
+
         Raises:
-            ValueError: another architecture, or a missing entry. NotImplementedError: options that no published
-                checkpoint uses (biases, dense layers among experts, scaled RoPE), named.
+            ValueError: another architecture, a missing entry, or one of a wrong type or value; file and entry are named.
+            NotImplementedError: options that no published checkpoint uses (biases, dense layers among experts, scaled
+                RoPE), named.
             FileNotFoundError: no config.json there.
         """
         if isinstance(source, Mapping):
-            return _from_hf(source)
-        path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
+            return _from_hf(hf.Fields(source, "config"))
+        path = located(check_path("source", source))
+        folder = path if path.is_dir() else None
+        path = path if folder is None else folder / hf.CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"no config.json at {path}: expected a Hugging Face checkpoint directory")
-        try:
-            return _from_hf(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        return _from_hf(hf.Fields.of(path), folder)
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json of a text-only checkpoint, as transformers reads it."""
@@ -259,73 +264,101 @@ _EXPERTS = {
     "renormalize": "norm_topk_prob",
     "aux_loss": "router_aux_loss_coef",
 }
-# What transformers assumes where a config.json leaves an entry out; sizes have no safe default and must be there.
-_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "linear_conv_kernel_dim": 4}
-_DEFAULTS |= {"norm_topk_prob": True, "router_aux_loss_coef": 0.001}
 
 
-def _from_hf(config: Mapping[str, Any]) -> Config:
-    family = FAMILIES.get(str(config.get("model_type")))
+def _from_hf(outer: hf.Fields, folder: Path | None = None) -> Config:
+    family = FAMILIES.get(str(outer.values.get("model_type")))
     if family is None:
         raise ValueError(
-            f"config.json describes a model of type {config.get('model_type')!r} "
-            f"(architectures {config.get('architectures')}); this loader knows {sorted(FAMILIES)}"
+            f"{outer.where} describes a model of type {outer.values.get('model_type')!r} "
+            f"(architectures {outer.values.get('architectures')}); this loader knows {sorted(FAMILIES)}"
         )
-    outer, config = config, config.get("text_config", config)
-    _refuse_unsupported(config)
-    needed = [*_PLAIN.values(), *(f"linear_{x}" for x in _LINEAR)]
-    experts = family != "qwen3_5"
-    needed += _EXPERTS.values() if experts else ["intermediate_size"]
-    entries = {name: config.get(name, _DEFAULTS.get(name)) for name in needed}
-    # Some wrappers say only at their own level whether embeddings are tied.
-    entries["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", outer.get("tie_word_embeddings", False)))
-    missing = [name for name, value in entries.items() if value is None]
+    fields = outer.inside("text_config") if "text_config" in outer.values else outer
+    _refuse_unsupported(fields)
+    routed = family != "qwen3_5"
+    sizes = [*_PLAIN.values(), *(f"linear_{x}" for x in _LINEAR)]
+    sizes += _EXPERTS.values() if routed else ["intermediate_size"]
+    missing = [name for name in sizes if name not in _OPTIONAL and not fields.has(name)]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}, which a {family} model needs")
-    eos = config.get("eos_token_id")
-    eos = outer.get("eos_token_id") if eos is None else eos
-    theta, fraction = _rope(config)
-    layers = entries["num_hidden_layers"]
-    interval = config.get("full_attention_interval", 4)
-    types = config.get("layer_types") or [LINEAR if (i + 1) % interval else FULL for i in range(layers)]
-    return Config(
-        family=family,
-        **{ours: entries[theirs] for ours, theirs in _PLAIN.items()},
-        linear=Heads(*(entries[f"linear_{name}"] for name in _LINEAR)),
-        mlp_size=None if experts else entries["intermediate_size"],
-        experts=Experts(**{ours: entries[theirs] for ours, theirs in _EXPERTS.items()}) if experts else None,
-        rope_theta=float(theta),
-        rotary_fraction=float(fraction),
-        layer_types=tuple(types),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        raise ValueError(f"{fields.where} lacks {', '.join(missing)}, which a {family} model needs")
+    layers, interval = _count(fields, "num_hidden_layers", high=_MOST), _count(fields, "full_attention_interval", 4)
+    types = fields.items("layer_types") or [LINEAR if (i + 1) % interval else FULL for i in range(layers)]
+    theta, fraction = _rope(fields)
+    # Some wrappers say only at their own level whether embeddings are tied.
+    tied = (fields if fields.has("tie_word_embeddings") else outer).read(
+        "tie_word_embeddings", check_flag, default=False
+    )
+    vocabulary = _count(fields, "vocab_size")
+    if folder is None:
+        ends = (*fields.counts("eos_token_id", vocabulary - 1), *outer.counts("eos_token_id", vocabulary - 1))
+    else:
+        ends = hf.end_ids(folder, vocabulary)
+    try:
+        return Config(
+            family=family,
+            **{ours: _count(fields, theirs) for ours, theirs in _PLAIN.items() if theirs not in _OPTIONAL},
+            conv_width=_count(fields, "linear_conv_kernel_dim", 4),
+            norm_epsilon=fields.read("rms_norm_eps", check_number, above=0, default=1e-6),
+            tie_embeddings=tied,
+            linear=Heads(*(_count(fields, f"linear_{name}") for name in _LINEAR)),
+            mlp_size=None if routed else _count(fields, "intermediate_size"),
+            experts=_experts(fields) if routed else None,
+            rope_theta=theta,
+            rotary_fraction=fraction,
+            layer_types=tuple(types),
+            eos_token_ids=tuple(dict.fromkeys(ends)),
+        )
+    except (TypeError, ValueError) as error:  # entries that do not fit together
+        if str(error).startswith(fields.where):
+            raise
+        raise ValueError(f"{fields.where}: {error}") from error
+
+
+def _experts(fields: hf.Fields) -> Experts:
+    counts = {ours: _count(fields, theirs, high=_MOST) for ours, theirs in _EXPERTS.items() if theirs not in _OPTIONAL}
+    renormalize = fields.read("norm_topk_prob", check_flag, default=True)
+    return Experts(
+        **counts,
+        renormalize=renormalize,
+        aux_loss=fields.read("router_aux_loss_coef", check_number, low=0, default=0.001),
     )
 
 
+def _count(fields: hf.Fields, name: str, default: int | None = None, high: int | None = None) -> int:
+    return fields.read(name, check_count, 1, high or int(INT32.max), default=default)
+
+
 _LINEAR = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+# Where a config.json leaves these out, transformers has defaults; sizes have no safe default and must be there.
+_OPTIONAL = ("rms_norm_eps", "tie_word_embeddings", "linear_conv_kernel_dim", "norm_topk_prob", "router_aux_loss_coef")
+_MOST = 2**16  # layers or experts: more are a damaged file, and would be written out one by one
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, float]:
+def _rope(config: hf.Fields) -> tuple[float, float]:
     """theta and rotary fraction: under rope_parameters in new files, at top level in old ones."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = config.inside("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
+    kind = rope.text("rope_type") or rope.text("type") or "default"
     if kind not in ("default", "mrope"):
         raise NotImplementedError(f"RoPE of type {kind!r} is not supported, only 'default'")
-    theta = rope.get("rope_theta", config.get("rope_theta"))
+    theta = (rope if rope.has("rope_theta") else config).read("rope_theta", check_number, above=0)
     if theta is None:
-        raise ValueError("config.json lacks rope_parameters.rope_theta")
-    return theta, rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))
+        raise ValueError(f"{config.where} lacks rope_parameters.rope_theta")
+    holder = rope if rope.has("partial_rotary_factor") else config
+    return theta, holder.read("partial_rotary_factor", check_number, above=0, high=1, default=0.25)
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(config: hf.Fields) -> None:
     for name, expected in (
         ("hidden_act", ("silu",)),
         ("attention_bias", (False,)),
         ("mlp_only_layers", ((), [])),
         ("decoder_sparse_step", (1,)),
     ):
-        value = config.get(name)
+        value = config.values.get(name)
         if value is not None and value not in expected:
-            raise NotImplementedError(f"{name}={value!r} is not supported: no published checkpoint uses it")
+            raise NotImplementedError(
+                f"{config.where}: {name}={value!r} is not supported: no published checkpoint uses it"
+            )
 
 
 def _mrope_section(pairs: int) -> list[int]:

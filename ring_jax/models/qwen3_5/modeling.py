@@ -37,11 +37,14 @@ from ring_jax._checks import (
     check_dtype,
     check_flag,
     check_instance,
+    check_path,
     concrete,
 )
 from ring_jax.context.parallel import Static, axis_size, place, run_sharded
 from ring_jax.flash.backends import check_options
 from ring_jax.gdn import GDNCache, segments
+from ring_jax.models.hf import Companions
+from ring_jax.models.publish import located
 from ring_jax.models.qwen3_5 import passes
 from ring_jax.models.qwen3_5.cache import Cache, cache_specs
 from ring_jax.models.qwen3_5.config import FULL, Config
@@ -93,7 +96,7 @@ class Qwen3_5(nnx.Module):
         check_dtype("dtype", dtype)
         check_dtype("param_dtype", param_dtype, optional=True)
         self.config, self.dtype, self.sharding = config, jnp.dtype(dtype), sharding
-        self.remat, self.implementation = remat, implementation
+        self.remat, self.implementation, self.companions = remat, implementation, Companions()
         dtype = self.dtype if param_dtype is None else jnp.dtype(param_dtype)
         width, vocabulary = config.hidden_size, config.vocab_size
         self.embed = param((vocabulary, width), (VOCABULARY, REDUCED), "columns", dtype)
@@ -364,19 +367,27 @@ class Qwen3_5(nnx.Module):
         sharding: Sharding | None = None,
         remat: str | None = None,
         implementation: str | None = None,
+        verify: bool = True,
     ) -> Qwen3_5:
         """Loads a Hugging Face checkpoint: config.json and *.safetensors, tensor by tensor, straight onto the devices.
+
+        The files of a tokenizer that lie there are kept with the model, for `save_pretrained`.
 
         Args:
             directory: of the checkpoint.
             dtype: of activations; default: that of the checkpoint. param_dtype: of parameters; default: dtype.
             sharding, remat, implementation: as for the class.
+            verify: check the weights against the checksums that `save_pretrained` writes; other files have none.
 
         Raises:
-            ValueError: another architecture, missing or unexpected tensors, damaged files; all in one message.
+            ValueError: another architecture, missing or unexpected tensors (all in one message), damaged files.
+            FileNotFoundError: no checkpoint there.
         """
         from ring_jax.models.qwen3_5 import pretrained
 
+        directory = located(check_path("directory", directory))
+        if directory.is_file():
+            raise NotADirectoryError(f"{directory} is a file: expected a checkpoint directory, with config.json")
         config = Config.from_hf(directory)
         dtype = pretrained.checkpoint_dtype(directory) if dtype is None else dtype
         param_dtype = dtype if param_dtype is None else param_dtype
@@ -384,14 +395,50 @@ class Qwen3_5(nnx.Module):
         model = cls(config, rngs=None, dtype=dtype, param_dtype=param_dtype, **options)
         mesh = None if sharding is None else sharding.resolve_mesh()
         specs = None if sharding is None else model.param_specs(sharding, mesh)
-        model.set_parameters(pretrained.load(directory, config, specs=specs, mesh=mesh, dtype=param_dtype))
+        model.set_parameters(
+            pretrained.load(directory, config, specs=specs, mesh=mesh, dtype=param_dtype, verify=verify)
+        )
+        model.companions = Companions.of(directory)
         return model
 
-    def save_pretrained(self, directory: Any, **options: Any) -> None:
-        """Writes config.json and safetensors as transformers loads them; see `pretrained.save` for the options."""
+    def save_pretrained(
+        self,
+        directory: Any,
+        *,
+        tokenizer_from: Any = None,
+        overwrite: bool = False,
+        max_shard_size: int = 4 * 10**9,
+    ) -> None:
+        """Writes config.json, safetensors with checksums, and the tokenizer, as transformers loads them.
+
+        Whole or not at all: an interrupted save leaves what was there. With several processes all must call this.
+
+        Args:
+            directory: to make, or to replace.
+            tokenizer_from: a directory whose tokenizer, chat template and generation config are copied. Default: those
+                that lay beside the weights in `from_pretrained`; a model made otherwise has none, and text then needs
+                a tokenizer from elsewhere.
+            overwrite: replace the checkpoint that is there; other files beside it stay.
+            max_shard_size: bytes in one file; a larger model gets several and an index.
+
+        Raises:
+            FileExistsError: a checkpoint is there and `overwrite` is not set, or other files and no checkpoint.
+            FileNotFoundError: no tokenizer in `tokenizer_from`.
+
+        Example:
+            >>> model.save_pretrained("tuned", tokenizer_from="Qwen3.5-0.8B")  # doctest: +SKIP
+        """
         from ring_jax.models.qwen3_5 import pretrained
 
-        pretrained.save(nnx.to_pure_dict(nnx.state(self, nnx.Param)), self.config, directory, **options)
+        pretrained.save(
+            nnx.to_pure_dict(nnx.state(self, nnx.Param)),
+            self.config,
+            directory,
+            max_shard_size=max_shard_size,
+            tokenizer_from=tokenizer_from,
+            overwrite=overwrite,
+            companions=self.companions,
+        )
 
     def set_parameters(self, values: dict[str, Any]) -> None:
         """Takes a tree of arrays as parameters: that of `nnx.to_pure_dict(nnx.state(model, nnx.Param))`, whole.

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ring_jax._checks import check_dtype, check_flag, check_instance, check_path
 from ring_jax.models.qwen3_5 import names
 from ring_jax.models.qwen3_5.config import Config
 from ring_jax.models.qwen3_5.saving import save as save
@@ -37,6 +37,7 @@ def load(
     dtype: Any = None,
     *,
     meter: Meter | None = None,
+    verify: bool = True,
 ) -> dict[Any, Any]:
     """Parameters of a checkpoint, each on its devices.
 
@@ -53,13 +54,14 @@ def load(
         dtype: of the parameters, except those that stay float32 (``A_log`` and the norm of GDN layers); None takes
             the dtype of the checkpoint's embedding.
         meter: counts bytes read and not yet on a device.
+        verify: check what is read against the checksums that `save` leaves in its files; other files have none.
 
     Returns:
         Nested dict of arrays: the model's tree, layers of a group under their number.
 
     Raises:
         ValueError: tensors are missing, unexpected, misshapen or of a dtype that is no float (all listed at once); a
-            file is damaged; specs without a mesh.
+            file is damaged, or differs from what was saved; specs without a mesh.
         FileNotFoundError: no checkpoint there, or one of its files is missing.
 
     Example:
@@ -69,9 +71,14 @@ def load(
     Source: transformers' `modeling_qwen3_5.py`, `modeling_qwen3_5_moe.py` and `modeling_qwen3_next.py` for names and
     layouts of tensors.
     """
+    directory = check_path("directory", directory)
+    check_instance("config", config, Config, "a ring_jax.models.qwen3_5.Config")
+    check_dtype("dtype", dtype, optional=True)
+    check_flag("verify", verify)
+    check_instance("mesh", mesh, jax.sharding.Mesh, "a jax.sharding.Mesh", optional=True)
     if (specs is None) != (mesh is None):
         raise ValueError(f"specs and mesh belong together, got {'only specs' if mesh is None else 'only a mesh'}")
-    with Reader(directory, meter) as reader:
+    with Reader(directory, meter, verify=verify) as reader:
         entries, unexpected = _by_canonical_name(reader)
         plan = names.plan(config, entries)
         _check(plan, entries, unexpected, config, reader)
@@ -96,7 +103,7 @@ def checkpoint_dtype(directory: str | Path) -> np.dtype:
         >>> checkpoint_dtype("Qwen3.5-0.8B")
         dtype(bfloat16)
     """
-    with Reader(directory) as reader:
+    with Reader(check_path("directory", directory), verify=False) as reader:
         entries, _ = _by_canonical_name(reader)
         return _param_dtype(None, entries.get(_EMBED), reader)
 
@@ -105,10 +112,7 @@ def _param_dtype(dtype: Any, embed: Entry | None, reader: Reader) -> np.dtype:
     if dtype is None and (embed is None or embed.dtype not in DTYPES):
         found = "is missing" if embed is None else f"is {embed.dtype}"
         raise ValueError(f"{_EMBED} {found} in {reader.directory}: expected it as {' or '.join(DTYPES)}")
-    dtype = jax.dtypes.canonicalize_dtype(DTYPES[embed.dtype] if dtype is None else dtype)  # type: ignore[union-attr]
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"parameters are floats, got dtype={dtype}: expected bfloat16 or float32")
-    return dtype
+    return jax.dtypes.canonicalize_dtype(DTYPES[embed.dtype] if dtype is None else dtype)  # type: ignore[union-attr]
 
 
 def _by_canonical_name(reader: Reader) -> tuple[dict[str, Entry], list[str]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fnmatch
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,14 +18,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ring_jax._checks import check_flag, check_instance, check_path
+from ring_jax.models import hf
+from ring_jax.models.publish import NEW, PREVIOUS, located, on_first_process, publish, workspace
 from ring_jax.models.qwen3_5 import names, tensors
-from ring_jax.models.qwen3_5.config import Config
+from ring_jax.models.qwen3_5.config import FAMILIES, Config
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
-_OWN_FILES = ("config.json", tensors.INDEX_FILE, "*.safetensors")
+_OUR_SHARDS = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 
 def save(
@@ -35,12 +35,13 @@ def save(
     max_shard_size: int = 4 * 10**9,
     tokenizer_from: str | Path | None = None,
     overwrite: bool = False,
+    companions: hf.Companions | None = None,
 ) -> None:
     """Writes ``config.json`` and safetensors under the names of text-only models (``Qwen3_5ForCausalLM``, ...).
 
     Tensor by tensor: the host holds one tensor and one layer of the parameters that it is made of. All is written
-    beside `directory` first and renamed when it is whole, so an interrupted save leaves what was there. With several
-    processes all of them must call this; the first one writes.
+    beside `directory` first and renamed when it is whole, so an interrupted save leaves what was there, and of several
+    savers the last one wins, whole. With several processes all of them must call this; the first one writes.
 
     Args:
         params: the model's tree, nested dicts of jax or NumPy arrays.
@@ -48,7 +49,9 @@ def save(
         directory: to make, or to replace.
         max_shard_size: bytes in one file; a larger model gets several and an index.
         tokenizer_from: a directory whose tokenizer, chat template and generation config are copied.
-        overwrite: replace the checkpoint that is there. Other files beside it stay.
+        overwrite: replace the checkpoint that is there: its config, the weights that are its own, and its tokenizer
+            where a new one is written. Other files beside it stay, those of other weights included.
+        companions: a tokenizer's files to write, unless `tokenizer_from` says otherwise.
 
     Raises:
         FileExistsError: `directory` has a checkpoint and `overwrite` is not set, or it has files and no checkpoint.
@@ -58,35 +61,40 @@ def save(
     Example:
         >>> save(params, config, "out", tokenizer_from="Qwen3.5-0.8B")
     """
-    directory = Path(directory).resolve()
+    directory = check_path("directory", directory).resolve()
+    check_instance("config", config, Config, "a ring_jax.models.qwen3_5.Config")
+    check_flag("overwrite", overwrite)
+    if tokenizer_from is not None:
+        companions = _tokenizer(check_path("tokenizer_from", tokenizer_from))
+    beside = {} if companions is None else companions.files
     plan = names.plan(config)
     kinds = _tensor_dtypes(plan, params)
-    sizes = {name: int(np.prod(shape)) * kinds[name].itemsize for name, shape in plan.tensors.items()}
+    sizes = {name: math.prod(shape) * kinds[name].itemsize for name, shape in plan.tensors.items()}
     files = {
         # Wider dtypes first, so that every tensor starts at a multiple of its item size.
         file: sorted(held, key=lambda name: -kinds[name].itemsize)
         for file, held in tensors.shard(sizes, max_shard_size).items()
     }
-    if jax.process_index() == 0:
-        _recover(directory)
-    _refuse(directory, overwrite)
+    on_first_process(lambda: _refuse(located(directory), overwrite), f"saving to {directory}")
     values = _values(plan, params, kinds, [name for held in files.values() for name in held])
-    if jax.process_index() == 0:
-        with _replacing(directory) as folder:
-            _copy_tokenizer(tokenizer_from, folder)
+
+    def write() -> None:
+        with workspace(directory.parent, directory.name) as space:
+            folder = space / NEW
+            folder.mkdir()
+            for name, data in beside.items():
+                _write(folder / name, data)
             hf_config = config.to_hf() | {"dtype": kinds["model.embed_tokens.weight"].name}
-            _write_json(folder / "config.json", hf_config)
+            _write_json(folder / hf.CONFIG_FILE, hf_config)
             if len(files) > 1:
                 _write_json(folder / tensors.INDEX_FILE, _index(files, sizes))
             for file, held in files.items():
                 headers = {name: (plan.tensors[name], kinds[name]) for name in held}
                 tensors.write(folder / file, headers, (next(values) for _ in held))
-    else:
-        collections.deque(values, maxlen=0)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+            _publish(space, directory, overwrite, bool(beside))
 
-        multihost_utils.sync_global_devices(f"saved {directory}")
+    # The others, and the first one where its disk is full, take part in fetching what lies over several hosts.
+    on_first_process(write, f"saving to {directory}", meanwhile=lambda: collections.deque(values, maxlen=0))
 
 
 def _tensor_dtypes(plan: names.Plan, params: Mapping[Any, Any]) -> dict[str, np.dtype]:
@@ -152,57 +160,63 @@ def _layer(array: jax.Array, group: Any) -> jax.Array:
     return lax.dynamic_slice_in_dim(array, group, 1)
 
 
-def _recover(directory: Path) -> None:
-    """Puts back what a save moved aside that ended between its two renames."""
-    previous = tensors.replaced(directory)
-    if previous.exists() and not directory.exists():
-        os.rename(previous, directory)
-
-
 def _refuse(directory: Path, overwrite: bool) -> None:
-    found = sorted(x.name for x in directory.iterdir()) if directory.is_dir() else []
-    if directory.exists() and not directory.is_dir():
+    if not directory.exists():
+        return
+    if not directory.is_dir():
         raise FileExistsError(f"{directory} is a file: expected a directory to write, or none")
-    if found and not any(fnmatch.fnmatch(name, pattern) for name in found for pattern in _OWN_FILES):
+    found = sorted(x.name for x in directory.iterdir())
+    if found and not _holds_checkpoint(directory, found):
         raise FileExistsError(f"{directory} holds {found[:5]} and no checkpoint to replace: choose another directory")
     if found and not overwrite:
         raise FileExistsError(f"{directory} holds a checkpoint: choose another directory or pass overwrite=True")
 
 
-@contextlib.contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """A folder that becomes `directory` when the block ends without an error."""
-    folder = directory.with_name(f".{directory.name}.incomplete")
-    previous = tensors.replaced(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(previous, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if directory.exists():
-            _carry_over(directory, folder)
-            os.rename(directory, previous)
-        os.rename(folder, directory)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        _recover(directory)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
+def _holds_checkpoint(directory: Path, found: list[str]) -> bool:
+    if any(name in (tensors.SINGLE_FILE, tensors.INDEX_FILE) or _OUR_SHARDS.fullmatch(name) for name in found):
+        return True
+    try:  # prepared for one: a config of ours, no weights yet
+        return hf.Fields.of(directory / hf.CONFIG_FILE).values.get("model_type") in FAMILIES
+    except (ValueError, TypeError):
+        return False
 
 
-def _carry_over(source: Path, target: Path) -> None:
+def _publish(space: Path, directory: Path, overwrite: bool, tokenizer: bool) -> None:
+    new, previous = space / NEW, space / PREVIOUS
+
+    def before() -> None:
+        _refuse(directory, overwrite)
+        _carry_over(directory, new, tokenizer)
+
+    publish(space, directory, before)
+    if previous.is_dir():  # what came while it was moved aside
+        _carry_over(previous, directory, tokenizer)
+
+
+def _replaced_files(directory: Path, tokenizer: bool) -> set[str]:
+    """Names in a checkpoint that another one replaces: its config, its weights, its tokenizer if there is a new one."""
+    found = {hf.CONFIG_FILE, tensors.SINGLE_FILE, tensors.INDEX_FILE}
+    found |= {x.name for x in directory.iterdir() if _OUR_SHARDS.fullmatch(x.name)}
+    with contextlib.suppress(ValueError):  # a damaged index names nothing
+        found |= {file for file in tensors.weight_map(directory).values() if file.endswith(".safetensors")}
+    return found | {*hf.TOKENIZER_FILES} if tokenizer else found
+
+
+def _carry_over(source: Path, target: Path, tokenizer: bool) -> None:
     """What lies beside a checkpoint that is being replaced: by hard links where the file system has them."""
 
     def link(old: str, new: str) -> None:
-        try:
-            os.link(old, new, follow_symlinks=False)
-        except OSError:
-            shutil.copy2(old, new, follow_symlinks=False)
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # its owner was faster, or has taken it away
+            try:
+                os.link(old, new, follow_symlinks=False)
+            except FileExistsError:
+                raise
+            except OSError:
+                shutil.copy2(old, new, follow_symlinks=False)
 
+    replaced = _replaced_files(source, tokenizer)
     for item in source.iterdir():
-        ours = any(fnmatch.fnmatch(item.name, pattern) for pattern in _OWN_FILES)
-        if ours or (target / item.name).exists():
+        if item.name in replaced or os.path.lexists(target / item.name):
             continue
         if item.is_dir() and not item.is_symlink():
             shutil.copytree(item, target / item.name, symlinks=True, copy_function=link)
@@ -210,18 +224,19 @@ def _carry_over(source: Path, target: Path) -> None:
             link(str(item), str(target / item.name))
 
 
-def _copy_tokenizer(source: str | Path | None, folder: Path) -> None:
-    if source is None:
-        return
-    found = [path for name in TOKENIZER_FILES if (path := Path(source) / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"no tokenizer in {source}: expected one of {', '.join(TOKENIZER_FILES)}")
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
+def _tokenizer(source: Path) -> hf.Companions:
+    found = hf.Companions.of(located(source))
+    if not found.files.keys() & {hf.TOKENIZER_FILE, "vocab.json"}:
+        raise FileNotFoundError(f"no tokenizer in {source}: expected {hf.TOKENIZER_FILE}")
+    return found
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with open(path, "w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+    _write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())

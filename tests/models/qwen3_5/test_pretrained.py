@@ -1,5 +1,7 @@
 """Checkpoints under Hugging Face's names: every tensor where it belongs, read shard by shard, written back bit for bit."""
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -21,7 +23,8 @@ from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ring_jax.models.qwen3_5 import names
+from ring_jax.models import checksums, publish
+from ring_jax.models.qwen3_5 import names, saving, tensors
 from ring_jax.models.qwen3_5.config import PRESETS, Config
 from ring_jax.models.qwen3_5.modeling import Qwen3_5
 from ring_jax.models.qwen3_5.pretrained import checkpoint_dtype, load
@@ -53,7 +56,7 @@ def read(directory):
     held = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            assert file.metadata() == {"format": "pt"}
+            assert file.metadata()["format"] == "pt"
             held |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return held
 
@@ -296,7 +299,7 @@ def test_dtypes(tmp_path):
         }
         assert {k for k, kind in kinds.items() if kind == "float32"} == {"A_log", "norm"}
         assert set(kinds.values()) == {"float32", "bfloat16"}
-    with pytest.raises(ValueError, match="parameters are floats, got dtype=int32"):
+    with pytest.raises(ValueError, match="dtype must be a floating-point dtype .*, got int32"):
         load(directory, config, dtype=jnp.int32)
     write(tmp_path / "quantised", {}, held | {"model.embed_tokens.weight": np.ones((256, 64), np.int8)})
     with pytest.raises(ValueError, match="model.embed_tokens.weight is I8 in .*quantised: expected it as BF16"):
@@ -361,9 +364,14 @@ def test_files_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected model.safetensors .*pytorch_model.bin"):
         load(directory, config)
     index = directory / "model.safetensors.index.json"
-    for text in ("{", "{}", '{"weight_map": 3}'):
+    for text, match in {
+        "{": "index.json is not valid JSON",
+        "{}": "index.json is damaged, it holds no weight_map",
+        '{"weight_map": 3}': "index.json: weight_map must be a JSON object, got 3",
+        '{"weight_map": {"model.norm.weight": 3}}': "weight_map: model.norm.weight must be text, got 3",
+    }.items():
         index.write_text(text)
-        with pytest.raises(ValueError, match="index.json is damaged"):
+        with pytest.raises(ValueError, match=match):
             load(directory, config)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(held, "absent.safetensors")}))
     with pytest.raises(FileNotFoundError, match="absent.safetensors is missing, though .* names it"):
@@ -416,7 +424,7 @@ def test_save_refuses(tmp_path):
         save(params | {"final_norm": jnp.ones(1)}, config, tmp_path / "new")
     with pytest.raises(ValueError, match="parameter final_norm is int32: checkpoints hold"):
         save(params | {"final_norm": jnp.ones(64, jnp.int32)}, config, tmp_path / "new")
-    with pytest.raises(ValueError, match="max_shard_size must be positive"):
+    with pytest.raises(ValueError, match="max_shard_size must be >= 1, got 0"):
         save(params, config, tmp_path / "new", max_shard_size=0)
     with pytest.raises(FileNotFoundError, match="no tokenizer in"):
         save(params, config, tmp_path / "new", tokenizer_from=tmp_path)
@@ -444,8 +452,6 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     params = load(directory, config)
     newer = jax.tree.map(lambda x: x + 1, params)
 
-    from ring_jax.models.qwen3_5 import saving
-
     fetched = []
 
     def stops(array, group, fetch=saving._fetch):
@@ -461,21 +467,307 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert_same(read(directory), held)
     assert [x.name for x in tmp_path.iterdir()] == ["hf"]
 
-    # Killed, so that nothing could be cleaned up: while writing, and between the two renames.
-    shutil.copytree(directory, tmp_path / ".hf.incomplete")
-    (tmp_path / ".hf.incomplete" / "model.safetensors").write_bytes(b"half")
-    assert_same(load(directory, config), jax.tree.map(np.asarray, params))
-    os.rename(directory, tmp_path / ".hf.replaced")
-    with pytest.raises(
-        FileNotFoundError, match="no checkpoint in .* left the earlier checkpoint whole at .*.hf.replaced"
-    ):
-        load(directory, config)
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        save(newer, config, directory)
-    assert_same(read(directory), held)
-    save(newer, config, directory, overwrite=True)
-    assert_same(load(directory, config), jax.tree.map(np.asarray, newer))
-    assert [x.name for x in tmp_path.iterdir()] == ["hf"]
+
+class Killed(BaseException):
+    """The process ends here: nothing is cleaned up, because `rmtree` and the rename back are dead too."""
+
+
+@contextlib.contextmanager
+def killed_before_rename(monkeypatch, nth):
+    calls = []
+
+    def dies(*args, rename=os.rename):
+        calls.append(args)
+        if len(calls) >= nth:
+            raise Killed
+        return rename(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", dies)
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(Killed):
+            yield
+
+
+def test_killed_between_any_two_renames(tmp_path, monkeypatch):
+    """Loading finds the old checkpoint whole or the new one whole, never neither; the next save clears up."""
+    config, directory, _ = checkpoint(tmp_path / "hf", "dense", layers=4)
+    params = load(directory, config)
+    newer = jax.tree.map(lambda x: x + 1, params)
+    (directory / "notes.txt").write_text("mine")
+    # Renames: the new folder to its name (the old one lies in the way), what an earlier round moved aside out of the way
+    # (nothing), the old one aside, the new one again.
+    # Then the new one is in place, and the old one not yet removed.
+    for nth in (1, 2, 3, 4, 5):
+        place = tmp_path / str(nth) / "hf"
+        shutil.copytree(directory, place)
+        with killed_before_rename(monkeypatch, nth):
+            save(newer, config, place, overwrite=True)
+        assert place.exists() == (nth != 4)
+        assert Config.from_hf(place) == config and place.exists()
+        assert_same(load(place, config), jax.tree.map(np.asarray, newer if nth == 5 else params))
+        assert (place / "notes.txt").read_text() == "mine"
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            save(params, config, place)
+        save(newer, config, place, overwrite=True)
+        assert_same(load(place, config), jax.tree.map(np.asarray, newer))
+        assert (place / "notes.txt").read_text() == "mine"
+        assert [x.name for x in place.parent.iterdir()] == ["hf"]
+    # A first save that is killed leaves no checkpoint.
+    with killed_before_rename(monkeypatch, 1):
+        save(newer, config, tmp_path / "first")
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*first"):
+        load(tmp_path / "first", config)
+
+
+def test_the_gap_on_a_file_system_that_is_read_only(tmp_path, monkeypatch):
+    config, directory, held = checkpoint(tmp_path / "hf", "dense", layers=4)
+    params = load(directory, config)
+    with killed_before_rename(monkeypatch, 4):
+        save(jax.tree.map(lambda x: x + 1, params), config, directory, overwrite=True)
+
+    def refuses(*_):
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr(os, "rename", refuses)
+    assert not directory.exists()
+    assert_same(load(directory, Config.from_hf(directory)), jax.tree.map(np.asarray, params))
+
+
+def test_two_savers_of_one_path(tmp_path, monkeypatch):
+    """One is in the midst of writing when the other saves: each writes in a folder of its own, the last one wins whole."""
+    config, directory, _ = checkpoint(tmp_path / "hf", "dense", layers=4)
+    params = load(directory, config)
+    first, second = (jax.tree.map(lambda x, by=by: x + by, params) for by in (1, 2))
+    written = []
+
+    def meets(path, headers, values, write=tensors.write):
+        written.append(path)
+        if len(written) == 2:
+            save(second, config, directory, overwrite=True, max_shard_size=100_000)
+            assert_same(load(directory, config), jax.tree.map(np.asarray, second))
+        write(path, headers, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "write", meets)
+        save(first, config, directory, overwrite=True, max_shard_size=100_000)
+    assert len({path.parent for path in written}) == 2
+    assert_same(load(directory, config), jax.tree.map(np.asarray, first))
+
+    # Neither wants to replace anything: the slower one is told, and nothing of it stays.
+    def arrives(space, target, overwrite, tokenizer, publish=saving._publish):
+        monkeypatch.setattr(saving, "_publish", publish)
+        save(second, config, tmp_path / "new")
+        publish(space, target, overwrite, tokenizer)
+
+    monkeypatch.setattr(saving, "_publish", arrives)
+    with pytest.raises(FileExistsError, match="holds a checkpoint"):
+        save(first, config, tmp_path / "new")
+    assert_same(load(tmp_path / "new", config), jax.tree.map(np.asarray, second))
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "new"]
+
+
+def test_a_living_saver_keeps_its_folder(tmp_path):
+    with publish.workspace(tmp_path, "a") as one, publish.workspace(tmp_path, "a") as other:
+        assert one != other and one.is_dir() and other.is_dir()
+    assert not list(tmp_path.iterdir())
+
+
+SAVES = """
+    import sys, jax
+    from tests.models.qwen3_5 import test_pretrained as t
+    config = t.Config.from_hf(sys.argv[1])
+    params = jax.tree.map(lambda x: x * 0 + int(sys.argv[3]), t.load(sys.argv[1], config))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for _ in range(10):
+        t.save(params, config, sys.argv[2], overwrite=True, max_shard_size=100_000)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_one_path(tmp_path):
+    config, directory, _ = checkpoint(tmp_path / "hf", "dense", layers=4)
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    args = [
+        [sys.executable, "-c", textwrap.dedent(SAVES), str(directory), str(tmp_path / "out"), str(i)] for i in (1, 2)
+    ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(a, env=env, **pipes) for a in args]
+    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
+    for run in runs:
+        run.stdin.write("\n")
+        run.stdin.flush()
+    while any(run.poll() is None for run in runs):
+        if (tmp_path / "out").exists():
+            try:
+                values = {float(x.ravel()[0]) for x in jax.tree.leaves(load(tmp_path / "out", config))}
+            except (FileNotFoundError, ValueError):  # the next one came while this one was read
+                continue
+            assert len(values) == 1, values
+    for run in runs:
+        run.communicate()
+    assert [run.returncode for run in runs] == [0, 0]
+    values = {float(v) for x in jax.tree.leaves(load(tmp_path / "out", config)) for v in np.unique(x)}
+    assert values in ({1.0}, {2.0})
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_the_index_decides(tmp_path):
+    """A stale shard holds other values of a tensor; the index names the file that counts, in either order of names."""
+    config, directory, held = checkpoint(tmp_path / "hf", "dense", layers=4)
+    want = expected(tiny.config("dense", layers=4), held)
+    name, stale = "model.norm.weight", held["model.norm.weight"] + 5
+    for good, bad in (("a", "b"), ("b", "a")):
+        folder = tmp_path / f"index_{good}"
+        files = {x: f"model-{x}.safetensors" for x in "ab"}
+        others = {n: x for n, x in held.items() if n != name}
+        write(folder, {}, {name: held[name]}, files[good])
+        write(folder, {}, {name: stale} | others, files[bad])
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(others, files[bad]) | {name: files[good]}}))
+        assert_same(load(folder, config), want)
+    # A whole checkpoint in one file beside it: no guess which of the two is the stale one.
+    write(folder, {}, held)
+    with pytest.raises(ValueError, match="holds two checkpoints, model.safetensors and the files"):
+        load(folder, config)
+    index.unlink()
+    assert_same(load(folder, config), want)
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "..", "", "sub/model.safetensors", "a\0b"])
+def test_an_index_stays_in_its_directory(tmp_path, file):
+    config, _, held = checkpoint(tmp_path / "hf", "dense", layers=4)
+    write(tmp_path, {}, held, "secret.safetensors")
+    write(tmp_path / "hf" / "sub", {}, held)
+    os.rename(tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(held, "a.safetensors") | {"model.norm.weight": file}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="model.norm.weight must lie in a file beside the index, got"):
+        load(tmp_path / "hf", config)
+
+
+def test_foreign_weights_stay(tmp_path):
+    config, directory, _ = checkpoint(tmp_path / "hf", "dense", layers=4)
+    params = load(directory, config)
+    # A folder of adapters that never held a model is none to replace.
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weeks of work")
+    for also in ("README.md", "config.json"):
+        with pytest.raises(FileExistsError, match="no checkpoint to replace"):
+            save(params, config, tmp_path / "adapter", overwrite=True)
+        (tmp_path / "adapter" / also).write_text("{}")
+    # Beside a model, all that is not its own stays; its own goes, by whatever name its index has for it.
+    ours = tmp_path / "ours"
+    save(params, config, ours, max_shard_size=100_000)
+    index = json.loads((ours / "model.safetensors.index.json").read_text())
+    shard = index["weight_map"]["model.norm.weight"]
+    os.rename(ours / shard, ours / "first.safetensors")
+    index["weight_map"] = {n: f.replace(shard, "first.safetensors") for n, f in index["weight_map"].items()}
+    (ours / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(load(ours, config), jax.tree.map(np.asarray, params))
+    foreign = ("adapter_model.safetensors", "consolidated.safetensors", "model.fp16.safetensors", "notes.txt")
+    for name in foreign:
+        (ours / name).write_text(name)
+    (ours / "link").symlink_to("nowhere")
+    save(params, config, ours, overwrite=True)
+    assert sorted(x.name for x in ours.iterdir()) == sorted((*foreign, "link", "config.json", "model.safetensors"))
+    assert all((ours / name).read_text() == name for name in foreign)
+
+
+def test_flipped_bytes(tmp_path):
+    """Any byte of the header or the data, wherever it is read from: no number comes from a damaged file."""
+    config, directory, _ = checkpoint(tmp_path / "hf", "next", BF16, layers=4)
+    params = load(directory, config)
+    save(params, config, tmp_path / "ours", max_shard_size=300_000)
+    files = sorted((tmp_path / "ours").glob("*.safetensors"))
+    assert len(files) > 1
+    random = np.random.default_rng(0)
+    mesh, specs = mesh_of(AxisType.Auto), spread_specs(config)
+    for trial in range(24):
+        path = files[trial % len(files)]
+        whole = path.read_bytes()
+        header = 8 + int.from_bytes(whole[:8], "little")
+        place = random.integers(*((0, header) if trial % 3 == 0 else (header, len(whole))))
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << random.integers(8)
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(ValueError, match="is damaged|not a whole safetensors file"):
+            load(tmp_path / "ours", config, *((specs, mesh) if trial % 2 else ()))
+        if place >= header:
+            assert not all(
+                np.array_equal(x, y, equal_nan=True)
+                for x, y in zip(
+                    *(jax.tree.leaves(x) for x in (load(tmp_path / "ours", config, verify=False), params)), strict=True
+                )
+            )
+        path.write_bytes(whole)
+    assert_same(load(tmp_path / "ours", config, specs, mesh), jax.tree.map(np.asarray, params))
+
+
+def test_blocks_of_checksums(tmp_path, monkeypatch):
+    """Blocks smaller than tensors, not aligned with them: only those that are read are checked."""
+    monkeypatch.setattr(checksums, "BLOCK", 1000)
+    path = tmp_path / "model.safetensors"
+    held = {"a": np.arange(2000, dtype=np.float32).reshape(100, 20), "b": np.ones((3, 7), np.float16)}
+    tensors.write(path, {n: (x.shape, x.dtype) for n, x in held.items()}, iter(held.values()))
+    assert_same(read(tmp_path), held)
+    raw = bytearray(path.read_bytes())
+    raw[8 + int.from_bytes(raw[:8], "little") + 80 * 50] ^= 1  # row 50 of a, in block 4
+    path.write_bytes(bytes(raw))
+    with tensors.Reader(tmp_path) as reader:
+        for rows in (slice(0, 50), slice(63, 100)):
+            np.testing.assert_array_equal(reader.read(reader.entries["a"], (rows,)), held["a"][rows])
+        np.testing.assert_array_equal(reader.read(reader.entries["b"], ()), held["b"])
+        for index in ((slice(49, 51),), (slice(None), slice(3, 4)), ()):
+            with pytest.raises(ValueError, match="block 4 of its data has another checksum"):
+                reader.read(reader.entries["a"], index)
+
+
+def test_a_model_keeps_its_tokenizer(tmp_path):
+    config, directory, held = checkpoint(tmp_path / "hf", "dense", layers=4)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (directory / name).write_text("{}")
+    (directory / "chat_template.jinja").write_text("of the source")
+    (directory / "README.md").write_text("of the source")
+    model = Qwen3_5.from_pretrained(directory)
+    shutil.rmtree(directory)
+    target = tmp_path / "tuned"
+    model.save_pretrained(target)
+    ours = {"config.json", "model.safetensors"}
+    files = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    assert {x.name for x in target.iterdir()} == ours | files
+    assert_same(read(target), held)
+    # Another tokenizer replaces the first as a whole: half of each would be neither.
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(FileNotFoundError, match="no tokenizer in .*other: expected tokenizer.json"):
+        model.save_pretrained(target, tokenizer_from=other, overwrite=True)
+    (other / "tokenizer.json").write_text('{"other": 1}')
+    model.save_pretrained(target, tokenizer_from=other, overwrite=True)
+    assert {x.name for x in target.iterdir()} == ours | {"tokenizer.json"}
+    assert Qwen3_5.from_pretrained(target).companions == model.companions, "programs do not depend on it"
+
+
+def test_tokens_that_end_a_text_come_from_every_file(tmp_path):
+    config, directory, _ = checkpoint(tmp_path / "hf", "dense", layers=4)
+    hf = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(hf | {"eos_token_id": 7}))
+    assert Config.from_hf(directory).eos_token_ids == (7,)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"eos_token": "<end>", "added_tokens_decoder": {"11": {"content": "<end>"}, "12": {"content": "<x>"}}}
+        )
+    )
+    model = Qwen3_5.from_pretrained(directory)
+    assert model.config.eos_token_ids == (7, 9, 11)
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [7, 9, 11]
+    for bad in (256, -1, "a", 1.5, True, [7, None], {"a": 1}):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
+        with pytest.raises(ValueError, match="generation_config.json: eos_token_id"):
+            Config.from_hf(directory)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
