@@ -1,7 +1,8 @@
 """Decode and prefill compiled for a GPU, and what of the compiled programs writes arrays of the size of a weight.
 
 As a script (`python -m tests.models.qwen3_5.compiled FOLDER`) it compiles for a described H100 on a machine without one:
-FOLDER holds jax's CUDA plugin (docs/kernels/flash.md, "Reports of ptxas", says how to get it). It must be found before jax starts, hence the process.
+FOLDER holds jax's CUDA plugin (docs/kernels/flash.md, "Reports of ptxas", says how to get it). It must be found before
+jax starts, hence the process.
 """
 
 import dataclasses
