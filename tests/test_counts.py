@@ -92,7 +92,7 @@ def test_attention_arguments():
     oracle.assert_close({"out": found}, oracle.attention(q, k, v, every, scale=0.3), 1e-6)
     with jax.enable_x64(True):
         found = jax.jit(lambda end: ring_jax.flash_attention(q, k, v, jnp.zeros_like(end), end, scale=0.3)[0])(end)
-        few = attend_few(jnp.asarray(q), [(jnp.asarray(k), jnp.asarray(v), jnp.asarray([2**32]))], scale=0.3)[0]
+        few = attend_few(jnp.asarray(q), jnp.stack([k, v]), jnp.asarray([2**32]), scale=0.3)[0]
     for each in (found, few):
         oracle.assert_close({"out": each}, oracle.attention(q, k, v, every, scale=0.3), 1e-6)
 
