@@ -34,7 +34,7 @@ def test_values_with_arrays(cp):
     )
     out = jax.tree.map(lambda x: jnp.full(x.shape, 7, x.dtype), shapes)
     found = repr(out)
-    assert found.startswith("Output(logits=float32[1,64], cache=Cache(prompt=bfloat16[2,1,2,1,64,1,16], new=")
+    assert found.startswith("Output(logits=float32[1,64], cache=Cache(prompt_kv=bfloat16[4,1,64,1,16], new_kv=")
     assert "gdn=GDNCache(state=float32[2,3,1,2,8,8], " in found and len(found) < 300
     assert repr(shapes) == found  # shapes instead of arrays, as eval_shape gives them
     assert repr(jax.jit(lambda x: jnp.full((), len(repr(Output(x)))))(jnp.ones((2, 3)))) == repr(

@@ -103,7 +103,7 @@ def test_padding_of_to_layout_is_padding():
             out, found = ring_jax.gated_delta_rule(*laid, context=context, way=way, **options)
             assert relative(found, state) < 5e-6
             assert relative(context.from_layout(out, 9), want) < 5e-6
-    padded = [np.pad(x, [(0, 0), (0, 3)] + [(0, 0)] * (x.ndim - 2), constant_values=1.0) for x in arrays[:5]]
+    padded = [np.pad(x, [(0, 0), (0, 3)] + [(0, 0)] * (x.ndim - 2), constant_values=-1.0) for x in arrays[:5]]
     assert relative(ring_jax.gated_delta_rule(*padded, seq_len=9)[1], state) < 5e-6
 
 

@@ -18,6 +18,18 @@ Span = tuple[float, float]  # begin and end, milliseconds
 # NCCL's kernels, peer copies of the copy engine. Copies inside one GPU are compute: they keep it from the next kernel.
 _TRANSFER = re.compile(r"nccl|memcpy ?p(2|to)p|memcpypeer|peer", re.IGNORECASE)
 
+# What a kernel does, by its name; the first that fits. XLA names its fusions after what is in them.
+_KINDS = {
+    "transfers": _TRANSFER,
+    "attention": re.compile(r"attention|fmha|flash", re.IGNORECASE),
+    "gated delta rule": re.compile(r"delta|gdn", re.IGNORECASE),
+    "experts": re.compile(r"expert|moe|grouped", re.IGNORECASE),
+    "matrix products": re.compile(r"gemm|nvjet|cutlass|cublas|splitk|matmul|dot|triton_nested", re.IGNORECASE),
+    "copies": re.compile(r"memcpy|memset|copy|slice|concatenate|transpose|pad_fusion", re.IGNORECASE),
+    "reductions": re.compile(r"reduce|softmax", re.IGNORECASE),
+    "other fusions": re.compile(r"fusion|wrapped", re.IGNORECASE),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Activity:
@@ -42,6 +54,20 @@ class Activity:
     def idle_share(self) -> float:
         """Part of the whole in which this GPU neither computes nor transfers."""
         return 1 - _total(merge([*self.compute, *self.transfer])) / self.length
+
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """For each kind of kernel, the longest first: milliseconds, how many of them while nothing of another kind runs,
+        and the number of kernels."""
+        spans: dict[str, list[Span]] = {}
+        for begin, end, name in self.events:
+            kind = next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other kernels")
+            spans.setdefault(kind, []).append((begin, end))
+        found = {}
+        for kind, own in spans.items():
+            others = tuple(merge(span for other, found in spans.items() if other != kind for span in found))
+            alone = _total(merge(own)) - _total(_overlap(tuple(merge(own)), others))
+            found[kind] = {"ms": _total(own), "alone_ms": alone, "calls": len(own)}
+        return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
 
     def summary(self) -> dict[str, Any]:
         """Milliseconds and shares, and the kernels that took longest."""

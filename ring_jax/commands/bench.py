@@ -1,4 +1,4 @@
-"""``ring-jax bench attention`` and ``ring-jax bench ring``: speed on this host's GPUs, after a check against the reference."""
+"""``ring-jax bench attention``, ``ring`` and ``model``: speed on this host's GPUs, after a check against the reference."""
 
 import argparse
 import importlib
@@ -7,6 +7,7 @@ from ring_jax.cli import CommandError, find_devices, need
 
 BENCHES = {
     "attention": ("ring_jax.bench.attention", "the flash-attention kernels beside cuDNN, on one GPU"),
+    "model": ("ring_jax.bench.model", "prefill, decode and training of a whole model, and what the GPU could do"),
     "ring": ("ring_jax.bench.ring", "context-parallel attention in a jitted stack of layers, over all GPUs"),
 }
 
@@ -38,7 +39,7 @@ def _check(args: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not isinstance(number, bool) and not number > 0:
                 raise CommandError(f"--{name.replace('_', '-')} must be positive, got {number}")
-    if args.heads % args.kv_heads:
+    if hasattr(args, "heads") and args.heads % args.kv_heads:
         raise CommandError(f"--kv-heads must divide --heads, got {args.kv_heads} and {args.heads}")
     for mask in getattr(args, "masks", ()):
         try:

@@ -107,8 +107,8 @@ class Session:
 
     @property
     def eos(self) -> tuple[int, ...]:
-        """Tokens that end a text."""
-        return self.tokenizer.eos_token_ids or self.model.config.eos_token_ids
+        """Tokens that end a text, as `ring_jax.inference.generate` has them."""
+        return self.model.config.eos_token_ids
 
     def encode(self, text: str, *, raw: bool) -> list[int]:
         """Token ids of a prompt, in the checkpoint's chat template where it has one and `raw` does not forbid it."""

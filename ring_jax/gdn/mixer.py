@@ -121,7 +121,12 @@ class MixerWeights:
 
 
 def mix(
-    weights: MixerWeights, x: Float[Array, "B T D"], cache: GDNCache | None, spread: Spread, implementation=None
+    weights: MixerWeights,
+    x: Float[Array, "B T D"],
+    cache: GDNCache | None,
+    spread: Spread,
+    implementation=None,
+    projected: tuple[Float[Array, "B T F"], Float[Array, "B T _"]] | None = None,
 ) -> tuple[Float[Array, "B T N dv"], GDNCache]:
     """Layer input to heads before the output norm, and the cache to go on from.
 
@@ -131,6 +136,7 @@ def mix(
         cache: of the tokens before; None for none.
         spread: how tokens lie.
         implementation: of the gated delta rule.
+        projected: `weights.project(x)`, from a caller who has it already; not used where `projects_own_heads`.
     """
     if cache is None:
         cache = GDNCache.empty(x.shape[0], weights.heads, weights.conv.shape[0], x.dtype)
@@ -139,9 +145,18 @@ def mix(
         first, last = edges
         state, tail = (segments.carried(c, cache.segment, first) for c in (cache.state, cache.tail))
         cache = GDNCache(state, tail, jnp.where(last >= 0, last, cache.segment))
+    if projects_own_heads(weights.heads, x.shape[-1], spread):
+        return _mix_head_split(weights, x, None, cache, spread, implementation)
+    projected = weights.project(x) if projected is None else projected
     if isinstance(spread, HeadSplit):
-        return _mix_head_split(weights, x, cache, spread, implementation)
-    return mix_projected(weights, *weights.project(x), cache, spread, implementation)
+        return _mix_head_split(weights, x, projected, cache, spread, implementation)
+    return mix_projected(weights, *projected, cache, spread, implementation)
+
+
+def projects_own_heads(heads: Heads, width: int, spread: Spread) -> bool:
+    """Whether a layer under `spread` gathers its input and projects it to its own heads alone: its weights are then cut
+    into those heads at run time."""
+    return isinstance(spread, HeadSplit) and gathers_input(heads, width, spread.shard.ranks)
 
 
 def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, spread: Spread, implementation=None):
@@ -184,16 +199,18 @@ def gathers_input(heads: Heads, width: int, ranks: int) -> bool:
     return width * ranks <= heads.features + 2 * heads.value_heads
 
 
-def _mix_head_split(weights: MixerWeights, x, cache: GDNCache, spread: HeadSplit, implementation):
+def _mix_head_split(weights: MixerWeights, x, projected, cache: GDNCache, spread, implementation):
+    """`projected` is None where own heads are projected here, from the gathered input."""
     heads, shard = weights.heads, spread.shard
     spread.check_heads(heads.key_heads, heads.value_heads)
     ranks, rank = shard.ranks, shard.rank()
     own = _own_weights(weights, rank, ranks)
-    if gathers_input(heads, x.shape[-1], ranks):
+    if projected is None:
         x = lax.all_gather(x, shard.axis, axis=1, tiled=True)
         mixed, ba = own.project(shard.layout.restore(x, 1, ranks))
     else:
-        mixed, ba = _exchange(*weights.project(x), heads, spread)
+        mixed, ba = projected
+        mixed, ba = _exchange(mixed, ba, heads, spread)
     here = GDNCache(spread.own(cache.state, 1), _own(cache.tail, heads.parts, rank, ranks), cache.segment)
     out, here = mix_projected(own, mixed, ba, here, spread.inside, implementation)
     out = axis_to_seq(out, shard, 2)
@@ -243,6 +260,8 @@ def _own(x, sizes: tuple[int, ...], rank, ranks: int):
 
 
 def _own_kernels(kernels: tuple, sizes: tuple[int, ...], rank, ranks: int):
+    if not kernels:  # the caller has projected
+        return ()
     if len(kernels) == 1:
         return (_own(kernels[0], sizes, rank, ranks),)
     return tuple(_own(kernel, (size,), rank, ranks) for kernel, size in zip(kernels, sizes, strict=True))

@@ -47,8 +47,8 @@ def _token(state, xs):
     q, k, v, slow, change, beta = xs  # [B, K, dk] twice, [B, K, R, dv], [B, K, R]...; state [B, K, R, dk, dv]
     changed = change[..., None, None] * state
     state = jnp.where(slow[..., None, None], state + changed, changed)
-    keys = jnp.stack([k, q], axis=2)  # one pass over the state
-    read_k, read_q = jnp.einsum("bkrdv,bkid->ibkrv", state, keys, precision=HIGHEST)
+    # Sums rather than products: XLA makes one pass over the state of both, and writes no decayed state for them.
+    read_k, read_q = (jnp.sum(state * x[:, :, None, :, None], axis=3) for x in (k, q))
     u = beta[..., None] * (v - read_k)
     overlap = jnp.einsum("bkd,bkd->bk", k, q, precision=HIGHEST)
     state = state + k[:, :, None, :, None] * u[..., None, :]

@@ -2,7 +2,7 @@
 
 A step is a folder that gets its name only when it is whole, by one rename, so an interrupted save leaves the earlier
 steps as they were, and of two jobs that save one step one gets an error. Checksums lie in the folder. Parameters are
-stored under flat names ("groups.layers.0.mixer.q") with their global shapes: any mesh can read what another has written.
+stored under flat names ("groups.layers.0.mixer.o") with their global shapes: any mesh can read what another has written.
 """
 
 from __future__ import annotations

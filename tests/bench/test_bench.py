@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ring_jax.bench import attention, flash_backward, ring, trace
+from ring_jax.bench import attention, flash_backward, model, ring, trace
 from ring_jax.cli import main
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES
+from ring_jax.gdn import Heads
+from ring_jax.models.qwen3_5 import Config
 
 NCCL, PEER, KERNEL = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "MemcpyP2P", "flash_attention_forward"
 
@@ -37,6 +39,20 @@ def test_a_trace_without_gpus_has_no_activity(tmp_path):
     assert trace.record(lambda: jnp.ones(3) + 1) == []
 
 
+def test_kinds_of_kernels():
+    names = {
+        "gemm_fusion_dot_12": "matrix products", "nvjet_tst_192x192": "matrix products", "MemcpyD2D": "copies",
+        "loop_dynamic_slice_fusion": "copies", "input_reduce_fusion_3": "reductions", "loop_add_fusion": "other fusions",
+        KERNEL: "attention", NCCL: "transfers", "gated_delta_rule_forward": "gated delta rule", "void what()": "other kernels",
+    }  # fmt: skip
+    events = [(float(i), i + 0.5, name) for i, name in enumerate(names)]
+    found = trace.activity_of("GPU:0", [*events, (20, 22, "nvjet_tst_64x8")]).by_kind()
+    assert found.keys() == set(names.values())
+    assert next(iter(found.items())) == ("matrix products", {"ms": 3.0, "alone_ms": 3.0, "calls": 3})
+    both = trace.activity_of("GPU:0", [(0, 3, "MemcpyD2D"), (1, 2, KERNEL)]).by_kind()
+    assert both["copies"]["alone_ms"] == 2 and both["attention"]["alone_ms"] == 0
+
+
 def test_timeline_is_drawn(tmp_path):
     activities = [trace.activity_of(f"GPU:{i}", [(0, 2, KERNEL), (1, 3, NCCL)]) for i in range(2)]
     trace.draw(activities, tmp_path / "timeline.png", "two GPUs", (0, 3))
@@ -59,7 +75,7 @@ def test_table_beside_the_pull_requests(capsys):
     assert "| causal | 16384 | 4 | 1.54x | 3.25x |" in table and "| causal | 4096 | 2 | - | 3.25x |" in table
 
 
-@pytest.mark.parametrize("bench", ["attention", "ring"])
+@pytest.mark.parametrize("bench", ["attention", "model", "ring"])
 def test_says_which_gpu_it_needs(bench, capsys):
     assert main(["bench", bench]) == 2
     assert "GPU" in capsys.readouterr().err
@@ -103,6 +119,33 @@ def test_attention_bench_reports_every_case(monkeypatch, tmp_path, capsys):
     }
     assert report["matmul_tflops"] == 800 and report["environment"]["jax"] == jax.__version__
     assert (tmp_path / "bars.png").stat().st_size > 0
+
+
+def test_flops_of_the_model():
+    """Qwen3.5-9B, 8192 tokens, by hand."""
+    width, tokens, mlp = 4096, 8192, 3 * 4096 * 12288
+    linear = width * (2048 + 2048 + 4096 + 4096 + 32 + 32) + 4096 * width
+    full = width * (2 * 4096 + 1024 + 1024) + 4096 * width
+    products = 2 * tokens * (32 * mlp + 24 * linear + 8 * full)
+    flops = products + 8 * 2 * tokens**2 * 4096 + 24 * 1.7e11 * tokens / 32768
+    assert model.model_flops(Config.preset("qwen3.5-9b"), tokens) == pytest.approx(flops, rel=1e-3)  # norms, decays
+    experts = model.sizes(Config.preset("qwen3.5-35b-a3b"))["groups.layers.0.mlp.down"]
+    assert experts == 10 * 8 * 512 * 2048  # of ten groups the experts of one token
+
+
+def test_model_bench_on_a_small_model(monkeypatch, tmp_path, capsys):
+    config = Config.preset("qwen3.5-0.8b")
+    small = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "layer_types": (), "num_heads": 2, "num_kv_heads": 1}
+    small |= {"head_dim": 16, "linear": Heads(2, 2, 8, 8), "mlp_size": 32}
+    monkeypatch.setitem(model.PRESETS, "qwen3.5-0.8b", dataclasses.replace(config, **small))
+    parser = argparse.ArgumentParser()
+    model.add_arguments(parser)
+    flags = "--preset qwen3.5-0.8b --prefill --decode 201 --steps 2 --repeats 1 --profile"
+    assert model.run(parser.parse_args([*flags.split(), "--json", str(tmp_path / "rows.json")])) == 0
+    out = capsys.readouterr().out
+    assert "relative error of the logits" in out and "decode" in out
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["what"] == "decode" and row["ms"] > 0 and row["gigabytes_read"] > 0 and row["share_of_bandwidth"] is None
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ring_jax.context.decode import attend_few, merge_ranks
+from ring_jax.context.decode import attend_few, attend_parts, merge_ranks
 from ring_jax.layout import as_layout
 
 B, S, N, K, H = 3, 24, 4, 2, 8
@@ -39,6 +39,22 @@ def test_attends_to_the_visible_keys_only(tokens):
     np.testing.assert_allclose(out, want, atol=2e-6)
     np.testing.assert_allclose(lse, want_lse, atol=2e-6)
     assert (out[2] == 0).all() and np.isneginf(lse[2]).all()
+
+
+def test_parts_are_one_softmax():
+    """Keys in three arrays, of which rows see different numbers, are as those that they see in one."""
+    query, key, value = inputs(2)
+    counts = np.array([[10, 9, 1], [4, 0, 1], [0, 0, 0]], np.int32)  # of arrays of 10, 9 and 5
+    places = [[*range(a), *range(10, 10 + b), *range(19, 19 + c)] for a, b, c in counts]
+    seen = np.zeros((2, B, S, K, H), np.float32)
+    for row, place in enumerate(places):
+        seen[:, row, : len(place)] = key[row, place], value[row, place]
+    cuts = [slice(0, 10), slice(10, 19), slice(19, S)]
+    parts = [(key[:, cut], value[:, cut], count) for cut, count in zip(cuts, counts.T, strict=True)]
+    out, lse = attend_parts(jnp.asarray(query), [tuple(map(jnp.asarray, part)) for part in parts])
+    want, want_lse = dense(query, *seen, np.array([len(place) for place in places]))
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-6)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])

@@ -176,7 +176,8 @@ class _Inputs:
 
     def history(self) -> list[jax.Array]:
         """The W - 1 inputs before the tile, as its first token sees them unless it begins a document."""
-        history, window = self.block.problem.width - 1, []
+        history = self.block.problem.width - 1
+        window: list[jax.Array] = []
         for i in range(history):
             row = self.block.first_row - history + i
             inside = lax.max(row, 0)

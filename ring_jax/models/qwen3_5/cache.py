@@ -20,17 +20,19 @@ from ring_jax.models.qwen3_5.sharding import Sharding
 class Cache:
     """The state of a batch of texts. Keys lie where prefill computed them; nothing moves between prefill and decode.
 
-    Leading axes: G groups of layers, then the layers of one kind in a group.
+    Keys and values of all full-attention layers are one array, along whose first axis, M = 2 x layers, those of layer n are
+    2n and 2n + 1: XLA lets a product read a slice of an argument where it lies if it is cut along the first axis only.
 
     Fields:
-        prompt: keys and values of the prompt, packed, in the order of the context's layout and sharded like it.
-        new: those of decoded tokens; the one at position lengths + j lies on context rank j mod C, slot j // C.
-        gdn: states and convolution tails, the same on all context ranks.
+        prompt_kv: keys and values of the prompt, in the order of the context's layout and sharded like it.
+        new_kv: those of decoded tokens; the one at position lengths + j lies on context rank j mod C, slot j // C.
+        gdn: states and convolution tails, the same on all context ranks; leading axes: G groups of layers, then the GDN
+            layers of a group.
         lengths: tokens of each row's prompt. count: tokens decoded since.
     """
 
-    prompt: Float[Array, "G L 2 B S K H"]
-    new: Float[Array, "G L 2 B R K H"]
+    prompt_kv: Float[Array, "M B S K H"]
+    new_kv: Float[Array, "M B R K H"]
     gdn: GDNCache
     lengths: Int[Array, " B"]
     count: Int[Array, ""]
@@ -39,7 +41,12 @@ class Cache:
     @property
     def room(self) -> int:
         """How many tokens can be decoded in all."""
-        return self.new.shape[4]
+        return self.new_kv.shape[2]
+
+    @property
+    def prompt(self) -> Float[Array, "G L 2 B S K H"]:
+        """Keys and values of the prompt by group, full-attention layer of the group, and kind."""
+        return self.prompt_kv.reshape(self.gdn.state.shape[0], -1, 2, *self.prompt_kv.shape[1:])
 
     @property
     def positions(self) -> jax.Array:
@@ -50,17 +57,20 @@ class Cache:
 def cache_specs(sharding: Sharding) -> Any:
     """PartitionSpecs of a `Cache`."""
     batch, tensor = sharding.batch, sharding.tensor
-    keys = P(None, None, None, batch, sharding.sequence, tensor)
+    keys = P(None, batch, sharding.sequence, tensor)
     gdn = GDNCache(P(None, None, batch, tensor), P(None, None, batch, None, tensor), P(None, None, batch))  # type: ignore[arg-type]
     return Cache(keys, keys, gdn, P(batch), P())  # type: ignore[arg-type]
 
 
-def append(cache: Cache, new: Float[Array, "G L 2 B 1 K H"], rank, ranks: int) -> Array:
-    """`cache.new` one token later; on this rank's shards."""
+def append(cache: Cache, kv: Float[Array, "M B 1 K H"], rank, ranks: int) -> Array:
+    """`cache.new_kv` one token later; on this rank's shards."""
     slot = cache.count // ranks
-    at = tuple(
-        slot if axis == 4 else jnp.zeros_like(slot) for axis in range(7)
-    )  # of one dtype: Python zeros may be wider
-    here = (cache.count % ranks == rank) & (slot < cache.new.shape[4])  # beyond the room nothing is overwritten
-    old = jax.lax.dynamic_slice(cache.new, at, new.shape)
-    return jax.lax.dynamic_update_slice(cache.new, jnp.where(here, new, old), at)
+    at = tuple(slot if axis == 2 else jnp.zeros_like(slot) for axis in range(5))  # Python zeros may be wider
+    here = (cache.count % ranks == rank) & (slot < cache.new_kv.shape[2])  # beyond the room nothing is overwritten
+    old = jax.lax.dynamic_slice(cache.new_kv, at, kv.shape)
+    return jax.lax.dynamic_update_slice(cache.new_kv, jnp.where(here, kv, old), at)
+
+
+def put(stacked: Array, at: tuple[int, int], value: Array) -> Array:
+    """`stacked` [G, L, ...] with the value of layer `at` replaced: in place where the array is not read again."""
+    return jax.lax.dynamic_update_slice(stacked, value[None, None].astype(stacked.dtype), (*at, *(0,) * value.ndim))

@@ -7,6 +7,7 @@ Sources: transformers' `modeling_qwen3_5.py`, `modeling_qwen3_5_moe.py`, `modeli
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -16,14 +17,13 @@ from jaxtyping import Array
 
 from ring_jax import gdn
 from ring_jax.gdn.checks import widened
-from ring_jax.gdn.mixer import MixerWeights, mix, mix_projected
+from ring_jax.gdn.mixer import MixerWeights, mix, projects_own_heads
 from ring_jax.models.qwen3_5.config import FULL, Config
 from ring_jax.models.qwen3_5.initial import stacked
-from ring_jax.models.qwen3_5.local import Local, Step
+from ring_jax.models.qwen3_5.local import Local
 from ring_jax.models.qwen3_5.sharding import (
     EXPERTS,
     FEATURES,
-    HEADS,
     KEY_VALUE_HEADS,
     LINEAR_HEADS,
     REDUCED,
@@ -65,25 +65,26 @@ class Layer(nnx.Module):
 
 
 class FullAttention(nnx.Module):
-    """Grouped-query attention with q/k norm, partial RoPE and an output gate."""
+    """Grouped-query attention with q/k norm, partial RoPE and an output gate.
+
+    What a token is projected to lies in one parameter, key-value head by key-value head: the queries and gates that share
+    it, then its key and its value. So it is one product, and a tensor axis cuts it between heads.
+    """
 
     def __init__(self, config: Config, make: Any, dtype: Any):
-        width, size = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
+        width, size, kv_heads = config.hidden_size, config.head_dim, config.num_kv_heads
+        heads = config.num_heads * size
         self.config = config
-        self.q = make((width, 2 * heads), (REDUCED, HEADS), "rows", dtype)  # for each head: query, gate
-        self.k = make((width, kv_heads), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
-        self.v = make((width, kv_heads), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
+        self.queries = 2 * heads // kv_heads  # for each head: query, gate
+        self.in_proj = make((width, kv_heads * (self.queries + 2 * size)), (REDUCED, KEY_VALUE_HEADS), "rows", dtype)
         self.o = make((heads, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
         self.q_norm = make((size,), (WHOLE,), "zeros", dtype)
         self.k_norm = make((size,), (WHOLE,), "zeros", dtype)
 
     def __call__(self, x_btd: Array, cache: Any, here: Any, spread: None = None) -> tuple[Array, Array]:
         config, size = self.config, self.config.head_dim
-        split = (*x_btd.shape[:2], -1, size)
-        q, gate = jnp.split(here.product(x_btd, self.q[...]).reshape(*x_btd.shape[:2], -1, 2 * size), 2, axis=-1)
-        k = here.product(x_btd, self.k[...]).reshape(split)
-        v = here.product(x_btd, self.v[...]).reshape(split)
+        queries, k, v = _by_head(here.product(x_btd, self.in_proj[...]), (self.queries, size, size))
+        q, gate = jnp.split(queries.reshape(*x_btd.shape[:2], -1, 2 * size), 2, axis=-1)
         rope = functools.partial(apply_rope, theta=config.rope_theta, rotary_fraction=config.rotary_fraction)
         q = rope(norm(q, self.q_norm, config), here.positions)
         k = rope(norm(k, self.k_norm, config), here.positions)
@@ -93,22 +94,22 @@ class FullAttention(nnx.Module):
 
 
 class GatedDeltaNet(nnx.Module):
-    """The gated delta rule behind a short convolution, before a gated norm; `ring_jax.gdn.mixer` has the formulas."""
+    """The gated delta rule behind a short convolution, before a gated norm; `ring_jax.gdn.mixer` has the formulas.
+
+    What a token is projected to lies in one parameter, key head by key head: its query and key, then of the value heads
+    that it serves the values, gates z, and b and a. So it is one product, and a tensor axis cuts it between heads.
+    """
 
     def __init__(self, config: Config, make: Any, dtype: Any):
         width, heads = config.hidden_size, config.linear
         self.config = config
         keys, _, values = heads.parts
-        n, taps = heads.value_heads, config.conv_width
-        self.q = make((width, keys), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.k = make((width, keys), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.v = make((width, values), (REDUCED, LINEAR_HEADS), "rows", dtype)
+        n, taps, shared = heads.value_heads, config.conv_width, heads.value_heads // heads.key_heads
+        self.sizes = (heads.key_size,) * 2 + (shared * heads.value_size,) * 2 + (shared,) * 2  # q, k, v, z, b, a
+        self.in_proj = make((width, heads.key_heads * sum(self.sizes)), (REDUCED, LINEAR_HEADS), "rows", dtype)
         self.conv_q = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
         self.conv_k = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
         self.conv_v = make((taps, values), (WHOLE, LINEAR_HEADS), "rows", dtype)
-        self.z = make((width, values), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.b = make((width, n), (REDUCED, LINEAR_HEADS), "rows", dtype)
-        self.a = make((width, n), (REDUCED, LINEAR_HEADS), "rows", dtype)
         self.A_log = make((n,), (LINEAR_HEADS,), "decay", jnp.float32)
         self.dt_bias = make((n,), (LINEAR_HEADS,), "time_step", dtype)
         self.norm = make((heads.value_size,), (WHOLE,), "ones", jnp.float32)
@@ -116,17 +117,20 @@ class GatedDeltaNet(nnx.Module):
 
     def __call__(self, x_btd: Array, cache: Any, here: Local, spread: gdn.Spread) -> tuple[Array, gdn.GDNCache]:
         width, heads = x_btd.shape[-1], self.config.linear.share(here.tensor_ranks)
-        kernels = (self.q, self.k, self.v), (self.b, self.a)
         conv = jnp.concatenate([self.conv_q[...], self.conv_k[...], self.conv_v[...]], axis=-1)
-        rest: dict[str, Any] = {"conv": conv, "a_log": self.A_log[...], "dt_bias": self.dt_bias[...], "heads": heads}
-        if isinstance(here, Step):
-            mixed, ba = (jnp.concatenate([here.product(x_btd, w[...]) for w in ws], axis=-1) for ws in kernels)
-            out, cache = mix_projected(MixerWeights((), (), **rest), mixed, ba, cache, spread)
+        weights: Any = functools.partial(
+            MixerWeights, conv=conv, a_log=self.A_log[...], dt_bias=self.dt_bias[...], heads=heads
+        )
+        flat = lambda parts: [part.reshape(*part.shape[:-2], -1) for part in parts]  # noqa: E731
+        if projects_own_heads(heads, width, spread):
+            q, k, v, z, b, a = flat(_by_head(here.weight(self.in_proj[...], 0, width, x_btd), self.sizes))
+            gate = here.product(x_btd, z)
+            out, cache = mix(weights((q, k, v), (b, a)), x_btd, cache, spread)
         else:
-            qkv, split_ba = (tuple(here.weight(w[...], 0, width, x_btd) for w in ws) for ws in kernels)
-            out, cache = mix(MixerWeights(qkv, split_ba, **rest), x_btd, cache, spread)
-        gate = here.product(x_btd, self.z[...]).reshape(out.shape)
-        out = gated_rms_norm(out, gate, self.norm[...], self.config.norm_epsilon)
+            q, k, v, gate, b, a = flat(_by_head(here.product(x_btd, self.in_proj[...]), self.sizes))
+            projected = jnp.concatenate([q, k, v], axis=-1), jnp.concatenate([b, a], axis=-1)
+            out, cache = mix(weights((), ()), x_btd, cache, spread, projected=projected)
+        out = gated_rms_norm(out, gate.reshape(out.shape), self.norm[...], self.config.norm_epsilon)
         y = here.sum_tensor(here.product(out.reshape(*x_btd.shape[:2], -1), self.o[...]))
         return y, cache
 
@@ -176,6 +180,12 @@ class SparseMLP(nnx.Module):
         shared = here.sum_tensor(_swiglu(x_btd, self.shared_gate_up[...], self.shared_down[...], here))
         gate = jax.nn.sigmoid(jnp.einsum("btd,d->bt", x_btd, self.shared_gate[...].astype(dtype)))[..., None]
         return routed.reshape(x_btd.shape) + gate * shared, stats
+
+
+def _by_head(x, sizes: tuple[int, ...]):
+    """The last axis, head by head parts of the given sizes: each part [..., heads, size]."""
+    x = x.reshape(*x.shape[:-1], -1, sum(sizes))
+    return jnp.split(x, list(itertools.accumulate(sizes[:-1])), axis=-1)
 
 
 def _swiglu(x, gate_up, down, here: Local):

@@ -8,6 +8,7 @@ multiply the part of x that fits their part of the weight and sum, which moves a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from ring_jax import gdn
+from ring_jax._device import target
 from ring_jax._mesh import axis_names
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.context import ring_attention
-from ring_jax.context.decode import attend_few, merge_ranks
+from ring_jax.context.decode import attend_parts, merge_ranks
 from ring_jax.context.shard import Shard
-from ring_jax.flash import flash_attention, merge_partials
+from ring_jax.flash import flash_attention
 from ring_jax.gdn import OneDevice
 from ring_jax.mask import ResolvedMask
 from ring_jax.models.qwen3_5.sharding import Sharding
+
+_FEW = 8  # rows of a product
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,10 +53,10 @@ class Local:
         size = x.shape[-1]
         axes = self._weights_axes() if w.shape[0] != size else ()
         if not axes or varying_axes(x) & set(axes):
-            return jnp.matmul(x, self.weight(w, 0, size, x).astype(x.dtype), preferred_element_type=dtype)
+            return _matmul(x, self.weight(w, 0, size, x), dtype)
         start = lax.axis_index(axes) * w.shape[0]
         part = lax.dynamic_slice_in_dim(x, start, w.shape[0], x.ndim - 1)
-        return lax.psum(jnp.matmul(part, w.astype(x.dtype), preferred_element_type=jnp.float32), axes).astype(dtype)
+        return lax.psum(_matmul(part, w, jnp.float32), axes).astype(dtype)
 
     def sum_tensor(self, y: jax.Array) -> jax.Array:
         """The sum over the tensor axis of what its ranks have computed from their heads or features."""
@@ -152,6 +156,22 @@ class Local:
         return tuple(name for name in axis_names(self.sharding.weights) if name not in used and lax.axis_size(name) > 1)
 
 
+def _matmul(x, w, dtype):
+    """x [..., D] times w [D, F] in x's dtype, summed and returned in `dtype`.
+
+    For GPUs, fewer than eight rows are made eight. XLA turns the product of one row with a weight of less than ten million
+    elements into sums over multiplied arrays: with bfloat16 those are rounded before they are summed, and where they are
+    fused into what reads the result, or written out first, the weight is read far slower than a product reads it. A matrix
+    unit multiplies eight rows or more at a time anyway.
+    """
+    w, rows = w.astype(x.dtype), math.prod(x.shape[:-1])
+    if rows >= _FEW or target().platform != "gpu":
+        return jnp.matmul(x, w, preferred_element_type=dtype)
+    few = jnp.pad(x.reshape(rows, -1), ((0, _FEW - rows), (0, 0)))
+    few = lax.optimization_barrier(few)  # or XLA takes the padding away
+    return jnp.matmul(few, w, preferred_element_type=dtype)[:rows].reshape(*x.shape[:-1], -1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt(Local):
     """Whole sequences, laid out over the context axis: many new tokens, nothing before them.
@@ -181,12 +201,12 @@ class Prompt(Local):
             out = ring_attention(query, key, value, mask=self.mask, context=context, **options)
         return out.astype(query.dtype), jnp.stack([key, value])
 
-    def run(self, layers: Callable, x, caches: None, shape: gdn.GDNShape):
-        """A run of GDN layers: `layers(x, caches, spread) -> (y, caches, sums)`."""
+    def run(self, layers: Callable, x, shape: gdn.GDNShape):
+        """A run of GDN layers: `layers(x, spread) -> (y, caches, sums)`."""
         if self.sharding is None:
-            return layers(x, None, OneDevice(self.segment_ids))
+            return layers(x, OneDevice(self.segment_ids))
         return gdn.run(
-            lambda _, x, caches, spread: layers(x, caches, spread),
+            lambda _, x, caches, spread: layers(x, spread),
             None,
             x,
             context=self.sharding.context,
@@ -218,28 +238,20 @@ class Step(Local):
     lengths: jax.Array
     count: jax.Array
 
-    def attend(self, query, key, value, cache) -> tuple[jax.Array, jax.Array]:
-        """cache: packed keys and values (of the prompt, of the new tokens) that are here. The token sees itself too."""
-        own = jnp.stack([key, value])
+    def attend(self, query, key, value, cache) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """cache: (keys, values) of the prompt, and of the new tokens. Returned are the token's own; the first rank counts
+        them, so that the token sees itself once."""
+        prompt, new = cache
         rank, ranks = (self.prompt.rank(), self.prompt.ranks) if self.prompt is not None else (0, 1)
-        older, newer = cache
         seen = self.lengths
         if self.prompt is not None:
             seen = self.prompt.layout.count_below(seen, rank, self.prompt.length, ranks)
-        new = jnp.broadcast_to((self.count - rank + ranks - 1) // ranks, self.lengths.shape)
-        partial = merge_partials(*attend_few(query, older, seen), *attend_few(query, newer, new))
+        later = jnp.broadcast_to((self.count - rank + ranks - 1) // ranks, self.lengths.shape)
+        itself = jnp.broadcast_to(jnp.asarray(rank == 0, jnp.int32), self.lengths.shape)
+        out, lse = attend_parts(query, [(*prompt, seen), (*new, later), (key, value, itself)])
         if self.prompt is not None:
-            partial = merge_ranks(*partial, self.prompt.axis)
-        out, _ = merge_partials(*partial, *attend_few(query, own, jnp.ones_like(self.lengths)))
-        return out.astype(query.dtype), own
-
-    def run(self, layers: Callable, x, caches, shape):
-        del shape
-        return layers(x, caches, OneDevice())
-
-    @property
-    def valid(self) -> None:
-        return None
+            out, _ = merge_ranks(out, lse, self.prompt.axis)
+        return out.astype(query.dtype), (key, value)
 
     def token_axes(self, *, rows_only: bool = False) -> tuple[str, ...]:
         return super().token_axes(rows_only=True)

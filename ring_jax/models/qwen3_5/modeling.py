@@ -4,6 +4,7 @@
 
 where three of four mixers are gated delta rules, the fourth full attention. Layers are stacked in groups, one
 repetition of that pattern each, and a scan walks the groups: a program has the size of one group whatever the depth.
+In decode a loop walks them, so that nothing but reading the weights takes time.
 
 The whole model is one `shard_map`, manual over every mesh axis. Tokens enter in natural order and are laid out once;
 full attention runs as ring attention, runs of GDN layers as `ring_jax.gdn.run` spreads them; everything else acts on
@@ -232,12 +233,15 @@ class Qwen3_5(nnx.Module):
             logits, new, states = _run_here(HashablePartial(passes.decode, (graph,)), params, tokens, cache)
         else:
             mesh, rows, caches = self.sharding.resolve_mesh(), P(self.sharding.batch), cache_specs(self.sharding)
-            in_specs, out_specs = (self.param_specs(self.sharding, mesh), rows, caches), (rows, caches.new, caches.gdn)
+            in_specs, out_specs = (
+                (self.param_specs(self.sharding, mesh), rows, caches),
+                (rows, caches.new_kv, caches.gdn),
+            )
             operands = (params, tokens, cache)
             logits, new, states = run_sharded(
                 HashablePartial(passes.decode, (graph,)), mesh, in_specs, out_specs, operands
             )
-        return logits, dataclasses.replace(cache, new=new, gdn=states, count=cache.count + 1)
+        return logits, dataclasses.replace(cache, new_kv=new, gdn=states, count=cache.count + 1)
 
     def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
         """`local` on every rank's share of the prompts, laid out by itself."""
@@ -327,10 +331,10 @@ class Qwen3_5(nnx.Module):
     def _check_cache(self, cache: Cache) -> None:
         check_instance("cache", cache, Cache, "a ring_jax.models.qwen3_5.Cache, of model(..., cache_room=...)")
         config = self.config
-        full = sum(kind == FULL for kind in config.layer_types[: config.period])
-        sizes = {"G": config.groups, "L": full, "K": config.num_kv_heads, "H": config.head_dim}
-        check_array("cache.prompt", cache.prompt, "G L 2 B S K H", sizes, advice="a cache belongs to its model")
-        check_array("cache.new", cache.new, "G L 2 B R K H", sizes)
+        kinds = 2 * config.layer_types.count(FULL)  # keys and values
+        sizes = {"M": kinds, "K": config.num_kv_heads, "H": config.head_dim}
+        check_array("cache.prompt_kv", cache.prompt_kv, "M B S K H", sizes, advice="a cache belongs to its model")
+        check_array("cache.new_kv", cache.new_kv, "M B R K H", sizes)
         check_array("cache.lengths", cache.lengths, "B", sizes, kind="integer")
         check_array("cache.count", cache.count, "", kind="integer")
         check_instance("cache.gdn", cache.gdn, GDNCache, "a ring_jax.gdn.GDNCache")

@@ -29,6 +29,12 @@ _PREFIX = re.compile(r"model\.language_model\.")
 FLOAT32 = ("A_log", "norm")
 # Positions along an axis of two: gate and up projection of an MLP are one parameter.
 _FIXED = {"gate": 0, "up": 1}
+# Projections of one input are one parameter, whose columns go head by head: what a head of each kind holds, in order, and
+# the tensors' dimension that the heads share equally.
+_HEADS = {
+    "nk": {"q": "QK", "k": "QK", "v": "Z", "z": "Z", "b": "nv", "a": "nv"},
+    "nkv": {"qg": "QG", "k": "KV", "v": "KV"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +44,9 @@ class Rule:
     Fields:
         tensor: its name after "model.layers.{n}." ("{e}" is an expert).
         axes: its dimensions. "a+b" is a concatenation: part 0 has the a, part 1 the b; "1" is of size one.
-        parts: "parameter: dimensions" without the leading one of groups; "gate" and "up" are index 0 and 1 of two.
-        interleaved: the concatenation is repeated for every key head.
+        parts: "parameter: dimensions" without the leading one of groups; "gate" and "up" are index 0 and 1 of two, "nk.q"
+            is what of every head (`_HEADS`) this part is.
+        interleaved: the concatenation is repeated for every head.
     """
 
     tensor: str
@@ -62,9 +69,9 @@ NORMS = (
     _rule("post_attention_layernorm.weight", "D", "post_norm: D"),
 )
 ATTENTION = (
-    _rule("self_attn.q_proj.weight", "QG D", "mixer.q: D QG"),
-    _rule("self_attn.k_proj.weight", "KV D", "mixer.k: D KV"),
-    _rule("self_attn.v_proj.weight", "KV D", "mixer.v: D KV"),
+    _rule("self_attn.q_proj.weight", "QG D", "mixer.in_proj: D nkv.qg"),
+    _rule("self_attn.k_proj.weight", "KV D", "mixer.in_proj: D nkv.k"),
+    _rule("self_attn.v_proj.weight", "KV D", "mixer.in_proj: D nkv.v"),
     _rule("self_attn.o_proj.weight", "D Q", "mixer.o: Q D"),
     _rule("self_attn.q_norm.weight", "H", "mixer.q_norm: H"),
     _rule("self_attn.k_norm.weight", "H", "mixer.k_norm: H"),
@@ -76,20 +83,18 @@ LINEAR = (
     _rule("linear_attn.norm.weight", "dv", "mixer.norm: dv"),
     _rule("linear_attn.out_proj.weight", "D Z", "mixer.o: Z D"),
 )
+_QKV = tuple(f"mixer.in_proj: D nk.{part}" for part in "qkv")
 SEPARATE = (
-    _rule("linear_attn.in_proj_qkv.weight", "QK+QK+Z D", "mixer.q: D QK", "mixer.k: D QK", "mixer.v: D Z"),
-    _rule("linear_attn.in_proj_z.weight", "Z D", "mixer.z: D Z"),
-    _rule("linear_attn.in_proj_b.weight", "nv D", "mixer.b: D nv"),
-    _rule("linear_attn.in_proj_a.weight", "nv D", "mixer.a: D nv"),
+    _rule("linear_attn.in_proj_qkv.weight", "QK+QK+Z D", *_QKV),
+    _rule("linear_attn.in_proj_z.weight", "Z D", "mixer.in_proj: D nk.z"),
+    _rule("linear_attn.in_proj_b.weight", "nv D", "mixer.in_proj: D nk.b"),
+    _rule("linear_attn.in_proj_a.weight", "nv D", "mixer.in_proj: D nk.a"),
 )
 FUSED = (
+    _rule("linear_attn.in_proj_qkvz.weight", "QK+QK+Z+Z D", *_QKV, "mixer.in_proj: D nk.z", interleaved=True),
     _rule(
-        "linear_attn.in_proj_qkvz.weight",
-        "QK+QK+Z+Z D",
-        *("mixer.q: D QK", "mixer.k: D QK", "mixer.v: D Z", "mixer.z: D Z"),
-        interleaved=True,
+        "linear_attn.in_proj_ba.weight", "nv+nv D", "mixer.in_proj: D nk.b", "mixer.in_proj: D nk.a", interleaved=True
     ),
-    _rule("linear_attn.in_proj_ba.weight", "nv+nv D", "mixer.b: D nv", "mixer.a: D nv", interleaved=True),
 )
 DENSE = (
     _rule("mlp.gate_proj.weight", "F D", "mlp.gate_up: D gate F"),
@@ -128,7 +133,9 @@ def _sizes(config: Config) -> dict[str, int]:
         "H": config.head_dim,
         "QK": heads.key_heads * heads.key_size,
         "Z": heads.value_heads * heads.value_size,
+        "nk": heads.key_heads,
         "nv": heads.value_heads,
+        "nkv": config.num_kv_heads,
         "dv": heads.value_size,
         "W": config.conv_width,
     }
@@ -272,34 +279,49 @@ def _add(result: Plan, config: Config, sizes: dict[str, int], rule: Rule, layer:
         result.tensors[name] = tensor_shape
         for index, part in enumerate(rule.parts):
             key, _, dims = part.partition(": ")
-            names = dims.split()
             path: Path = (*where, *key.split("."))
-            shape = tuple(sizes[dim] for dim in names)
-            fixed = {d: _FIXED[dim] for d, dim in enumerate(names) if dim in _FIXED}
+            names: list[str | None] = list(dims.split())
+            shape = tuple(sum(_held(dim, sizes).values()) * sizes[dim.split(".")[0]] for dim in dims.split())
+            box = [(0, size) for size in shape]
+            fixed = {d: _FIXED[dim] for d, dim in enumerate(dims.split()) if dim in _FIXED}
             if by_expert:
                 fixed[names.index("E")] = expert
+            for d, place in fixed.items():
+                names[d], box[d] = None, (place, place + 1)
             if layer is not None:
-                shape, names = (config.groups, *shape), ["", *names]
-                fixed = {0: group} | {d + 1: at for d, at in fixed.items()}
+                shape, box, names = (config.groups, *shape), [(group, group + 1), *box], [None, *names]
             result.params[path] = shape
-            heads = config.linear.key_heads if rule.interleaved else 1
-            result.pieces += _pieces(name, path, axes, names, shape, fixed, index, heads, sizes)
+            for source, target, places in _boxes(axes, names, box, index, rule.interleaved, sizes):
+                result.pieces.append(Piece(name, path, source, target, places))
 
 
-def _pieces(tensor, path, axes, names, shape, fixed, index, heads, sizes) -> Iterator[Piece]:
-    """The boxes of part `index` of a tensor: one, or one for every key head where heads are interleaved."""
-    places = [None if d in fixed else _find(axes, dim, index) for d, dim in enumerate(names)]
-    target = [(fixed[d], fixed[d] + 1) if d in fixed else (0, size) for d, size in enumerate(shape)]
+def _held(dim: str, sizes: dict[str, int]) -> dict[str, int]:
+    """What one head of a parameter's dimension "heads.part" holds, sizes in order; of any other, one entry."""
+    heads, _, part = dim.partition(".")
+    return {held: sizes[whole] // sizes[heads] for held, whole in _HEADS[heads].items()} if part else {dim: 1}
+
+
+def _boxes(axes, names, box, index: int, interleaved: bool, sizes) -> Iterator[tuple[Box, Box, tuple[int | None, ...]]]:
+    """Part `index` of a tensor as boxes (of the tensor, of the parameter, axes): one, or one for each head."""
+    cut = next((d for d, name in enumerate(names) if name and "." in name), None)
+    kind, part = ("", "") if cut is None else names[cut].split(".")
+    heads = 1 if cut is None else sizes[kind]
+    names = [_HEADS[kind][part] if d == cut else name for d, name in enumerate(names)]
+    places = [None if name is None else _find(axes, name, index) for name in names]
     for head in range(heads):
-        source = [(0, sum(sizes[name] for name in axis)) for axis in axes]
+        source, target = [(0, sum(sizes[name] for name in axis)) for axis in axes], list(box)
+        if cut is not None:
+            held = _held(f"{kind}.{part}", sizes)
+            start = head * sum(held.values()) + sum(list(held.values())[: list(held).index(part)])
+            target[cut] = (start, start + held[part])
         for d, axis in enumerate(places):
-            if axis is None or len(axes[axis]) == 1:
+            if axis is None or (len(axes[axis]) == 1 and d != cut):
                 continue
-            size, total = shape[d] // heads, source[axis][1] // heads
-            start = head * total + sum(sizes[name] for name in axes[axis][:index]) // heads
+            total, size = source[axis][1], target[d][1] - target[d][0]
+            before = sum(sizes[name] for name in axes[axis][: index if len(axes[axis]) > 1 else 0])
+            start = head * (total // heads) + before // heads if interleaved else before + head * size
             source[axis] = (start, start + size)
-            target[d] = (head * size, (head + 1) * size)
-        yield Piece(tensor, path, tuple(source), tuple(target), tuple(places))
+        yield tuple(source), tuple(target), tuple(places)
 
 
 def _find(axes: list[list[str]], dim: str, index: int) -> int:

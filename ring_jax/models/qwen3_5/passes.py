@@ -1,6 +1,6 @@
 """One pass of the model, inside the shard_map (or without a mesh): over prompts, or a decoded token.
 
-Tokens are laid out once, a scan walks the groups of layers, and what the layers leave becomes the cache.
+Tokens are laid out once, a scan walks the groups of layers (in decode a loop), and what the layers leave becomes the cache.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ring_jax._vma import pcast_to
 from ring_jax.gdn import segments
 from ring_jax.mask import Mask, causal, documents
 from ring_jax.mask import lengths as lengths_mask
-from ring_jax.models.qwen3_5.cache import Cache, append
-from ring_jax.models.qwen3_5.config import LINEAR
+from ring_jax.models.qwen3_5.cache import Cache, append, put
+from ring_jax.models.qwen3_5.config import FULL, LINEAR
 from ring_jax.models.qwen3_5.layers import Layer, norm
 from ring_jax.models.qwen3_5.local import Local, Prompt, Step
 from ring_jax.moe import RouterStats
@@ -77,12 +77,12 @@ def forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> Ou
         logits = here.whole_vocabulary(_logits(model, here, here.sum_context(x)))
     if ask.cache_room is not None:
         ranks = 1 if model.sharding is None else model.sharding.context.ranks()
-        G, L, two, B, _, K, H = left.keys.shape
-        new = jnp.zeros((G, L, two, B, -(-ask.cache_room // ranks), K, H), left.keys.dtype)
-        lengths = jnp.full(B, ask.seq_len, jnp.int32) if lengths is None else to_int32(lengths)
+        prompt = left.keys.reshape(-1, *left.keys.shape[3:])
+        new = jnp.zeros((*prompt.shape[:2], -(-ask.cache_room // ranks), *prompt.shape[3:]), prompt.dtype)
+        lengths = jnp.full(tokens.shape[0], ask.seq_len, jnp.int32) if lengths is None else to_int32(lengths)
         (lengths,) = pcast_to((lengths,), here.token_axes(rows_only=True))
         new = pcast_to(new, here.token_axes() + axis_names(here.tensor))
-        cache = Cache(left.keys, new, left.states, lengths, jnp.zeros((), jnp.int32))
+        cache = Cache(prompt, new, left.states, lengths, jnp.zeros((), jnp.int32))
     if ask.hidden:
         hidden = _natural(left.hidden, here, seq_axis=2)
     return Output(logits, cache, hidden, left.stats)
@@ -90,18 +90,43 @@ def forward(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> Ou
 
 def decode(params, tokens, cache: Cache, graph):
     """One token for each row, on this rank's shards of the cache: logits, and what of the cache is new. The prompt's keys
-    are not handed through: that would copy them at every step."""
+    are not handed through: that would copy them at every step.
+
+    A plain loop over the layers, where `_walk` scans: each product then reads its own slice of the stacked weights where it
+    lies, while a scan copies every weight before its product; with one token there is nothing else to do but read weights.
+    XLA lets a product read a slice of a parameter only, so layers read the new tokens' keys as they came in, and the token's
+    own are written at the end. States are written layer by layer, each in place where the cache is donated.
+    """
     model = nnx.merge(graph, nnx.State(params))
     sharding, shard, rank, ranks = model.sharding, None, 0, 1
     if sharding is not None:
         ranks = sharding.context.ranks()
-        shard = sharding.context.shard(cache.prompt.shape[4] * ranks)
+        shard = sharding.context.shard(cache.prompt_kv.shape[2] * ranks)
         rank = shard.rank()
     here = Step(sharding, cache.positions[:, None], shard, cache.lengths, cache.count)
     x = _embed(model, here, tokens[:, None])
-    x, left = _walk(model, x, here, (cache.prompt, cache.new, cache.gdn), hidden=False, stats=False)
-    logits = here.whole_vocabulary(_logits(model, here, x[:, 0]))
-    return logits, append(cache, left.keys, rank, ranks), left.states
+    own: list[Array] = []
+    states = cache.gdn
+    graph, groups = nnx.split(model.groups)
+    stacked = nnx.to_pure_dict(groups)
+    for g in range(model.config.groups):
+        layers = nnx.merge(graph, nnx.State(jax.tree.map(lambda w, g=g: w[g], stacked))).layers
+        n = 0
+        for layer in layers:
+            if layer.kind == FULL:
+                held = cache.prompt_kv[len(own)], cache.prompt_kv[len(own) + 1]
+                later = cache.new_kv[len(own)], cache.new_kv[len(own) + 1]
+                x, kv, _ = layer(x, (held, later), here, None, None)
+                own += kv
+                continue
+            at = g, n
+            x, left, _ = layer(x, jax.tree.map(lambda c, at=at: c[at], states), here, gdn.OneDevice(), None)
+            state, tail = put(states.state, at, left.state), put(states.tail, at, left.tail)
+            states, n = dataclasses.replace(states, state=state, tail=tail), n + 1
+    # The barrier keeps the write behind the last layer's reading: it would have to go to a copy otherwise.
+    x, kv = jax.lax.optimization_barrier((x, jnp.stack(own)))
+    new = append(cache, kv, rank, ranks)
+    return here.whole_vocabulary(_logits(model, here, x[:, 0])), new, states
 
 
 def encode(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
@@ -109,7 +134,7 @@ def encode(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
     tokens, here = _lay_out(model, tokens, lengths, segment_ids, ask)
     if here.valid is not None:  # padding may hold any id
         tokens = jnp.where(here.valid, tokens, jnp.zeros_like(tokens))
-    x, left = _walk(model, _embed(model, here, tokens), here, None, hidden=ask.hidden, stats=ask.stats)
+    x, left = _walk(model, _embed(model, here, tokens), here, hidden=ask.hidden, stats=ask.stats)
     return here, x, left
 
 
@@ -154,25 +179,23 @@ class Left:
     stats: RouterStats | None
 
 
-def _walk(model: Qwen3_5, x, here: Any, caches, *, hidden: bool, stats: bool):
-    """All layers. caches: (prompt keys, new keys, GDN caches), stacked over groups; None to begin."""
+def _walk(model: Qwen3_5, x, here: Prompt, *, hidden: bool, stats: bool):
+    """All layers, over prompts."""
     config = model.config
     graph, groups = nnx.split(model.groups)
 
-    def group(x, operands):
-        values, caches = operands
+    def group(x, values):
         layers = list(nnx.merge(graph, nnx.State(values)).layers)
         keys, states, hiddens, sums = [], [], [], []
         for kind, run in itertools.groupby(layers, key=lambda layer: layer.kind):
             if kind == LINEAR:
-                x, left, found, total = _linear_run(list(run), x, caches, len(states), here, hidden, stats)
+                x, left, found, total = _linear_run(list(run), x, here, hidden, stats)
                 states += left
                 hiddens += found
                 sums += total
                 continue
             for layer in run:
-                own = None if caches is None else (caches[0][len(keys)], caches[1][len(keys)])
-                x, left, routed = layer(x, own, here, None, here.valid)
+                x, left, routed = layer(x, None, here, None, here.valid)
                 keys.append(left)
                 hiddens += [x] if hidden else []
                 sums += [here.sum_context(routed)] if stats else []
@@ -188,24 +211,21 @@ def _walk(model: Qwen3_5, x, here: Any, caches, *, hidden: bool, stats: bool):
     if model.remat is not None:
         saved = ("ring_jax_out", "ring_jax_lse") if model.remat == "attention" else ()
         body = jax.checkpoint(group, policy=jax.checkpoint_policies.save_only_these_names(*saved), prevent_cse=False)
-    x, left = jax.lax.scan(body, x, (nnx.to_pure_dict(groups), caches))
+    x, left = jax.lax.scan(body, x, nnx.to_pure_dict(groups))
     hiddens = None if left.hidden is None else left.hidden.reshape(config.num_layers, *left.hidden.shape[2:])
     total = None if left.stats is None else here.sum_rows(jax.tree.map(lambda s: s.sum(axis=0), left.stats))
     return x, Left(left.keys, left.states, hiddens, total)
 
 
-def _linear_run(layers: list[Layer], x, caches, first: int, here: Any, hidden: bool, stats: bool):
+def _linear_run(layers: list[Layer], x, here: Prompt, hidden: bool, stats: bool):
     """Neighbouring GDN layers, spread over the ranks as one run."""
     config = layers[0].config
-    own = None
-    if caches is not None:
-        own = [jax.tree.map(lambda c, i=first + i: c[i], caches[2]) for i in range(len(layers))]
 
-    def run(x, caches, spread):
+    def run(x, spread):
         valid = None if spread.segment_ids is None else spread.segment_ids >= 0
         left, hiddens, sums = [], [], []
-        for i, layer in enumerate(layers):
-            x, cache, routed = layer(x, None if caches is None else caches[i], here, spread, valid)
+        for layer in layers:
+            x, cache, routed = layer(x, None, here, spread, valid)
             left.append(cache)
             hiddens += [x] if hidden else []
             sums += [routed] if stats else []
@@ -213,7 +233,7 @@ def _linear_run(layers: list[Layer], x, caches, first: int, here: Any, hidden: b
 
     heads = config.linear.share(here.tensor_ranks)
     shape = gdn.GDNShape(0, 0, heads, config.hidden_size, config.conv_width, len(layers), x.dtype.itemsize)
-    (x, hiddens), left, sums = here.run(run, x, own, shape)
+    (x, hiddens), left, sums = here.run(run, x, shape)
     return x, left, hiddens, sums
 
 

@@ -131,7 +131,7 @@ def test_bfloat16_travels_both_ways(tmp_path, family):
     ours = Qwen3_5.from_pretrained(tmp_path / "theirs")
     mixer = ours.groups.layers[0].mixer
     assert mixer.A_log.dtype == mixer.norm.dtype == jnp.float32
-    assert ours.embed.dtype == mixer.q.dtype == mixer.dt_bias.dtype == jnp.bfloat16
+    assert ours.embed.dtype == mixer.in_proj.dtype == mixer.dt_bias.dtype == jnp.bfloat16
     ours.save_pretrained(tmp_path / "ours")
     back = hf.load(tmp_path / "ours", torch.bfloat16)
     for name, tensor in model.state_dict().items():

@@ -76,7 +76,7 @@ def layer_params(hf, held, n):
     t = {
         name.removeprefix(f"model.layers.{n}."): x for name, x in held.items() if name.startswith(f"model.layers.{n}.")
     }
-    mixer = attention(t) if hf["layer_types"][n] == "full_attention" else linear_attention(hf, t)
+    mixer = attention(hf, t) if hf["layer_types"][n] == "full_attention" else linear_attention(hf, t)
     mlp = experts(t) if "num_experts" in hf else {"gate_up": pair(t, "mlp."), "down": t["mlp.down_proj.weight"].T}
     norms = {"input_norm": t["input_layernorm.weight"], "post_norm": t["post_attention_layernorm.weight"]}
     return norms | {"mixer": mixer, "mlp": mlp}
@@ -86,9 +86,17 @@ def pair(t, prefix):
     return np.stack([t[f"{prefix}gate_proj.weight"].T, t[f"{prefix}up_proj.weight"].T], axis=-2)
 
 
-def attention(t):
-    kernels = {x: t[f"self_attn.{x}_proj.weight"].T for x in "qkvo"}
-    return kernels | {f"{x}_norm": t[f"self_attn.{x}_norm.weight"] for x in "qk"}
+def attention(hf, t):
+    heads = hf["num_key_value_heads"]
+    in_proj = by_head(heads, *(t[f"self_attn.{x}_proj.weight"] for x in "qkv"))
+    norms = {f"{x}_norm": t[f"self_attn.{x}_norm.weight"] for x in "qk"}
+    return norms | {"in_proj": in_proj, "o": t["self_attn.o_proj.weight"].T}
+
+
+def by_head(heads, *rows):
+    """Projections [out, in] as one [in, out], its columns head by head."""
+    width = rows[0].shape[-1]
+    return np.concatenate([x.reshape(heads, -1, width) for x in rows], axis=1).reshape(-1, width).T
 
 
 def linear_attention(hf, t):
@@ -105,8 +113,9 @@ def linear_attention(hf, t):
         rows = dict(zip("qkv", np.split(t["in_proj_qkv.weight"], cuts), strict=True))
         rows |= {x: t[f"in_proj_{x}.weight"] for x in "zba"}
     conv = np.split(t["conv1d.weight"][:, 0], cuts)
-    mixer = {name: x.T for name, x in rows.items()} | {f"conv_{x}": w.T for x, w in zip("qkv", conv, strict=True)}
-    return mixer | {
+    in_proj = by_head(nk, *(rows[x] for x in "qkvzba"))
+    return {f"conv_{x}": w.T for x, w in zip("qkv", conv, strict=True)} | {
+        "in_proj": in_proj,
         "A_log": t["A_log"],
         "dt_bias": t["dt_bias"],
         "norm": t["norm.weight"],

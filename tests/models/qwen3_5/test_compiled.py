@@ -1,0 +1,65 @@
+"""What XLA makes of the model for a GPU: products read weights and cached keys where they lie, the cache is updated in
+place. Nothing of the size of a weight is written, so none is copied, joined or sliced out first (but by prefill's scan)."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.models.qwen3_5 import compiled
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+def plugin() -> str | None:
+    """The folder that holds jax's CUDA plugin: RING_JAX_CUDA_PLUGIN, or where it is installed."""
+    folder = os.environ.get("RING_JAX_CUDA_PLUGIN")
+    if folder is None and (found := importlib.util.find_spec("jax_plugins.xla_cuda13")) is not None and found.origin:
+        folder = str(pathlib.Path(found.origin).parents[2])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def described():
+    """What programs compiled for a described H100 write."""
+    folder = plugin()
+    if folder is None:
+        pytest.skip("needs jax's CUDA plugin to compile for a GPU: RING_JAX_CUDA_PLUGIN names no folder that holds it")
+    command = [sys.executable, "-m", "tests.models.qwen3_5.compiled", folder]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def test_the_reader_sees_copies():
+    """On this machine's own compiler: a sliced and a joined weight are found, an update in place is not one."""
+    w = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.float32)
+    joined = jax.jit(lambda w: jnp.concatenate([w[0], w[1]], axis=1) * 1.5).lower(w).compile().as_text()
+    assert compiled.large_results(joined, 1 << 20)
+    update = jax.jit(lambda w: jax.lax.dynamic_update_slice(w, jnp.ones((1, 1, 8)), (1, 3, 0)), donate_argnums=0)
+    assert compiled.large_results(update.lower(w).compile().as_text(), 1 << 20) == []
+
+
+def check(name: str, large: list[str]) -> None:
+    """A scan's own slices of the stacked weights are copies, one of each weight; decode has no scan."""
+    found = large if name == "decode" else [x for x in large if x.split()[1] != "dynamic-slice"]
+    assert found == [], f"{name} writes arrays of the size of a weight"
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_nothing_is_copied_for_a_described_h100(described, name):
+    check(name, described[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_nothing_is_copied(name):
+    program, operands = compiled.model_and_programs()[1][name]
+    check(name, compiled.large_results(program.lower(*operands).compile().as_text()))
