@@ -121,8 +121,8 @@ def ring_attention(
         )
     check_options(
         mask=mask, scale=scale, is_causal=is_causal, local_window_size=local_window_size, implementation=implementation,
-        return_residual=return_residual, return_partial=return_partial, seq_len=seq_len, key_value_seq_len=key_value_seq_len, strategy=strategy,
-        logits_soft_cap=logits_soft_cap, deterministic=deterministic,
+        return_residual=return_residual, return_partial=return_partial, seq_len=seq_len,
+        key_value_seq_len=key_value_seq_len, strategy=strategy, logits_soft_cap=logits_soft_cap, deterministic=deterministic,
     )  # fmt: skip
     query, key, value, unbatched = with_batch(query, key, value)
     backends.check_inputs(query, key, value)

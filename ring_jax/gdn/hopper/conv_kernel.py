@@ -176,8 +176,7 @@ class _Inputs:
 
     def history(self) -> list[jax.Array]:
         """The W - 1 inputs before the tile, as its first token sees them unless it begins a document."""
-        history = self.block.problem.width - 1
-        window: list[jax.Array] = []
+        history, window = self.block.problem.width - 1, []
         for i in range(history):
             row = self.block.first_row - history + i
             inside = lax.max(row, 0)
