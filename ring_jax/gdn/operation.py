@@ -9,16 +9,13 @@ from jaxtyping import Array, Float, Float32, Int
 
 from ring_jax._checks import check_choice, check_number
 from ring_jax.gdn import segments
+from ring_jax.gdn.backends import BACKENDS, Backend, select
 from ring_jax.gdn.checks import check_operands, check_segments, state_dtype
-from ring_jax.gdn.chunked import chunked
-from ring_jax.gdn.recurrent import UNROLLED, recurrent
-from ring_jax.gdn.reference import reference
 from ring_jax.gdn.segments import blank_padding
 
 if TYPE_CHECKING:
     from ring_jax.context import ContextParallel
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "recurrent": recurrent}
 WAYS = ("batch", "head", "state")  # to spread a sequence over ranks, see `ring_jax.gdn.context`
 
 
@@ -26,7 +23,7 @@ def check_options(scale, implementation, way) -> float | None:
     """Raises unless these are what a gated delta rule can be asked for; `scale` as a Python float."""
     if scale is not None:
         scale = check_number("scale", scale, advice="multiply a traced scale into the query instead")
-    check_choice("implementation", implementation, sorted(IMPLEMENTATIONS), optional=True)
+    check_choice("implementation", implementation, sorted(BACKENDS), optional=True)
     check_choice("way", way, ("auto", *WAYS))
     return scale
 
@@ -110,8 +107,7 @@ def gated_delta_rule(
     check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural=seq_len is None)
     batch, time, _, dk = key.shape
     heads, dv = value.shape[2:]
-    if implementation is None:
-        implementation = "recurrent" if time <= UNROLLED else "chunked"
+    backend = select(implementation, query, key, value)
     if seq_len is not None:
         segment_ids = segments.beyond(segment_ids, seq_len, batch, time)
         check_segments(segment_ids, batch, time)
@@ -120,14 +116,12 @@ def gated_delta_rule(
     if 0 in value.shape or dk == 0:
         return jnp.zeros_like(value), initial_state
     scale = dk**-0.5 if scale is None else scale
-    return _rule(implementation, (query, key, value, log_decay, beta), scale, initial_state, segment_ids)
+    return _rule(backend, (query, key, value, log_decay, beta), scale, initial_state, segment_ids)
 
 
 # Called eagerly its scans would compile at every call.
 @functools.partial(jax.jit, static_argnums=0)
-def _rule(implementation: str, operands, scale, initial_state, segment_ids):
+def _rule(backend: Backend, operands, scale, initial_state, segment_ids):
     operands = blank_padding(segment_ids, *operands)
-    with jax.named_scope(f"gated_delta_rule_{implementation}"):
-        return IMPLEMENTATIONS[implementation](
-            *operands, scale=scale, initial_state=initial_state, segment_ids=segment_ids
-        )
+    with jax.named_scope(f"gated_delta_rule_{backend.name}"):
+        return backend.run(*operands, scale=scale, initial_state=initial_state, segment_ids=segment_ids)
