@@ -23,6 +23,7 @@ from jax import lax
 from ring_jax.bench.trace import record
 from ring_jax.moe import MoEWeights, moe, route
 from ring_jax.moe.hopper import backend
+from ring_jax.moe.hopper.top_k import top_k, worthwhile
 
 PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12
 
@@ -66,8 +67,13 @@ class Case:
 
 def routed(x, weights: MoEWeights, per_token: int) -> jax.Array:
     """The routed experts by our kernels, router included."""
-    routing = route(x, weights.router, top_k=per_token)
-    return backend.run_experts(x, weights.gate_up, weights.down, routing.weights, routing.experts).astype(x.dtype)
+    # As `moe.route`, with our own top-k.
+    info = jnp.finfo(x.dtype)
+    logits = lax.reduce_precision(x @ weights.router, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    factors, experts = (top_k if worthwhile(probs, per_token) else lax.top_k)(probs, per_token)
+    factors /= factors.sum(axis=-1, keepdims=True)
+    return backend.run_experts(x, weights.gate_up, weights.down, factors, experts).astype(x.dtype)
 
 
 def shared(x, weights: MoEWeights) -> jax.Array:

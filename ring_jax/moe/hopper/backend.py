@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ring_jax._device import target
 from ring_jax._vma import align
@@ -11,6 +12,10 @@ from ring_jax.moe.hopper.config import ExpertsConfig, experts_config, outer_conf
 from ring_jax.moe.hopper.outer_kernel import outer_product
 from ring_jax.moe.hopper.plan import Plan
 from ring_jax.moe.hopper.rows_kernel import rows_product
+
+# Long sequences go in parts of so many assignments: each holds D + F numbers for the time of the call, 2.7 GB for 2^19 of
+# 2048 + 512 in bfloat16. Their weights are read once a part.
+_ASSIGNMENTS = 2**19
 
 
 def unsupported_reason(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> str | None:
@@ -35,8 +40,8 @@ def unsupported_arrays(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> str
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(config: ExpertsConfig, x, gate_up, down, weights, experts):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(config: ExpertsConfig, recompute: bool, x, gate_up, down, weights, experts):
     make = Plan.of_one_token if x.shape[0] == 1 else Plan.of
     plan = make(experts, gate_up.shape[0], config.rows)
     hidden = rows_product(x, gate_up, plan, config.up, gather=True)
@@ -44,22 +49,31 @@ def _run(config: ExpertsConfig, x, gate_up, down, weights, experts):
     return weighted_sum(rows, weights, _here(experts, gate_up))
 
 
-def _forward(config, *operands):
-    return _run(config, *operands), operands
-
-
-def _backward(_, operands, dy):
-    """The first product is repeated, so that nothing but the operands is kept."""
+def _forward(config, recompute, x, gate_up, down, weights, experts):
+    operands = x, gate_up, down, weights, experts
+    if recompute:
+        return _run(config, recompute, *operands), (operands, None)
     with jax.enable_x64(False):
-        return _gradients(*operands, dy)
+        plan = Plan.of(experts, gate_up.shape[0], config.rows)
+        hidden, kept = rows_product(x, gate_up, plan, config.up, gather=True, keep=True)
+        rows = rows_product(hidden, down, plan, config.down, scatter=True)
+        return weighted_sum(rows, weights, _here(experts, gate_up)), (operands, kept)
 
 
-def _gradients(x, gate_up, down, weights, experts, dy):
+def _backward(config, recompute, residuals, dy):
+    operands, kept = residuals
+    with jax.enable_x64(False):
+        return _gradients(*operands, kept, dy)
+
+
+def _gradients(x, gate_up, down, weights, experts, kept, dy):
     dtype, wide = x.dtype, weights.dtype
     dout = dy.astype(dtype)
     both, features, width = (product_config(n) for n in (gate_up.shape[2], down.shape[1], x.shape[1]))
     plan = Plan.of(experts, gate_up.shape[0], both.rows)
-    gate, up = jnp.split(rows_product(x, gate_up, plan, both, gather=True).astype(wide), 2, axis=1)
+    if kept is None:
+        kept = rows_product(x, gate_up, plan, both, gather=True)
+    gate, up = jnp.split(kept.astype(wide), 2, axis=1)
     dscaled = rows_product(dout, down, plan, features, gather=True, transposed=True).astype(wide)
     # Rows of no expert here hold anything: zeros, before they are multiplied with.
     real = (jnp.arange(plan.order.size, dtype=jnp.int32) < plan.groups[-1, 1])[:, None]
@@ -72,7 +86,8 @@ def _gradients(x, gate_up, down, weights, experts, dy):
     dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
     din = jnp.concatenate([dgate, dhidden * silu], axis=1).astype(dtype)
     scaled = (hidden * factor).astype(dtype)
-    by_row = (dscaled * hidden).sum(axis=1)
+    # Apart: fused into what scatters it, the sum would be left to a few threads.
+    by_row = lax.optimization_barrier((dscaled * hidden).sum(axis=1))
     dweights = jnp.zeros_like(by_row).at[plan.order].set(by_row, unique_indices=True).reshape(weights.shape)
     dgate_up = outer_product(x, din, plan, outer_config(x.shape[1], din.shape[1]), gather_a=True)
     ddown = outer_product(scaled, dout, plan, outer_config(scaled.shape[1], x.shape[1]), gather_b=True)
@@ -105,13 +120,24 @@ def weighted_sum(rows: jax.Array, weights: jax.Array, here: jax.Array) -> jax.Ar
     return total
 
 
-def run_experts(x, gate_up, down, weights, experts, *, total: int | None = None, config: ExpertsConfig | None = None):
+def run_experts(
+    x,
+    gate_up,
+    down,
+    weights,
+    experts,
+    *,
+    total: int | None = None,
+    recompute: bool = False,
+    config: ExpertsConfig | None = None,
+):
     """Weighted sums of the experts' outputs.
 
     Args:
         x: [T, D], bfloat16 or float16. gate_up: [E, D, 2, F], gate first. down: [E, F, D]. All of one dtype.
         weights: float32 [T, k]. experts: int32 [T, k], those of each token, distinct; 0 ... E - 1 are here, others are not.
         total: experts that the assignments spread over, not only those here; they decide the tiles. Default: E.
+        recompute: the backward pass repeats the first product, rather than keep its 2 F numbers of each assignment.
         config: tiles; None takes the tuned ones.
 
     Returns:
@@ -126,5 +152,12 @@ def run_experts(x, gate_up, down, weights, experts, *, total: int | None = None,
     x, gate_up, down, weights, experts = align(x, gate_up, down, weights, experts)
     per_expert = experts.size / (total or gate_up.shape[0])
     config = config or experts_config(per_expert if x.shape[0] > 1 else 0.0, down.shape[1], x.shape[1])
+    fused = gate_up.reshape(*gate_up.shape[:2], -1)
+    parts = -(-experts.size // _ASSIGNMENTS)
+    size = -(-x.shape[0] // parts)
     with jax.enable_x64(False):
-        return _run(config, x, gate_up.reshape(*gate_up.shape[:2], -1), down, weights, experts)
+        sums = [
+            _run(config, recompute, x[i : i + size], fused, down, weights[i : i + size], experts[i : i + size])
+            for i in range(0, x.shape[0], size)
+        ]
+        return sums[0] if len(sums) == 1 else jnp.concatenate(sums)

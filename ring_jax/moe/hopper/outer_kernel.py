@@ -3,8 +3,9 @@
     out[e] = sum over the rows r of expert e of  a[r]^T b[r]
 
 Algorithm: persistent thread blocks walk over tiles of out, expert by expert; rows are what is contracted, 64 a step. The
-memory warpgroup gathers both operands by cp.async (see `rows_kernel`), zeros beyond the last row of an expert, so that
-groups end anywhere. Both lie in shared memory with their rows as K: wgmma transposes 16-bit operands as it reads them.
+memory warpgroup gathers one operand by token with cp.async (see `rows_kernel`), zeros beyond the last row of an expert, so
+that groups end anywhere; the other one, whose rows are in order, comes by TMA. Both lie in shared memory with their rows as
+K: wgmma transposes 16-bit operands as it reads them.
 An expert without rows gets zeros.
 """
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.moe.hopper import ptx
 from ring_jax.moe.hopper.config import DEPTH, REGISTERS, ROWS, GroupedConfig
 from ring_jax.moe.hopper.plan import Plan
@@ -40,6 +42,11 @@ class Problem:
         return self.columns // self.config.columns
 
     @property
+    def copies(self) -> int:
+        """TMA copies of a step."""
+        return (0 if self.gather_a else self.config.warpgroups) + (0 if self.gather_b else self.config.chunks)
+
+    @property
     def each(self) -> int:
         """Tiles of an expert."""
         return self.rows // self.config.rows * self.across
@@ -52,7 +59,7 @@ def outer_product(
 
     Args:
         a: [A, M] in the plan's order of rows, or with `gather_a` [T, M], one row for each token. b: [A, N] likewise.
-            What either holds in rows of no expert here must be finite.
+            One of them is gathered. What the other holds in rows of no expert here must be finite.
         config: its rows must divide M, its columns N.
 
     Returns:
@@ -60,6 +67,8 @@ def outer_product(
     """
     experts = plan.groups.shape[0]
     problem = Problem(experts, a.shape[1], b.shape[1], gather_a, gather_b, config)
+    if gather_a == gather_b:
+        raise ValueError("one of the operands must be gathered: it has the zeros where an expert's rows end")
     if problem.rows % config.rows or problem.columns % config.columns or config.width != 64:
         raise ValueError(f"{config} cannot cut gradients [{problem.rows}, {problem.columns}]")
     operands = (a, b, plan.groups, plan.tokens)
@@ -68,7 +77,7 @@ def outer_product(
         a_smem=ptx.chunk_smem((stages, wgs, DEPTH, ROWS), a.dtype),
         b_smem=ptx.chunk_smem((stages, config.chunks, DEPTH, config.width), a.dtype),
         staging=plgpu.SMEM((wgs, ROWS, config.pitch), a.dtype),
-        full=plgpu.Barrier(num_barriers=stages),
+        full=plgpu.Barrier(num_arrivals=problem.copies + 1, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
     )
 
@@ -85,7 +94,9 @@ def outer_product(
         num_threads=wgs + 1,
         thread_name="warpgroup",
     )
-    return call(*operands).reshape(experts, problem.rows, problem.columns)
+    # `plgpu.kernel` forgets over which manual mesh axes its outputs vary.
+    out = pcast_to(call(*operands), varying_axes(operands))
+    return out.reshape(experts, problem.rows, problem.columns)
 
 
 def kernel(problem: Problem, a, b, groups, tokens, out, *, a_smem, b_smem, staging, full, free):
@@ -121,8 +132,8 @@ def kernel(problem: Problem, a, b, groups, tokens, out, *, a_smem, b_smem, stagi
             mine = row + warpgroup * ROWS
 
             def write(acc):
-                ptx.stage(acc, staging.at[warpgroup], config.columns, False)
                 target = expert * problem.rows + mine
+                ptx.stage(acc, staging.at[warpgroup], 0, config.columns)
                 ptx.store(staging.at[warpgroup], out, None, target, jnp.int32(ROWS), column, config.columns)
 
             @pl.when(rows > 0)
@@ -145,20 +156,28 @@ def kernel(problem: Problem, a, b, groups, tokens, out, *, a_smem, b_smem, stagi
             plgpu.set_max_registers(REGISTERS[1], action="decrease")
 
         def tile(_, row, column, first, rows, step):
+            sources = ((a, a_smem, row, problem.gather_a), (b, b_smem, column, problem.gather_b))
+
             def offsets(k):
-                """Of both operands' rows of step k, read one step ahead."""
+                """Of the rows of step k that are gathered, read one step ahead: in a list, which has one entry."""
                 at, left = first + k * DEPTH, rows - k * DEPTH
-                return tuple(
-                    ptx.row_offsets(tokens if by_token else None, at, left, DEPTH, x.shape[1])
-                    for x, by_token in ((a, problem.gather_a), (b, problem.gather_b))
-                )
+                return [
+                    ptx.row_offsets(tokens, at, left, DEPTH, source.shape[1])
+                    for source, _, _, by_token in sources
+                    if by_token
+                ]
 
             def load(k, now):
                 following = offsets(k + 1)
                 slot = ring_slot(step + k, config.stages)
                 plgpu.barrier_wait(free.at[slot])
-                ptx.gather(now[0], a, a_smem.at[slot], row, config.warpgroups, commit=False)
-                ptx.gather(now[1], b, b_smem.at[slot], column, config.chunks)
+                for source, smem, begin, by_token in sources:
+                    chunks = smem.shape[1]
+                    for chunk in range(0 if by_token else chunks):
+                        rows_of_step, columns = pl.ds(first + k * DEPTH, DEPTH), pl.ds(begin + chunk * 64, 64)
+                        plgpu.copy_gmem_to_smem(source.at[rows_of_step, columns], smem.at[slot, chunk], full.at[slot])
+                    if by_token:
+                        ptx.gather(now.pop(0), source, smem.at[slot], begin, chunks)
                 hand_over(config, full, step + k)
                 return following
 

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ring_jax.moe.blocks import capacity
@@ -52,18 +53,19 @@ class Plan:
         first = jnp.minimum(starts[owner] + (tile - before[owner]) * rows, ends[owner])
         tiles = jnp.stack([owner, first, jnp.minimum(ends[owner] - first, rows), jnp.zeros_like(first)], axis=1)
         groups = jnp.stack([starts, ends], axis=1)
-        return cls(order, order // per_token, groups, tiles, last[-1:], rows)
+        # A token that names an expert twice (as after NaN) must not lead the kernels beyond the table.
+        return cls(order, order // per_token, groups, tiles, jnp.minimum(last[-1:], tile.size), rows)
 
     @classmethod
     def of_one_token(cls, experts: jax.Array, count: int, rows: int) -> "Plan":
         """The same for int32 [1, k] distinct experts, for products by rows only: a tile each, and nothing to sort."""
         flat = experts.reshape(-1)
         here = (flat >= 0) & (flat < count)
-        order = jnp.arange(flat.size, dtype=jnp.int32)
-        owner = jnp.clip(flat, 0, count - 1)
-        tiles = jnp.stack([owner, order, here.astype(jnp.int32), jnp.zeros_like(order)], axis=1)
-        none = jnp.zeros((count, 2), jnp.int32)
-        return cls(order, jnp.zeros_like(order), none, tiles, jnp.full((1,), flat.size, jnp.int32), rows)
+        # Constants, which cost no kernel.
+        place = np.arange(flat.size, dtype=np.int32)
+        order, tokens, none = (jnp.asarray(a) for a in (place, np.zeros_like(place), np.zeros((count, 2), np.int32)))
+        tiles = jnp.stack([jnp.clip(flat, 0, count - 1), order, here.astype(jnp.int32), tokens], axis=1)
+        return cls(order, tokens, none, tiles, jnp.asarray(np.array([flat.size], np.int32)), rows)
 
 
 def _sorted(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

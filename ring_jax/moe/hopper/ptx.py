@@ -1,8 +1,8 @@
 """What the grouped products need as PTX: rows gathered by cp.async, wgmma on chunks of weights, rows stored one by one.
 
-Why not Pallas's own operations: on Hopper TMA copies no rows from a list, and its boxes begin at multiples of 8 rows, where
-groups do not; `plgpu.wgmma` takes no operand made of several TMA chunks, and no store is masked by rows. None of this can be
-interpreted, so in interpret mode the same is done by plain loads, stores and `lax.dot`.
+Why not Pallas's own operations: on Hopper TMA copies no rows from a list, `plgpu.wgmma` takes no operand made of several
+TMA chunks, and no store is masked by rows. None of this can be interpreted, so in interpret mode the same is done by plain
+loads, stores and `lax.dot`.
 
 An operand in shared memory is made of *chunks* of 64 rows of 128 bytes (or 64, see `width`) in TMA's swizzle, one behind
 the other: 8-row groups are 1024 (512) bytes apart, chunks 8192 (4096). A row has eight 16-byte units of its chunk; unit u
@@ -30,65 +30,55 @@ _K = 16  # contraction of one wgmma
 _ROW_BYTES = 128
 
 
-def tiled(width: int) -> plgpu.RefType:
-    """Chunks of `width` 16-bit columns, as `chunk_smem` makes them."""
-    return plgpu.RefType((plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)))
+def chunked(width: int) -> plgpu.RefType:
+    """Chunks of `width` 16-bit columns, as `chunk_smem` makes them. Not tiled: TMA's boxes may then begin at any row."""
+    return plgpu.RefType((plgpu.SwizzleTransform(2 * width),))  # type: ignore[abstract]
 
 
 def chunk_smem(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory for chunks [..., 64, width]."""
-    return plgpu.SMEM(shape, dtype, transforms=tiled(shape[-1]).transforms)
+    return plgpu.SMEM(shape, dtype, transforms=chunked(shape[-1]).transforms)
 
 
 # Rows from memory.
 
 
 def row_offsets(index: Any, first: jax.Array, rows: jax.Array, count: int, row_elements: int) -> Any:
-    """Where the rows first ... first + rows - 1 of a tile of `count` rows begin, for `gather`.
+    """Where the rows of a tile of `count` rows begin, for `gather`: row i is row index[first + i] of the source.
 
     Args:
-        index: int32 Ref: row i of the tile is row index[first + i] of the source; None: row first + i.
+        index: int32 Ref. first, rows: of the tile; rows beyond are not read.
         row_elements: of a source row, a multiple of 8.
     """
     if compat.interpreting():
         return index, first, rows, count
     shape = (8 * count,)
     layout = plgpu.Layout.WG_STRIDED(shape, vec_size=1)
-    arguments = (() if index is None else (index,)) + (first, rows)
 
     @plgpu.inline_mgpu(
-        arg_types=(() if index is None else (_PLAIN,)) + (_SCALAR, _SCALAR),
+        arg_types=(_PLAIN, _SCALAR, _SCALAR),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=layout),
     )
-    def offsets(_, *arguments):
-        *table, first, rows = arguments
+    def offsets(_, index, first, rows):
         mine = _shift_right(_thread(), 3)
         registers = []
         for j in range(count // 16):
             row = arith.addi(mine, _i32(16 * j))
             inside = arith.cmpi(arith.CmpIPredicate.slt, row, _scalar(rows))
-            place = arith.addi(_scalar(first), row)
-            if table:
-                address = _address(table[0], place, 4)
-                text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }"
-                place = _asm_i32(text, [(address, "l"), (arith.extui(_i32_type(), inside), "r")])
-            units = arith.muli(place, _i32(row_elements // 8))
-            registers.append(arith.select(inside, units, _i32(-1)))
+            place = _load_index(index, arith.addi(_scalar(first), row), inside)
+            registers.append(arith.select(inside, arith.muli(place, _i32(row_elements // 8)), _i32(-1)))
         return _int_array(registers, layout)
 
-    return offsets(*arguments)
+    return offsets(index, first, rows)
 
 
-def gather(offsets: Any, source: Any, smem: Any, column: jax.Array, chunks: int = 1, commit: bool = True) -> None:
-    """Starts copying columns column ... column + 64 chunks - 1 of the rows into chunks of `smem`; rows beyond are zero.
-
-    What was started since the last `commit` is what `gathered` counts as one.
-    """
+def gather(offsets: Any, source: Any, smem: Any, column: jax.Array, chunks: int = 1) -> None:
+    """Starts copying columns column ... column + 64 chunks - 1 of the rows into chunks of `smem`; rows beyond are zero."""
     if compat.interpreting():
         index, first, rows, count = offsets
         row = lax.iota(jnp.int32, count)
         at = jnp.where(row < rows, first + row, 0)
-        at = at if index is None else index[...][at]
+        at = index[...][at]
         values = jnp.where((row < rows)[:, None], source[:, pl.ds(column, 64 * chunks)][at], jnp.zeros((), smem.dtype))
         for i in range(pl.cdiv(count, 64)):
             for chunk in range(chunks):
@@ -97,7 +87,7 @@ def gather(offsets: Any, source: Any, smem: Any, column: jax.Array, chunks: int 
         return
     layout = plgpu.Layout.WG_STRIDED(offsets.shape, vec_size=1)
 
-    @plgpu.inline_mgpu(arg_types=(layout, _PLAIN, tiled(64), _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(layout, _PLAIN, chunked(64), _SCALAR))
     def copy(_, offsets, source, smem, column):
         thread = _thread()
         unit, row = arith.andi(thread, _i32(7)), _shift_right(thread, 3)
@@ -119,8 +109,7 @@ def gather(offsets: Any, source: Any, smem: Any, column: jax.Array, chunks: int 
                     f"[$1 + {chunk * _ROW_BYTES}], 16, $2;"
                 )
                 _void(text, [(target, "r"), (address, "l"), (size, "r")])
-        if commit:
-            _void("cp.async.commit_group;", [])
+        _void("cp.async.commit_group;", [])
 
     copy(offsets, source, smem, column)
 
@@ -162,7 +151,7 @@ def multiply(
     held = () if acc is None else (acc,)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA,) * len(held) + (tiled(64), tiled(width)),
+        arg_types=(plgpu.Layout.WGMMA,) * len(held) + (chunked(64), chunked(width)),
         return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=plgpu.Layout.WGMMA),
     )
     def issue(_, *operands):
@@ -213,16 +202,16 @@ def finished(acc: jax.Array) -> jax.Array:
 # Results to memory.
 
 
-def stage(acc: jax.Array, staging: Any, columns: int, swiglu: bool) -> None:
-    """Rounds acc [64, n] and writes it to `staging` [64, pitch], once the rows staged before have left it.
+def stage(acc: jax.Array, staging: Any, first: int, columns: int, swiglu: bool = False) -> None:
+    """Rounds columns first ... first + columns - 1 of acc [64, n] into `staging` [64, pitch], once what was there has left.
 
-    With `swiglu`, acc is [64, 2 columns] and silu(left half) * right half is written.
+    With `swiglu`, they are silu(left half of acc) * (right half).
     """
     if compat.interpreting():
         if swiglu:
-            gate, up = acc[:, :columns], acc[:, columns:]
+            gate, up = jnp.split(acc, 2, axis=1)
             acc = gate / (1 + jnp.exp(-gate)) * up
-        staging[:, pl.ds(0, columns)] = acc.astype(staging.dtype)
+        staging[:, pl.ds(0, columns)] = acc[:, first : first + columns].astype(staging.dtype)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _PLAIN))
@@ -230,9 +219,13 @@ def stage(acc: jax.Array, staging: Any, columns: int, swiglu: bool) -> None:
         _void("cp.async.bulk.wait_group.read 0;", [])
         mgpu_utils.warpgroup_barrier()
         registers = wgmma._registers(acc)
+        part = slice(first // 2, (first + columns) // 2)
         if swiglu:
             half = len(registers) // 2
-            registers = [_silu_times(x, y) for x, y in zip(registers[:half], registers[half:], strict=True)]
+            pairs = zip(registers[:half][part], registers[half:][part], strict=True)
+            registers = [_silu_times(x, y) for x, y in pairs]
+        else:
+            registers = registers[part]
         kind = ir.MemRefType(staging.type).element_type
         form = "bf16x2" if isinstance(kind, ir.BF16Type) else "f16x2"
         pairs = [
@@ -281,8 +274,7 @@ def store(
         flag = arith.extui(_i32_type(), inside)
         row = arith.addi(_scalar(first), thread)
         if table:
-            text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }"
-            row = _asm_i32(text, [(_address(table[0], row, 4), "l"), (flag, "r")])
+            row = _load_index(table[0], row, inside)
         width = ir.MemRefType(out.type).shape[1]
         target = _address(out, row, 2 * width)
         target = llvm.add(target, _wide(arith.muli(_scalar(column), _i32(2))), overflow_flags=_NO_FLAGS)
@@ -373,6 +365,12 @@ def _smem_address(ref: ir.Value) -> ir.Value:
 
 def _pointer(ref: ir.Value) -> ir.Value:
     return llvm.ptrtoint(_i64_type(), mgpu_utils.memref_ptr(ref))
+
+
+def _load_index(index: ir.Value, place: ir.Value, inside: ir.Value) -> ir.Value:
+    """index[place], or 0 where not `inside`."""
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }"
+    return _asm_i32(text, [(_address(index, place, 4), "l"), (arith.extui(_i32_type(), inside), "r")])
 
 
 def _address(ref: ir.Value, index: ir.Value, stride: int) -> ir.Value:

@@ -4,9 +4,9 @@
 
 Algorithm: a grouped matrix product on tiles of rows that share one expert (`plan`), by persistent thread blocks: a *memory*
 warpgroup fills a ring of `stages` steps of 64 columns of A and rows of W, *compute* warpgroups multiply 64 rows each.
-Rows are found through the routing: A is gathered by cp.async from the tokens (or taken in order), W comes by TMA, and each
-result row is copied to its place on its own, so that no array is padded or permuted and groups end anywhere (as in
-SonicMoE, Guo et al. 2025, arXiv 2512.14080, which gathers so, too).
+Rows are found through the routing: A is gathered from the tokens by cp.async (where it is in order, it comes by TMA, as W
+does), and each result row is copied to its place on its own, so that no array is padded or permuted and groups end anywhere
+(SonicMoE, Guo et al. 2025, arXiv 2512.14080, gathers so, too).
 
 Tiles go expert by expert, and all columns of one tile of rows come first: thread blocks that run side by side share rows
 and weights in L2. A warpgroup without rows in a tile lets its steps pass. Slots follow from a counter of steps that runs
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.moe.hopper import ptx
 from ring_jax.moe.hopper.config import DEPTH, REGISTERS, ROWS, GroupedConfig
 from ring_jax.moe.hopper.plan import Plan
@@ -38,6 +39,7 @@ class Problem:
     by_columns: bool
     gather: bool
     scatter: bool
+    keep: bool
     config: GroupedConfig
 
     @property
@@ -60,8 +62,16 @@ class Problem:
 
 
 def rows_product(
-    a: jax.Array, w: jax.Array, plan: Plan, config: GroupedConfig, *, gather=False, scatter=False, transposed=False
-) -> jax.Array:
+    a: jax.Array,
+    w: jax.Array,
+    plan: Plan,
+    config: GroupedConfig,
+    *,
+    gather=False,
+    scatter=False,
+    transposed=False,
+    keep=False,
+):
     """a[r] W[e] for every row r of the plan.
 
     Args:
@@ -71,12 +81,14 @@ def rows_product(
 
     Returns:
         [A, N], or with SwiGLU [A, N / 2], in a's dtype; with `scatter` row by row of assignments. Rows of no expert
-        here are not written.
+        here are not written. With `keep`, SwiGLU's argument [A, N], gate first, as well.
     """
     depth, columns = (w.shape[2], w.shape[1]) if transposed else w.shape[1:]
-    problem = Problem(depth, columns, not transposed, gather, scatter, config)
+    problem = Problem(depth, columns, not transposed, gather, scatter, keep, config)
     if depth % DEPTH or columns % config.columns or plan.rows != config.rows:
         raise ValueError(f"{config} cannot cut a product of {depth=}, {columns=} with tiles of {plan.rows} rows")
+    if keep and not config.swiglu:
+        raise ValueError("only a SwiGLU product has an argument to keep")
     if transposed and config.width != 64:
         raise ValueError(f"transposed weights need chunks of 64, got {config.width=}")
     indices = ((plan.tokens,) if gather else ()) + ((plan.order,) if scatter else ())
@@ -88,7 +100,7 @@ def rows_product(
         a_smem=ptx.chunk_smem((stages, wgs, ROWS, DEPTH), a.dtype),
         b_smem=ptx.chunk_smem(chunk_shape, a.dtype),
         staging=plgpu.SMEM((wgs, ROWS, config.pitch), a.dtype),
-        full=plgpu.Barrier(num_arrivals=config.chunks + 1, num_barriers=stages),
+        full=plgpu.Barrier(num_arrivals=config.chunks + (1 if gather else wgs), num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
     )
 
@@ -98,18 +110,24 @@ def rows_product(
     call = compat.kernel(
         body,
         name="grouped_swiglu" if config.swiglu else "grouped_rows",
-        out_type=compat.output_like((plan.order.shape[0], width), a.dtype, *operands),
+        out_type=tuple(
+            compat.output_like((plan.order.shape[0], n), a.dtype, *operands)
+            for n in ((width, columns) if keep else (width,))
+        ),
         scratch=scratch,
         grid=(config.multiprocessors,),
         grid_names=("block",),
         num_threads=wgs + 1,
         thread_name="warpgroup",
     )
-    return call(*operands)
+    # `plgpu.kernel` forgets over which manual mesh axes its outputs vary.
+    results = pcast_to(call(*operands), varying_axes(operands))
+    return results if keep else results[0]
 
 
 def kernel(problem: Problem, a, w, tiles, count, *refs, a_smem, b_smem, staging, full, free):
-    *indices, out = refs
+    results = refs[-1 - problem.keep :]
+    indices = list(refs[: -len(results)])
     tokens = indices.pop(0) if problem.gather else None
     order = indices.pop(0) if problem.scatter else None
     config, steps = problem.config, problem.steps
@@ -137,9 +155,7 @@ def kernel(problem: Problem, a, w, tiles, count, *refs, a_smem, b_smem, staging,
             @pl.when(mine > 0)
             def _():
                 acc = multiply_tile(problem, index * steps, a_smem, b_smem, full, free, warpgroup)
-                columns = config.result_columns
-                ptx.stage(acc, staging.at[warpgroup], columns, config.swiglu)
-                ptx.store(staging.at[warpgroup], out, order, first + warpgroup * ROWS, mine, tile * columns, columns)
+                write_tile(problem, acc, staging.at[warpgroup], results, order, first + warpgroup * ROWS, mine, tile)
 
             @pl.when(mine <= 0)
             def _():
@@ -159,7 +175,7 @@ def kernel(problem: Problem, a, w, tiles, count, *refs, a_smem, b_smem, staging,
         @pl.loop(0, rounds)
         def _(index):
             expert, first, rows, tile = item(index)
-            offsets = ptx.row_offsets(tokens, first, rows, config.rows, problem.depth)
+            offsets = ptx.row_offsets(tokens, first, rows, config.rows, problem.depth) if problem.gather else None
 
             @pl.loop(0, steps)
             def _(k):
@@ -173,10 +189,29 @@ def kernel(problem: Problem, a, w, tiles, count, *refs, a_smem, b_smem, staging,
                     else:
                         source = w.at[expert, pl.ds(column, 64), depth]
                     plgpu.copy_gmem_to_smem(source, b_smem.at[slot, chunk], full.at[slot])
-                ptx.gather(offsets, a, a_smem.at[slot], k * DEPTH)
-                hand_over(config, full, step)
+                if problem.gather:
+                    ptx.gather(offsets, a, a_smem.at[slot], k * DEPTH)
+                    hand_over(config, full, step)
+                    return
+                size = min(config.rows, ROWS)
+                for block_of_rows in range(config.warpgroups):
+                    source = a.at[pl.ds(first + block_of_rows * ROWS, size), pl.ds(k * DEPTH, DEPTH)]
+                    plgpu.copy_gmem_to_smem(source, a_smem.at[slot, block_of_rows, pl.ds(0, size)], full.at[slot])
 
-        finish(config, full, free, rounds * steps)
+        finish(config, full if problem.gather else None, free, rounds * steps)
+
+
+def write_tile(problem: Problem, acc, staging, results, order, first, rows, tile) -> None:
+    """Stores 64 rows of a tile, of which the first `rows` are real."""
+    config = problem.config
+    size = config.result_columns
+    column = tile * size
+    if problem.keep:
+        for half in range(2):
+            ptx.stage(acc, staging, half * size, size)
+            ptx.store(staging, results[1], None, first, rows, half * (problem.columns // 2) + column, size)
+    ptx.stage(acc, staging, 0, size, config.swiglu)
+    ptx.store(staging, results[0], order, first, rows, column, size)
 
 
 def multiply_tile(problem, first_step, a_smem, b_smem, full, free, warpgroup) -> jax.Array:
@@ -214,13 +249,14 @@ def hand_over(config: GroupedConfig, full, step) -> None:
 
 
 def finish(config: GroupedConfig, full, free, steps) -> None:
-    """Hands over what is left of `steps` steps."""
-    ptx.gathered(0)
-    left = jnp.minimum(steps, config.lag)
+    """Hands over what is left of `steps` steps; `full` is None where nothing was gathered."""
+    if full is not None:
+        ptx.gathered(0)
+        left = jnp.minimum(steps, config.lag)
 
-    @pl.loop(0, left)
-    def _(i):
-        plgpu.barrier_arrive(full.at[ring_slot(steps - left + i, config.stages)])
+        @pl.loop(0, left)
+        def _(i):
+            plgpu.barrier_arrive(full.at[ring_slot(steps - left + i, config.stages)])
 
     if compat.interpreting():  # which wants every phase of a barrier to be seen
         for slot in range(config.stages):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from ring_jax.moe.hopper import backend
 from ring_jax.moe.hopper.config import SHARED_MEMORY_BYTES, GroupedConfig, outer_config, product_config
@@ -27,9 +28,9 @@ def gradients(function, arrays, cotangent):
     return jax.vjp(lambda *a: function(*a, experts), *arrays)[1](cotangent)
 
 
-def compare(arrays, dtype, seed=3):
+def compare(arrays, dtype, seed=3, **options):
     cotangent = jnp.asarray(np.random.default_rng(seed).standard_normal(arrays[0].shape), jnp.float32)
-    found = jax.jit(functools.partial(gradients, backend.run_experts))(arrays, cotangent)
+    found = jax.jit(functools.partial(gradients, functools.partial(backend.run_experts, **options)))(arrays, cotangent)
     wide = tuple(a.astype(jnp.float32) for a in arrays[:-1]) + arrays[-1:]
     wanted = jax.jit(functools.partial(gradients, exact))(wide, cotangent)
     errors = {name: relative(a, b) for name, a, b in zip(NAMES, found, wanted, strict=True)}
@@ -42,8 +43,29 @@ def test_lowers(tokens):
     def run(*arrays):
         return gradients(backend.run_experts, arrays, jnp.ones(arrays[0].shape, jnp.float32))
 
+    # The first product forward (nothing needs the second one), two backward, and two gradients of weights.
     assert lower(run, *shapes(tokens, LAYERS[0], jnp.bfloat16)).as_text().count("custom_call @mosaic_gpu") == 5
     lower(run, *shapes(tokens, LAYERS[1], jnp.float16))
+
+
+def test_lowers_inside_shard_map():
+    """Experts over two ranks: weights vary over the axis, tokens are the same."""
+    axes = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("expert",), devices=jax.devices("cpu")[:2], axis_types=axes)
+
+    def local(x, gate_up, down, weights, experts):
+        experts = experts - jax.lax.axis_index("expert") * gate_up.shape[0]
+        return jax.lax.psum(backend.run_experts(x, gate_up, down, weights, experts, total=256), "expert")
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("expert"), P("expert"), P(), P()), out_specs=P())
+
+    def both(*arrays):
+        *arrays, experts = arrays
+        y, pull = jax.vjp(lambda *a: run(*a, experts), *arrays)
+        return y, pull(y)
+
+    text = jax.jit(both).trace(*shapes(512, LAYERS[0], jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 6
 
 
 @pytest.mark.parametrize("size", [64, 128, 192, 512, 1408, 2048])
@@ -91,6 +113,11 @@ def test_interpreted_transposed_weights():
 @pytest.mark.parametrize("tokens", [1, 40, 1500])
 def test_gpu(tokens, kind, dtype):
     compare(operands(tokens, tokens, 4, 16, 512, 256, dtype, kind, elsewhere=5), dtype)
+
+
+@pytest.mark.gpu
+def test_gpu_recomputes():
+    compare(operands(9, 700, 4, 16, 512, 256, jnp.bfloat16, SKEWED), jnp.bfloat16, recompute=True)
 
 
 @pytest.mark.gpu

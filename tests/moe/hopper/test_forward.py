@@ -11,6 +11,7 @@ import pytest
 from ring_jax.moe.hopper import backend
 from ring_jax.moe.hopper.config import SHARED_MEMORY_BYTES, ExpertsConfig, GroupedConfig, experts_config
 from ring_jax.moe.hopper.plan import Plan
+from ring_jax.moe.hopper.rows_kernel import rows_product
 from ring_jax.mosaic import compat
 from tests.marks import interpreted
 from tests.moe.hopper.helpers import EVEN, LONELY, ONE_EXPERT, SKEWED, exact, lower, operands, relative
@@ -45,6 +46,12 @@ def test_lowers_every_config(tokens):
 @pytest.mark.parametrize("layer", LAYERS[1:], ids=str)
 def test_lowers_other_layers(layer):
     lower(backend.run_experts, *shapes(300, layer, jnp.float16))
+
+
+def test_long_sequences_go_in_parts():
+    """Memory does not grow without bound: 3 parts of 43691 tokens at most, 8 rows each."""
+    text = lower(backend.run_experts, *shapes(131072 + 1, LAYERS[0], jnp.bfloat16)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 6 and "1048584x2048" not in text
 
 
 # Configs, refusals and plans.
@@ -106,6 +113,7 @@ SMALL = ExpertsConfig(
     up=GroupedConfig(columns=128, stages=4, swiglu=True, multiprocessors=2),
     down=GroupedConfig(columns=128, stages=3, multiprocessors=3),
 )
+KEPT = GroupedConfig(columns=128, stages=3, swiglu=True, multiprocessors=2)
 FEW = ExpertsConfig(
     up=GroupedConfig(rows=16, warpgroups=1, columns=64, width=32, stages=4, swiglu=True, multiprocessors=2),
     down=GroupedConfig(rows=16, warpgroups=1, columns=128, stages=3, multiprocessors=2),
@@ -114,7 +122,9 @@ FEW = ExpertsConfig(
 
 @interpreted
 @pytest.mark.parametrize(
-    ("tokens", "kind", "config"), [(150, SKEWED, SMALL), (9, LONELY, FEW), (1, EVEN, FEW)], ids=["many", "few", "one"]
+    ("tokens", "kind", "config"),
+    [(150, SKEWED, SMALL), pytest.param(9, LONELY, FEW, marks=pytest.mark.slow), (1, EVEN, FEW)],
+    ids=["many", "few", "one"],
 )
 def test_interpreted(tokens, kind, config):
     arrays = operands(1, tokens, 2, 4, 128, 64, jnp.bfloat16, kind, elsewhere=2)
@@ -122,6 +132,20 @@ def test_interpreted(tokens, kind, config):
         found = jax.jit(functools.partial(backend.run_experts, config=config))(*arrays)
     assert found.dtype == jnp.float32
     assert relative(found, exact(*arrays)) < BOUND[jnp.bfloat16]
+
+
+@interpreted
+def test_interpreted_argument_is_kept():
+    """Gate and up, in the order of rows."""
+    x, gate_up, _, _, experts = operands(2, 20, 2, 2, 64, 128, jnp.bfloat16)
+    with compat.interpret_mode():
+        plan = jax.jit(Plan.of, static_argnums=(1, 2))(experts, 2, 128)
+        hidden, kept = rows_product(x, gate_up.reshape(2, 64, 256), plan, KEPT, gather=True, keep=True)
+    order = np.asarray(plan.order)
+    kernels = np.asarray(gate_up, np.float64)[np.asarray(experts).reshape(-1)[order]]
+    gate, up = np.einsum("rd,rdcf->crf", np.asarray(x, np.float64)[order // 2], kernels)
+    assert relative(kept, np.concatenate([gate, up], axis=1)) < 3e-3
+    assert relative(hidden, gate / (1 + np.exp(-gate)) * up) < 3e-3
 
 
 # On a GPU.
