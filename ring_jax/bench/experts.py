@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ring_jax._hardware import HOPPER
 from ring_jax.bench.trace import record
 from ring_jax.moe import MoEWeights, moe, route
 from ring_jax.moe.hopper import backend
-from ring_jax.moe.hopper.top_k import top_k, worthwhile
 
-PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12
+PEAK_FLOPS, PEAK_BYTES = HOPPER.peak_flops, 3.35e12  # memory of an H100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +65,8 @@ class Case:
         return x, MoEWeights(router, *kernels(e, *keys[2:4])), MoEWeights(router[:, :1], *kernels(1, *keys[4:]))
 
 
-def routed(x, weights: MoEWeights, per_token: int) -> jax.Array:
-    """The routed experts by our kernels, router included."""
-    # As `moe.route`, with our own top-k.
-    info = jnp.finfo(x.dtype)
-    logits = lax.reduce_precision(x @ weights.router, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    factors, experts = (top_k if worthwhile(probs, per_token) else lax.top_k)(probs, per_token)
-    factors /= factors.sum(axis=-1, keepdims=True)
-    return backend.run_experts(x, weights.gate_up, weights.down, factors, experts).astype(x.dtype)
+def in_mosaic(x, weights: MoEWeights, per_token: int) -> jax.Array:
+    return moe(x, weights, top_k=per_token, implementation="mosaic")[0]
 
 
 def shared(x, weights: MoEWeights) -> jax.Array:
@@ -87,7 +80,7 @@ def layer(case: Case, experts: Callable[..., jax.Array]) -> Callable[..., jax.Ar
 
 
 def in_xla(x, weights: MoEWeights, per_token: int) -> jax.Array:
-    return moe(x, weights, top_k=per_token)[0]
+    return moe(x, weights, top_k=per_token, implementation="xla")[0]
 
 
 def by_ragged_dot(x, weights: MoEWeights, per_token: int) -> jax.Array:
@@ -143,7 +136,7 @@ def device_times(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
     }
 
 
-FORMS = {"ours": routed, "xla": in_xla, "ragged_dot": by_ragged_dot}
+FORMS = {"ours": in_mosaic, "xla": in_xla, "ragged_dot": by_ragged_dot}
 
 
 def measure(case: Case, forms: list[str], dtype: Any, repeats: int, gradient: bool) -> list[dict[str, Any]]:

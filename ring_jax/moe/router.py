@@ -9,6 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ring_jax import _repr
 from ring_jax._checks import Sizes, check_array, check_count, check_flag, check_instance, describe
+from ring_jax.moe.hopper import top_k as hopper
+from ring_jax.mosaic import compat
+from ring_jax.mosaic.device import hopper_reason
 
 
 @jax.tree_util.register_dataclass
@@ -104,7 +107,8 @@ def route(
     # Explicit, since XLA leaves out the rounding between a product and a cast: near ties would depend on the program.
     logits = lax.reduce_precision(x @ router, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     probs = jax.nn.softmax(logits.astype(wide), axis=-1)
-    weights, experts = lax.top_k(probs, top_k)
+    kernel = compat.INTERPRET_AVAILABLE and hopper_reason() is None and hopper.worthwhile(probs, top_k)
+    weights, experts = hopper.top_k(probs, top_k) if kernel else lax.top_k(probs, top_k)
     if renormalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     if valid is not None:

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax._device import target
 from ring_jax._vma import align
 from ring_jax.moe.hopper.config import ExpertsConfig, experts_config, outer_config, product_config
 from ring_jax.moe.hopper.outer_kernel import outer_product
 from ring_jax.moe.hopper.plan import Plan
 from ring_jax.moe.hopper.rows_kernel import rows_product
+from ring_jax.mosaic.device import hopper_reason
 
 # Long sequences go in parts of so many assignments: each holds D + F numbers for the time of the call, 2.7 GB for 2^19 of
 # 2048 + 512 in bfloat16. Their weights are read once a part.
@@ -20,10 +20,7 @@ _ASSIGNMENTS = 2**19
 
 def unsupported_reason(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> str | None:
     """Why `run_experts` cannot run these arrays on the device that is being compiled for, or None."""
-    device = target()
-    if device.platform != "gpu" or not any(name in device.kind for name in ("H100", "H200", "H800", "H20", "GH200")):
-        return f"needs an NVIDIA Hopper GPU (compute capability 9.0), this is {device.kind}"
-    return unsupported_arrays(x, gate_up, down)
+    return hopper_reason() or unsupported_arrays(x, gate_up, down)
 
 
 def unsupported_arrays(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> str | None:
