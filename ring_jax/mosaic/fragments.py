@@ -46,7 +46,7 @@ def load_transposed(smem: Any) -> jax.Array:
 
 
 def store(smem: Any, x: jax.Array) -> None:
-    """Writes a 16-bit array [64, 64] to a tile."""
+    """Writes a 16-bit array [64, n], n a multiple of 64, to tiles."""
     if compat.interpreting():
         smem[...] = x
         return
@@ -86,10 +86,11 @@ def _row_addresses(smem: ir.Value, columns: int) -> list[ir.Value]:
     row = arith.andi(lane, constant(7))
     tile = arith.addi(arith.shli(warp, constant(1)), arith.andi(arith.shrui(lane, constant(3)), constant(1)))
     base = llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu_utils.memref_ptr(smem))
-    base = arith.addi(base, arith.addi(arith.shli(tile, constant(10)), arith.shli(row, constant(7))))
+    tile = arith.muli(tile, constant(columns // 64 * 1024))
+    base = arith.addi(base, arith.addi(tile, arith.shli(row, constant(7))))
     second = arith.shrui(lane, constant(4))
-    pieces = [arith.xori(arith.addi(second, constant(2 * i)), row) for i in range(columns // 16)]
-    return [arith.addi(base, arith.shli(piece, constant(4))) for piece in pieces]
+    pieces = [arith.shli(arith.xori(arith.addi(second, constant(2 * i)), row), constant(4)) for i in range(4)]
+    return [arith.addi(base, arith.addi(piece, constant(1024 * i))) for i in range(columns // 64) for piece in pieces]
 
 
 def _column_addresses(smem: ir.Value, rows: int) -> list[ir.Value]:

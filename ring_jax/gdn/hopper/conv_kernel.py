@@ -7,7 +7,8 @@ times `vector` channels, and walks along the tokens of its tile with the last W 
 tile are read again. One launch serves q, k and v: the block's number says which.
 
 Documents come as one int32 for each token (`FLAG_*`). The window of inputs is emptied where a document begins, or takes the
-tail where the first one does, so that no other token needs to look at segment ids.
+tail where the first one does, so that no other token needs to look at segment ids. A flag also says whether any of the next
+`AHEAD` tokens has one: most groups of rows have none, and run as if there were no documents.
 
 Backward: with do the cotangent of out, ds = n do - s n^3 (s.do), dy = ds silu'(y),
 
@@ -34,6 +35,8 @@ from ring_jax.mosaic import compat
 THREADS = 128
 NORM_EPSILON = 1e-6
 FLAG_CONTINUES, FLAG_STARTS, FLAG_FIRST, FLAG_PADDING = range(4)  # FIRST: the first document, which the tail precedes
+AHEAD = 16  # tokens that a flag looks at; times FLAG_AHEAD it is set where any of them has one
+FLAG_AHEAD = 4
 
 _LOG2E = math.log2(math.e)
 
@@ -60,7 +63,7 @@ class Problem:
 
     Fields:
         width: W, taps of the filter.
-        rows, unroll, vector: see `ConvConfig`.
+        rows, unroll, vector, prefetch: see `ConvConfig`.
         tail, flags: whether these operands are there.
         joint_inputs, joint_weights: whether one array holds all parts, of the gradients too.
     """
@@ -72,6 +75,7 @@ class Problem:
     rows: int
     unroll: int
     vector: int
+    prefetch: bool
     tail: bool
     flags: bool
     joint_inputs: bool = False
@@ -147,10 +151,13 @@ class _Block:
     def zeros(self) -> jax.Array:
         return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
 
-    def norm_of(self, x: jax.Array) -> jax.Array:
-        """x [heads, head_size] summed over each head, everywhere in it."""
-        total = jnp.sum(x, axis=1)
-        return plgpu.layout_cast(lax.broadcast_in_dim(total, self.shape, (0,)), self.layout)
+    def total(self, x: jax.Array) -> jax.Array:
+        """x [heads, head_size] summed over each head, [heads]."""
+        return jnp.sum(x, axis=1)
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """[heads] to [heads, head_size]."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, self.shape, (0,)), self.layout)
 
 
 class _Inputs:
@@ -167,7 +174,11 @@ class _Inputs:
         return self.block.load(self.x_ref.at[self.block.batch, row, self.heads])
 
     def flag(self, row) -> Any:
-        return self.flags_ref[self.block.batch, row] if self.flags_ref is not None else FLAG_CONTINUES
+        """None where there are no documents."""
+        return None if self.flags_ref is None else self.flags_ref[self.block.batch, row] & (FLAG_AHEAD - 1)
+
+    def flags_ahead(self, row) -> Any:
+        return self.flags_ref[self.block.batch, row] >= FLAG_AHEAD
 
     def _tail(self, index) -> jax.Array:
         if self.tail_ref is None:
@@ -176,7 +187,8 @@ class _Inputs:
 
     def history(self) -> list[jax.Array]:
         """The W - 1 inputs before the tile, as its first token sees them unless it begins a document."""
-        history, window = self.block.problem.width - 1, []
+        history = self.block.problem.width - 1
+        window: list[jax.Array] = []
         for i in range(history):
             row = self.block.first_row - history + i
             inside = lax.max(row, 0)
@@ -190,7 +202,7 @@ class _Inputs:
 
     def emptied(self, window: list[jax.Array], flag, missing: int = 0) -> list[jax.Array]:
         """The inputs before a token with this flag; the first `missing` of them are not in the window."""
-        if self.flags_ref is None or not window:
+        if flag is None or not window:
             return window
 
         def empty(*window):
@@ -225,21 +237,51 @@ def _dispatch(problem: Problem, body) -> None:
         first = last
 
 
-def _walk(block: _Block, start, count, load, step, carry):
-    """carry = step(row, carry, *load(row)) for `count` rows from start on, `unroll` loads ahead of what needs them."""
-    unroll = block.problem.unroll
+def _walk(inputs: _Inputs, start, count, load, step, carry, unsettled=None):
+    """carry = step(row, carry, flag, *load(row)) for `count` rows from start on, in groups whose loads come first.
 
-    def group(first, count, carry):
-        loaded = [load(first + i) for i in range(count)]
+    A group without flags runs as if there were no documents, with None for a flag, unless `unsettled(carry)`.
+    """
+    problem = inputs.block.problem
+    unroll = problem.unroll
+
+    def load_group(first):
+        return [load(lax.min(first + i, problem.time - 1) if problem.prefetch else first + i) for i in range(unroll)]
+
+    def run(first, loaded, carry, flagged):
         for i, arrays in enumerate(loaded):
-            carry = step(first + i, carry, *arrays)
+            carry = step(first + i, carry, inputs.flag(first + i) if flagged else None, *arrays)
         return carry
+
+    def group(g, carry):
+        first = start + g * unroll
+        if problem.prefetch:
+            carry, loaded = carry
+            following = load_group(first + unroll)
+            return compute(first, loaded, carry), following
+        return compute(first, load_group(first), carry)
+
+    def compute(first, loaded, carry):
+        if inputs.flags_ref is None:
+            return run(first, loaded, carry, False)
+        flagged = inputs.flags_ahead(first)
+        if unsettled is not None:
+            flagged |= unsettled(carry)
+        return lax.cond(
+            flagged,
+            lambda carry: run(first, loaded, carry, True),
+            lambda carry: run(first, loaded, carry, False),
+            carry,
+        )
 
     groups = count // unroll if isinstance(count, int) else lax.div(count, unroll)
-    carry = lax.fori_loop(0, groups, lambda g, carry: group(start + g * unroll, unroll, carry), carry)
+    if problem.prefetch:
+        carry, _ = lax.fori_loop(0, groups, group, (carry, load_group(start)))
+    else:
+        carry = lax.fori_loop(0, groups, group, carry)
     if isinstance(count, int) and count % unroll == 0:
         return carry
-    return lax.fori_loop(groups * unroll, count, lambda i, carry: group(start + i, 1, carry), carry)
+    return lax.fori_loop(groups * unroll, count, lambda i, carry: run(start + i, [load(start + i)], carry, True), carry)
 
 
 def _split(problem: Problem, refs, groups: int):
@@ -259,20 +301,20 @@ def forward_kernel(problem: Problem, *refs) -> None:
         out_ref = out_refs[i]
 
         def load(row):
-            return inputs.raw(row), inputs.flag(row)
+            return (inputs.raw(row),)
 
-        def step(row, window, raw, flag):
+        def step(row, window, flag, raw):
             window = [*inputs.emptied(list(window), flag), raw.astype(jnp.float32)]
             y = inputs.convolved(window)
             out = y * sigmoid(y)
             if block.part.norm:
-                out = out * lax.rsqrt(block.norm_of(out * out) + NORM_EPSILON)
-            if flags_ref is not None:
+                out = out * block.spread(lax.rsqrt(block.total(out * out) + NORM_EPSILON))
+            if flag is not None:
                 out = jnp.where(flag == FLAG_PADDING, 0.0, out)
             compat.store(out_ref.at[block.batch, row, block.heads()], out.astype(out_ref.dtype))
             return tuple(window[1:])
 
-        _walk(block, block.first_row, block.rows, load, step, tuple(inputs.history()))
+        _walk(inputs, block.first_row, block.rows, load, step, tuple(inputs.history()))
 
     _dispatch(problem, body)
 
@@ -295,16 +337,16 @@ def backward_kernel(problem: Problem, *refs) -> None:
 
         def load(row):
             inside = lax.min(row, problem.time - 1)
-            return inputs.raw(inside), block.load(do_ref.at[block.batch, inside, block.heads()]), inputs.flag(inside)
+            return inputs.raw(inside), block.load(do_ref.at[block.batch, inside, block.heads()])
 
-        def step(row, carry, raw, do, flag, edge=False):
+        def step(row, carry, flag, raw, do, edge=False):
             window, pending, dw, seen = carry
             x = raw.astype(jnp.float32)
-            if flags_ref is not None:  # whatever lies on padding, NaN too, must not reach dw
+            if flag is not None:  # whatever lies on padding, NaN too, must not reach dw
                 x = jnp.where(flag == FLAG_PADDING, 0.0, x)
             window = [*inputs.emptied(list(window), flag), x]
             dy = _output_gradient(block, inputs.convolved(window), do.astype(jnp.float32))
-            if flags_ref is not None:
+            if flag is not None:
                 dy = jnp.where(flag == FLAG_PADDING, 0.0, dy)
                 # How many tokens back this one's document goes on, as far as anyone asks.
                 seen = jnp.where(flag > FLAG_CONTINUES, 0, lax.min(seen + 1, history))
@@ -314,7 +356,7 @@ def backward_kernel(problem: Problem, *refs) -> None:
                 own = jnp.where(row < end, dy, 0.0)
             dw = tuple(total + own * x for total, x in zip(dw, window, strict=True))
             shares = [w * dy for w in inputs.weight]  # for the token W - 1 back, ..., for this one
-            if flags_ref is not None:
+            if flag is not None:
                 shares = [jnp.where(seen >= history - j, share, 0.0) for j, share in enumerate(shares)]
             sums = [a + b for a, b in zip(pending, shares[:-1], strict=True)] + shares[-1:]
 
@@ -325,7 +367,11 @@ def backward_kernel(problem: Problem, *refs) -> None:
             return tuple(window[1:]), tuple(sums[1:]), dw, seen
 
         def edge_rows(start, count, carry):
-            return lax.fori_loop(0, count, lambda i, carry: step(start + i, carry, *load(start + i), edge=True), carry)
+            def row(i, carry):
+                flag = inputs.flag(lax.min(start + i, problem.time - 1))
+                return step(start + i, carry, flag, *load(start + i), edge=True)
+
+            return lax.fori_loop(0, count, row, carry)
 
         carry = (
             tuple(inputs.history()),
@@ -336,7 +382,7 @@ def backward_kernel(problem: Problem, *refs) -> None:
         carry = edge_rows(first, history, carry)
         rows = block.rows
         whole = max(rows - history, 0) if isinstance(rows, int) else lax.max(rows - history, 0)
-        carry = _walk(block, first + history, whole, load, step, carry)
+        carry = _walk(inputs, first + history, whole, load, step, carry, lambda carry: carry[3] < history)
         _, _, dw, _ = edge_rows(first + history + whole, rows - whole, carry)
         w_heads = block.heads(problem.joint_weights)
         for j, total in enumerate(dw):
@@ -351,6 +397,6 @@ def _output_gradient(block: _Block, y: jax.Array, do: jax.Array) -> jax.Array:
     s = y * gate
     ds = do
     if block.part.norm:
-        n = lax.rsqrt(block.norm_of(s * s) + NORM_EPSILON)
-        ds = n * do - s * (n * n * n * block.norm_of(s * do))
+        n = lax.rsqrt(block.total(s * s) + NORM_EPSILON)
+        ds = block.spread(n) * do - s * block.spread(n * n * n * block.total(s * do))
     return ds * (gate + s * (1.0 - gate))

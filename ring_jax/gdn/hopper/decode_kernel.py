@@ -36,7 +36,14 @@ _WARPS, _LANES, _VECTOR = 4, 32, 4
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One launch. `width` is that of the convolution where the operands are projections, else None."""
+    """One launch.
+
+    Fields:
+        columns, warpgroups: see `DecodeConfig`.
+        width: of the convolution, where the operands are projections.
+        norm_epsilon: None for no gate and no output norm.
+        layer: whose states these are of those stacked; None where an operand says it.
+    """
 
     batch: int
     time: int
@@ -48,7 +55,8 @@ class Problem:
     warpgroups: int
     scale: float
     width: int | None
-    norm_epsilon: float | None  # None: no gate and no output norm
+    norm_epsilon: float | None
+    layer: int | None = 0
 
     @property
     def programs(self) -> int:
@@ -133,6 +141,9 @@ class _Given:
     def __init__(self, head: _Head, refs):
         self.head, self.refs = head, refs
 
+    def load(self) -> None:
+        pass
+
     def prepare(self, qk_smem) -> None:
         pass
 
@@ -159,60 +170,81 @@ class _Projected:
         self.channels = [pl.ds(part * keys + head.key_head * problem.dk, problem.dk) for part in range(2)]
         self.value_channels = pl.ds(2 * keys + head.head * problem.dv + head.columns.start, problem.columns)
 
-    def _convolved(self, channels, layout):
-        """silu of the convolution for each token, [channels]; `leave` writes the tail."""
+    def load(self) -> None:
+        """Everything at once: each load that waits for another costs as much as the state of one row of a batch."""
+        head, problem = self.head, self.head.problem
+        self.parts = [self._inputs(channels, channel_layout(problem.dk)) for channels in self.channels]
+        self.parts.append(self._inputs(self.value_channels, head.column_layout))
+        heads = problem.value_heads
+        self.ba = [[self.ba_ref[head.batch, t, head.head + i * heads] for i in range(2)] for t in range(problem.time)]
+        self.a_log, self.dt_bias = self.a_log_ref[head.head], self.dt_bias_ref[head.head]
+
+    def _inputs(self, channels, layout):
         problem, batch = self.head.problem, self.head.batch
-        history = problem.width - 1
-        x = [compat.load(self.tail_ref.at[batch, i, channels], layout) for i in range(history)]
+        x = [compat.load(self.tail_ref.at[batch, i, channels], layout) for i in range(problem.width - 1)]
         x += [compat.load(self.x_ref.at[batch, t, channels], layout) for t in range(problem.time)]
-        w = [compat.load(self.w_ref.at[j, channels], layout).astype(jnp.float32) for j in range(problem.width)]
-        wide, found = [each.astype(jnp.float32) for each in x], []
+        return x, [compat.load(self.w_ref.at[j, channels], layout) for j in range(problem.width)]
+
+    def _convolved(self, x, w) -> list[jax.Array]:
+        """silu of the convolution, for each token."""
+        problem = self.head.problem
+        x, w = ([each.astype(jnp.float32) for each in arrays] for arrays in (x, w))
+        found = []
         for t in range(problem.time):
-            y = w[0] * wide[t]
+            y = w[0] * x[t]
             for j in range(1, problem.width):
-                y = y + w[j] * wide[t + j]
+                y = y + w[j] * x[t + j]
             found.append(y * sigmoid(y))
+        return found
 
-        def leave():
-            for i, each in enumerate(x[problem.time :]):
-                compat.store(self.leaving_ref.at[batch, i, channels], each)
-
-        return found, leave
+    def _leave(self, x, channels) -> None:
+        """Writes the tail of these channels."""
+        for i, each in enumerate(x[self.head.problem.time :]):
+            compat.store(self.leaving_ref.at[self.head.batch, i, channels], each)
 
     def prepare(self, qk_smem) -> None:
-        head, problem = self.head, self.head.problem
+        head = self.head
         self.qk_smem = qk_smem.at[head.warpgroup]
-        for part, channels in enumerate(self.channels):
-            found, leave = self._convolved(channels, channel_layout(problem.dk))
-            for t, s in enumerate(found):
+        for part, arrays in enumerate(self.parts[:2]):
+            for t, s in enumerate(self._convolved(*arrays)):
                 compat.store(self.qk_smem.at[t, part], s)
-            pl.when(head.first & (head.key_head * head.group == head.head))(leave)
-        self.values, leave = self._convolved(self.value_channels, head.column_layout)
-        leave()
+        self.values = self._convolved(*self.parts[2])
         plgpu.commit_smem()
 
+        @pl.when(head.first & (head.key_head * head.group == head.head))
+        def _():
+            for channels, (x, _) in zip(self.channels, self.parts[:2], strict=True):
+                self._leave(x, channels)
+
+        self._leave(self.parts[2][0], self.value_channels)
+
     def token(self, t: int):
-        head, heads = self.head, self.head.problem.value_heads
+        head = self.head
         q, k = (compat.load(self.qk_smem.at[t, part], head.row_layout) for part in range(2))
         q, k = (x * lax.rsqrt(jnp.sum(x * x) + NORM_EPSILON) for x in (q, k))
-        b, a = (self.ba_ref[head.batch, t, head.head + i * heads].astype(jnp.float32) for i in range(2))
-        decay = softplus(a + self.dt_bias_ref[head.head].astype(jnp.float32))
-        g = -jnp.exp(self.a_log_ref[head.head].astype(jnp.float32)) * decay
+        b, a = (x.astype(jnp.float32) for x in self.ba[t])
+        g = -jnp.exp(self.a_log.astype(jnp.float32)) * softplus(a + self.dt_bias.astype(jnp.float32))
         return q, k, self.values[t], g, sigmoid(b)
 
 
 def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None) -> None:
-    """refs: the operands; z, the norm's weight where there is a gate; the layer; the states; out, the leaving tail."""
+    """refs: the operands; z, the norm's weight where there is a gate; the layer where it is an operand; the states; out, and
+    the leaving tail of projected operands."""
     head = _Head(problem)
+    *inputs, state_ref, out_ref = refs if problem.width is None else refs[:-1]
+    layer = problem.layer
+    if layer is None:
+        *inputs, layer_ref = inputs
+        layer = lax.max(lax.min(layer_ref[0], state_ref.shape[0] - 1), 0)
     operands: Any
     if problem.width is None:
-        *inputs, layer_ref, state_ref, out_ref = refs
-        operands, gate = _Given(head, inputs[:5]), inputs[5:]
+        operands, gate_refs = _Given(head, inputs[:5]), inputs[5:]
     else:
-        *inputs, layer_ref, state_ref, out_ref, leaving_ref = refs
-        operands, gate = _Projected(head, inputs[:6], leaving_ref), inputs[6:]
-    state_ref = state_ref.at[layer_ref[0], head.batch, head.head, :, head.columns]
+        operands, gate_refs = _Projected(head, inputs[:6], refs[-1]), inputs[6:]
+    state_ref = state_ref.at[layer, head.batch, head.head, :, head.columns]
     state = compat.load(state_ref, head.layout)
+    operands.load()
+    gate = _OutputNorm(head, *gate_refs) if gate_refs else None
     operands.prepare(qk_smem)
     outs = []
     for t in range(problem.time):
@@ -226,32 +258,40 @@ def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None) -> N
         u = beta * (v - read_k)
         outs.append(read_q + jnp.sum(k * q) * u)
         state = state + key * head.over_columns(u)
-    if problem.norm_epsilon is not None:
-        outs = _gated_norm(head, outs, gate, o_smem, o_full)
+    compat.store(state_ref, state)
+    if gate is not None:
+        outs = gate.apply(outs, o_smem, o_full)
     for t, out in enumerate(outs):
         compat.store(out_ref.at[head.batch, t, head.head, head.columns], out.astype(out_ref.dtype))
-    compat.store(state_ref, state)
 
 
-def _gated_norm(head: _Head, outs, gate, o_smem, o_full):
+class _OutputNorm:
     """weight o / rms(o) silu(z); the squares of a head come together through shared memory."""
-    z_ref, weight_ref = gate
-    problem = head.problem
-    z = [compat.load(z_ref.at[head.batch, t, head.head, head.columns], head.column_layout) for t in range(problem.time)]
-    weight = compat.load(weight_ref.at[head.columns], head.column_layout).astype(jnp.float32)
-    for t, out in enumerate(outs):
-        compat.store(o_smem.at[t, head.columns], out)
-    plgpu.commit_smem()
-    if problem.warpgroups > 1:
-        plgpu.barrier_arrive(o_full)
-        plgpu.barrier_wait(o_full)
-    normed = []
-    for t, out in enumerate(outs):
-        whole = compat.load(o_smem.at[t], whole_layout(problem.dv))
-        mean = jnp.sum(whole * whole) * (1.0 / problem.dv)
-        gate_t = z[t].astype(jnp.float32)
-        normed.append(weight * (out * lax.rsqrt(mean + problem.norm_epsilon)) * (gate_t * sigmoid(gate_t)))
-    return normed
+
+    def __init__(self, head: _Head, z_ref, weight_ref):
+        def load(ref):
+            return compat.load(ref, head.column_layout)
+
+        assert head.problem.norm_epsilon is not None
+        self.head, self.epsilon = head, head.problem.norm_epsilon
+        self.z = [load(z_ref.at[head.batch, t, head.head, head.columns]) for t in range(head.problem.time)]
+        self.weight = load(weight_ref.at[head.columns])
+
+    def apply(self, outs, o_smem, o_full) -> list[jax.Array]:
+        head, problem = self.head, self.head.problem
+        for t, out in enumerate(outs):
+            compat.store(o_smem.at[t, head.columns], out)
+        plgpu.commit_smem()
+        if problem.warpgroups > 1:
+            plgpu.barrier_arrive(o_full)
+            plgpu.barrier_wait(o_full)
+        normed, weight = [], self.weight.astype(jnp.float32)
+        for t, out in enumerate(outs):
+            whole = compat.load(o_smem.at[t], whole_layout(problem.dv))
+            mean = jnp.sum(whole * whole) * (1.0 / problem.dv)
+            z = self.z[t].astype(jnp.float32)
+            normed.append(weight * (out * lax.rsqrt(mean + self.epsilon)) * (z * sigmoid(z)))
+        return normed
 
 
 def scratch(problem: Problem) -> dict[str, Any]:

@@ -43,10 +43,16 @@ class Problem:
     documents: bool
     dtype: Any
     config: ForwardConfig
+    pieces: int = 1  # of the sequence, walked over at the same time, each from a state of its own
 
     @property
     def chunks(self) -> int:
         return pl.cdiv(self.time, CHUNK)
+
+    @property
+    def length(self) -> int:
+        """Chunks of a piece; the last one may have fewer."""
+        return pl.cdiv(self.chunks, self.pieces)
 
     @property
     def slices(self) -> int:
@@ -55,7 +61,7 @@ class Problem:
 
 
 def forward(problem: Problem, query, key, value, inverse, gates, starts, initial):
-    """out [B, T, N, dv] and the final state transposed, [B, N, dv, dk] float32, from such an initial one."""
+    """out [B, T, N, dv] and the final state transposed, [B, N, dv, dk] float32, from initial ones [B, N, pieces, dv, dk]."""
     config = problem.config
     stages, columns = config.stages, config.state_warpgroups
     operands = [query, key, value, inverse, gates]
@@ -90,7 +96,7 @@ def forward(problem: Problem, query, key, value, inverse, gates, starts, initial
         name="gated_delta_forward",
         out_type=out_type,
         scratch=scratch,
-        grid=(problem.batch * problem.heads * problem.slices,),
+        grid=(problem.batch * problem.heads * problem.pieces * problem.slices,),
         grid_names=("program",),
         num_threads=columns + 2,
         thread_name="warpgroup",
@@ -107,7 +113,10 @@ def _body(problem: Problem, query, key, value, inverse, gates, *refs, **scratch)
     warpgroup = lax.axis_index("warpgroup")
     program = lax.axis_index("program")
     part, program = lax.rem(program, problem.slices), lax.div(program, problem.slices)
-    head, batch = lax.rem(program, problem.heads), lax.div(program, problem.heads)
+    head, program = lax.rem(program, problem.heads), lax.div(program, problem.heads)
+    piece, batch = lax.rem(program, problem.pieces), lax.div(program, problem.pieces)
+    first = piece * problem.length
+    count = problem.chunks if problem.pieces == 1 else lax.min(jnp.int32(problem.length), problem.chunks - first)
     key_head = lax.div(head, problem.heads // problem.key_heads)
     first_column = part * config.value_columns
 
@@ -115,24 +124,31 @@ def _body(problem: Problem, query, key, value, inverse, gates, *refs, **scratch)
     def _():
         plgpu.set_max_registers(config.state_registers, action="increase")
         columns = pl.ds(first_column + warpgroup * 64, 64)
-        state_of = None if initial is None else initial.at[batch, head, columns]
+        start = None if initial is None else initial.at[batch, head, piece, columns]
 
         def out_at(chunk):
-            return out.at[batch, pl.ds(chunk * CHUNK, CHUNK), head, columns]
+            return out.at[batch, pl.ds((first + chunk) * CHUNK, CHUNK), head, columns]
 
-        _state(problem, warpgroup, state_of, final.at[batch, head, columns], out_at, **scratch)
+        state = _state(problem, warpgroup, start, count, out_at, **scratch)
+
+        @pl.when(piece == problem.pieces - 1)
+        def _():
+            compat.store(final.at[batch, head, columns], state)
+
+        plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == config.state_warpgroups)
     def _():
         action = "increase" if config.scores_registers > 128 else "decrease"
         plgpu.set_max_registers(config.scores_registers, action=action)
-        _scores(problem, **scratch)
+        _scores(problem, count, **scratch)
 
     @pl.when(warpgroup == config.state_warpgroups + 1)
     def _():
         plgpu.set_max_registers(config.memory_registers, action="decrease")
 
-        def copies(chunk, slot, full, q_smem, k_smem, v_smem, t_smem, gates_smem, starts_smem):
+        def copies(chunk, slot, q_smem, k_smem, v_smem, t_smem, gates_smem, starts_smem):
+            chunk += first
             rows = pl.ds(chunk * CHUNK, CHUNK)
             yield key.at[batch, rows, key_head], k_smem.at[slot]
             yield gates.at[batch, head, chunk], gates_smem.at[slot]
@@ -144,15 +160,15 @@ def _body(problem: Problem, query, key, value, inverse, gates, *refs, **scratch)
                 yield value.at[batch, rows, head, columns], v_smem.at[slot, w]
             yield inverse.at[batch, head, chunk], t_smem.at[slot]
 
-        _memory(problem, copies, **scratch)
+        _memory(problem, count, copies, **scratch)
 
 
-def _memory(problem, copies, *, full, free, p_full, p_free, p_smem, o_smem, **buffers):
-    @pl.loop(0, problem.chunks)
+def _memory(problem, count, copies, *, full, free, p_full, p_free, p_smem, o_smem, **buffers):
+    @pl.loop(0, count)
     def _(chunk):
         slot = ring_slot(chunk, problem.config.stages)
         plgpu.barrier_wait(free.at[slot])
-        for source, target in copies(chunk, slot, full, **buffers):
+        for source, target in copies(chunk, slot, **buffers):
             plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
     if compat.interpreting():  # the interpreter wants every phase of a barrier to be seen
@@ -160,13 +176,13 @@ def _memory(problem, copies, *, full, free, p_full, p_free, p_smem, o_smem, **bu
             plgpu.barrier_wait(free.at[slot])
 
 
-def _scores(problem, *, q_smem, k_smem, p_smem, gates_smem, starts_smem, full, free, p_full, p_free, **_):
+def _scores(problem, count, *, q_smem, k_smem, p_smem, gates_smem, starts_smem, full, free, p_full, p_free, **_):
     """P of every chunk, rounded, to shared memory."""
     for slot in range(problem.config.stages):
         plgpu.barrier_arrive(free.at[slot])
     row = row_index()
 
-    @pl.loop(0, problem.chunks)
+    @pl.loop(0, count)
     def _(chunk):
         slot, p_slot = ring_slot(chunk, problem.config.stages), ring_slot(chunk, 2)
         plgpu.barrier_wait(full.at[slot])
@@ -187,28 +203,28 @@ def _scores(problem, *, q_smem, k_smem, p_smem, gates_smem, starts_smem, full, f
             plgpu.barrier_wait(p_free.at[slot])
 
 
-def _state(problem, warpgroup, initial, final, out_at, *, q_smem, k_smem, v_smem, t_smem, p_smem, o_smem, gates_smem,
+def _state(problem, warpgroup, initial, count, out_at, *, q_smem, k_smem, v_smem, t_smem, p_smem, o_smem, gates_smem,
            full, free, p_full, p_free, **_):  # fmt: skip
-    """The recurrence of 64 columns of a value head."""
+    """The recurrence of 64 columns of a value head over `count` chunks: the state that it ends with."""
     dtype, config = problem.dtype, problem.config
     for slot in range(config.stages):
         plgpu.barrier_arrive(free.at[slot])
     for slot in range(2):
         plgpu.barrier_arrive(p_free.at[slot])
 
-    def correction(chunk, read, from_start, values):
+    def correction(read, from_start, values):
         return (values.astype(jnp.float32) - read * down(from_start)).astype(dtype)
 
-    def write(chunk, out):
-        half = ring_slot(chunk, 2)
+    def stage(chunk, out):
         # The copy of two chunks ago has read this buffer.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        store_transposed(o_smem.at[half, warpgroup], out)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_smem.at[half, warpgroup], out_at(chunk))
+        store_transposed(o_smem.at[ring_slot(chunk, 2), warpgroup], out.astype(dtype))
 
-    def operands(chunk):
-        slot = ring_slot(chunk, config.stages)
+    def write(chunk):
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_smem.at[ring_slot(chunk, 2), warpgroup], out_at(chunk))
+
+    def operands(slot):
         gate = gates_smem.at[slot]
         values = load_transposed(v_smem.at[slot, warpgroup])
         return values, compat.load(gate.at[1], _COLUMNS), gates_smem[slot, 1, CHUNK - 1]
@@ -220,8 +236,8 @@ def _state(problem, warpgroup, initial, final, out_at, *, q_smem, k_smem, v_smem
         plgpu.barrier_wait(full.at[slot])
         products = wgmma.start_products((None, rounded, k), (None, rounded, q_smem.at[slot]))
         read, out = wgmma.wait(0, *products)
-        values, from_start, total = operands(chunk)
-        y = correction(chunk, read, from_start, values)
+        values, from_start, total = operands(slot)
+        y = correction(read, from_start, values)
         (u,) = wgmma.start_products((None, y, t_smem.at[slot]))
         out = out * down(from_start * problem.scale)
         state = state * total
@@ -233,7 +249,8 @@ def _state(problem, warpgroup, initial, final, out_at, *, q_smem, k_smem, v_smem
         )
         (out,) = wgmma.wait(1, out)
         plgpu.barrier_arrive(p_free.at[half])
-        write(chunk, out.astype(dtype))
+        stage(chunk, out)
+        write(chunk)
         (state,) = wgmma.wait(0, state)
         plgpu.barrier_arrive(free.at[slot])
         return state
@@ -246,9 +263,9 @@ def _state(problem, warpgroup, initial, final, out_at, *, q_smem, k_smem, v_smem
         rounded = state.astype(dtype)
         plgpu.barrier_wait(full.at[slot])
         read, last_out = wgmma.start_products((None, rounded, k), (last_out, last_u, p_smem.at[before], True))
-        values, from_start, total = operands(chunk)
+        values, from_start, total = operands(slot)
         (read,) = wgmma.wait(1, read)
-        y = correction(chunk, read, from_start, values)
+        y = correction(read, from_start, values)
         (u,) = wgmma.start_products((None, y, t_smem.at[slot]))
         state = state * total
         (last_out,) = wgmma.wait(1, last_out)
@@ -256,7 +273,8 @@ def _state(problem, warpgroup, initial, final, out_at, *, q_smem, k_smem, v_smem
         @pl.when(chunk > 0)
         def _():
             plgpu.barrier_arrive(p_free.at[before])
-            write(chunk - 1, last_out.astype(dtype))
+            stage(chunk - 1, last_out)
+            write(chunk - 1)
 
         # Not earlier, though the tensor cores wait for it: there are no more registers.
         (out,) = wgmma.start_products((None, rounded, q_smem.at[slot]))
@@ -280,11 +298,11 @@ def _state(problem, warpgroup, initial, final, out_at, *, q_smem, k_smem, v_smem
         out = plgpu.layout_cast(jnp.zeros((64, CHUNK), jnp.float32), _TILE)
         # Before the first chunk there is no P, and what comes of it is not stored.
         carry = (state, out, out.astype(dtype), jnp.int32(0))
-        state, out, u, last = lax.fori_loop(0, problem.chunks, pipelined, carry)
+        state, out, u, last = lax.fori_loop(0, count, pipelined, carry)
         (out,) = wgmma.wait(0, *wgmma.start_products((out, u, p_smem.at[ring_slot(last, 2)], True)))
         plgpu.barrier_arrive(p_free.at[ring_slot(last, 2)])
-        write(last, out.astype(dtype))
+        stage(last, out)
+        write(last)
     else:
-        state = lax.fori_loop(0, problem.chunks, in_turn, state)
-    compat.store(final, state)
-    plgpu.wait_smem_to_gmem(0)
+        state = lax.fori_loop(0, count, in_turn, state)
+    return state

@@ -43,24 +43,25 @@ def document_starts(segment_ids: jax.Array) -> jax.Array:
     index = jnp.pad(index, ((0, 0), (0, -time % CHUNK)), mode="edge")
     begins = jnp.diff(index, axis=1, prepend=0) > 0
     begins = begins.reshape(batch, -1, CHUNK)
-    place = jnp.arange(CHUNK, dtype=jnp.int32)
+    place = lax.broadcasted_iota(jnp.int32, begins.shape, 2)
     return lax.cummax(jnp.where(begins, place, -1), axis=2)
 
 
 def gate_rows(rows: jax.Array, starts: jax.Array | None) -> jax.Array:
-    """`gates` [..., 4, 64] of `chunked_rows` [..., 2, 64] and starts [..., 64]."""
+    """`gates` [..., 4, 64] of `chunked_rows` [..., 2, 64] and starts [..., 64], of one rank."""
     total = jnp.cumsum(rows[..., 0, :] * _LOG2E, axis=-1)
     from_start, to_end = jnp.exp2(total), jnp.exp2(total[..., -1:] - total)
     if starts is not None:
         from_start = jnp.where(starts < 0, from_start, 0.0)
-        to_end = jnp.where(jnp.arange(CHUNK) >= starts[..., -1:], to_end, 0.0)
+        place = lax.broadcasted_iota(jnp.int32, starts.shape, starts.ndim - 1)
+        to_end = jnp.where(place >= starts[..., -1:], to_end, 0.0)
     return jnp.stack([total, from_start, to_end, rows[..., 1, :]], axis=-2)
 
 
 def write_gate_rows(rows, starts, gates) -> None:
     """`gate_rows` for references to shared memory: rows [heads, 2, 64], starts [64] or None, gates [heads, 4, 64]."""
     if compat.interpreting():
-        gates[...] = gate_rows(rows[...], None if starts is None else starts[...])
+        gates[...] = gate_rows(rows[...], None if starts is None else starts[...][None])
         return
     heads = rows.shape[0]
     documents = () if starts is None else (starts,)

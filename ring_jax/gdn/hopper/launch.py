@@ -1,10 +1,13 @@
 """The Hopper forward of the gated delta rule as a function of arrays: what it takes, padding, and its two kernels."""
 
+import dataclasses
+
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
+from jax import lax
 
-from ring_jax.gdn.hopper import forward_kernel, prepare
+from ring_jax.gdn.hopper import forward_kernel, prepare, transition_kernel
 from ring_jax.gdn.hopper.config import CHUNK, SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 from ring_jax.gdn.hopper.gates import chunked_rows, document_starts
 from ring_jax.gdn.segments import blank_padding
@@ -50,17 +53,20 @@ def forward(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     config: ForwardConfig | None = None,
+    pieces: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The gated delta rule, see `ring_jax.gated_delta_rule`.
 
     Args:
-        query, key: [B, T, K, dk] bfloat16 or float16.
+        query, key: [B, T, K, dk] bfloat16 or float16. Where beta |key|^2 is more than 2 the rule itself is unstable, and
+            what grows may overflow the float16 of `prepare`; keys of unit length are far from there.
         value: [B, T, N, dv], the same dtype, N a multiple of K.
         log_decay, beta: [B, T, N]; computed with in float32.
         scale: factor of the query.
         initial_state: [B, N, dk, dv] float32, or zeros.
         segment_ids: int [B, T], negative on padding, where the other arrays may hold anything.
-        config: None takes the tuned one.
+        config: None takes the one that should be fastest.
+        pieces: into how many the sequence is cut, so that they run at the same time; likewise.
 
     Returns:
         out [B, T, N, dv] in the input dtype, and the final state [B, N, dk, dv] in float32.
@@ -73,13 +79,14 @@ def forward(
         raise NotImplementedError(f"the Hopper kernel of the gated delta rule {reason}")
     batch, time, key_heads, key_size = key.shape
     heads, value_size = value.shape[2:]
-    config = config or forward_config(key_size, value_size, batch * heads)
+    best, cuts = forward_config(key_size, value_size, batch * heads, pl.cdiv(time, CHUNK))
+    config, pieces = config or best, pieces or (1 if config else cuts)
     if (used := config.shared_memory_bytes(key_size)) > SHARED_MEMORY_BYTES:
         raise ValueError(f"{config} needs {used} bytes of shared memory for {key_size=}")
-    query, key, value, log_decay, beta = blank_padding(segment_ids, query, key, value, log_decay, beta)
-    starts = None if segment_ids is None else document_starts(segment_ids)
-    # TMA reads whole tiles, of an array whose length is a multiple of 8.
-    query, key, value = (_lengthened(x) for x in (query, key, value))
+    query, key, value, inverse, gates, starts = _prepared(query, key, value, log_decay, beta, segment_ids)
+    initial = None
+    if initial_state is not None:
+        initial = jnp.swapaxes(initial_state, 2, 3)[:, :, None]
     problem = forward_kernel.Problem(
         batch=batch,
         time=key.shape[1],
@@ -88,18 +95,84 @@ def forward(
         key_size=key_size,
         value_size=value_size,
         scale=float(scale),
-        initial=initial_state is not None,
+        initial=initial is not None or pieces > 1,
         documents=starts is not None,
         dtype=jnp.dtype(key.dtype),
         config=config,
+        pieces=pieces,
     )
-    preparation = prepare.Problem(
-        batch, problem.chunks, key_heads, heads // key_heads, key_size, problem.documents, problem.dtype
-    )
-    inverse, gates = prepare.prepare(preparation, key, chunked_rows(log_decay, beta), starts)
-    initial = None if initial_state is None else jnp.swapaxes(initial_state, 2, 3)
+    # Rounding up may leave fewer pieces than asked for.
+    problem = dataclasses.replace(problem, pieces=pl.cdiv(problem.chunks, problem.length))
+    if problem.pieces > 1:
+        through = _transition(key, value, inverse, gates, problem.pieces - 1, problem.length)
+        initial = _entering(initial, through, value_size)
     out, final = forward_kernel.forward(problem, query, key, value, inverse, gates, starts, initial)
     return out[:, :time], jnp.swapaxes(final, 2, 3)
+
+
+def transition(
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(M, B) of S_out = M S_in + B over the whole array, float32 [B, N, dk, dk] and [B, N, dk, dv], as `chunked.transition`."""
+    reason = unsupported_reason(key, key, value)
+    if reason is not None:
+        raise NotImplementedError(f"the Hopper kernel of the gated delta rule {reason}")
+    _, key, value, inverse, gates, _ = _prepared(None, key, value, log_decay, beta, segment_ids)
+    through = _transition(key, value, inverse, gates, 1, gates.shape[2])[:, :, 0]
+    through = jnp.swapaxes(through, 2, 3)
+    return through[..., value.shape[3] :], through[..., : value.shape[3]]
+
+
+def _prepared(query, key, value, log_decay, beta, segment_ids):
+    """The operands as TMA can read them, and what `prepare` and `gates` make of them."""
+    operands = [key, value, log_decay, beta, *([] if query is None else [query])]
+    key, value, log_decay, beta, *rest = blank_padding(segment_ids, *operands)
+    starts = None if segment_ids is None else document_starts(segment_ids)
+    # TMA reads whole tiles, of an array whose length is a multiple of 8.
+    key, value, *rest = (_lengthened(x) for x in (key, value, *rest))
+    batch, time, key_heads, key_size = key.shape
+    problem = prepare.Problem(
+        batch=batch,
+        chunks=pl.cdiv(time, CHUNK),
+        key_heads=key_heads,
+        group=value.shape[2] // key_heads,
+        key_size=key_size,
+        documents=starts is not None,
+        dtype=jnp.dtype(key.dtype),
+    )
+    inverse, gates = prepare.prepare(problem, key, chunked_rows(log_decay, beta), starts)
+    return *(rest or [None]), key, value, inverse, gates, starts
+
+
+def _transition(key, value, inverse, gates, pieces: int, length: int):
+    """Of the first pieces of `length` chunks: [B, N, pieces, dv + dk, dk], B and M transposed."""
+    problem = transition_kernel.Problem(
+        batch=key.shape[0],
+        chunks=min(gates.shape[2], pieces * length),
+        key_heads=key.shape[2],
+        heads=value.shape[2],
+        key_size=key.shape[3],
+        value_size=value.shape[3],
+        pieces=pieces,
+        length=length,
+        dtype=jnp.dtype(key.dtype),
+    )
+    return transition_kernel.transition(problem, key, value, inverse, gates)
+
+
+def _entering(initial, through, value_size: int):
+    """The states, transposed, with which the pieces begin: [B, N, pieces, dv, dk]."""
+    added, carried = through[:, :, :, :value_size], through[:, :, :, value_size:]
+    state = jnp.zeros_like(added[:, :, 0]) if initial is None else initial[:, :, 0]
+    states = [state]
+    for piece in range(through.shape[2]):
+        state = jnp.matmul(state, carried[:, :, piece], precision=lax.Precision.HIGHEST) + added[:, :, piece]
+        states.append(state)
+    return jnp.stack(states, axis=2)
 
 
 def _lengthened(x: jax.Array) -> jax.Array:

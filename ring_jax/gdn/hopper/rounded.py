@@ -28,11 +28,11 @@ def rounded_forward(query, key, value, log_decay, beta, *, scale, initial_state=
     v = _chunks(value)  # [B, N, chunks, 64, d]
     batch, heads, chunks = v.shape[:3]
     total, from_start, to_end, strength = (gates[..., i, :] for i in range(4))
-    place = jnp.arange(CHUNK)
-    visible = place[:, None] >= place
+    square = (batch, heads, chunks, CHUNK, CHUNK)
+    row, column = (lax.broadcasted_iota(jnp.int32, square, axis) for axis in (3, 4))
+    visible = row >= column
     if starts is not None:
-        visible = visible & (starts[..., None] <= place)
-    visible = jnp.broadcast_to(visible, (batch, heads, chunks, CHUNK, CHUNK))
+        visible = visible & (starts[..., None] <= column)
     decay = jnp.exp2(jnp.where(visible, total[..., :, None] - total[..., None, :], 0))
     decay = jnp.where(visible, decay, 0)
 

@@ -121,16 +121,29 @@ def _oracle(mixed, weight, heads, tail, segment_ids):
 # Interpreted on the CPU.
 
 TINY = conv.ConvConfig(rows=8, unroll=3, vector=4)
+AHEAD = dataclasses.replace(TINY, unroll=2, prefetch=True)
 
 
 @interpreted
 @pytest.mark.parametrize(
-    ("time", "kind", "tail", "joint"),
-    [(21, "none", True, False), (19, "documents", True, True), (24, "padding", False, False), (2, "none", True, True)],
+    ("time", "kind", "tail", "joint", "config"),
+    [
+        (17, "documents", True, True, AHEAD),
+        pytest.param(13, "none", True, False, AHEAD, marks=pytest.mark.slow),
+        pytest.param(24, "padding", False, False, TINY, marks=pytest.mark.slow),
+        pytest.param(2, "none", True, True, TINY, marks=pytest.mark.slow),
+    ],
 )
-def test_interpreted(time, kind, tail, joint):
+def test_interpreted(time, kind, tail, joint, config):
+    batch = 2 if kind == "padding" else 1
     with compat.interpret_mode():
-        check(3, 2, time, SMALL, jnp.float32, kind, tail, joint, config=TINY, backward_config=TINY)
+        check(3, batch, time, SMALL, jnp.float32, kind, tail, joint, config=config, backward_config=config)
+
+
+@interpreted
+def test_interpreted_forward_without_documents():
+    with compat.interpret_mode():
+        check(4, 1, 10, SMALL, jnp.float32, gradients=False, config=AHEAD)
 
 
 # Lowering for CUDA, on the CPU.
@@ -191,7 +204,18 @@ def test_lowers_inside_shard_map():
     assert text.count("all_reduce") == 1
 
 
-# Refusals.
+# Flags, refusals.
+
+
+def test_flags():
+    ids = jnp.asarray([[-1, -1, 4, 4, 4] + [7] * 20 + [-1]])
+    flags = np.asarray(conv.document_flags(ids))[0]
+    expected = [3, 3, 2, 0, 0, 1] + [0] * 19 + [3]
+    np.testing.assert_array_equal(flags % conv.FLAG_AHEAD, expected)
+    ahead = [any(expected[i : i + conv.AHEAD]) for i in range(len(expected))]
+    np.testing.assert_array_equal(flags >= conv.FLAG_AHEAD, ahead)
+    whole = jnp.zeros((2, 40), jnp.int32)
+    np.testing.assert_array_equal(conv.one_document(whole[..., None]), conv.document_flags(whole))
 
 
 def test_unsupported_reasons():
@@ -222,12 +246,12 @@ def test_config_refuses(change):
 
 def test_errors():
     mixed, weight, tail, _ = inputs(0, 1, 4, SMALL, jnp.float32)
-    with pytest.raises(ValueError, match="mixed must have 2048 features"):
+    with pytest.raises(ValueError, match="mixed must have shape"):
         conv.convolve(mixed[..., :-1], weight, SMALL)
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match="axis 1 differs"):
         q, k, v = split(mixed, SMALL)
         conv.convolve((q, k[:, 1:], v), weight, SMALL)
-    with pytest.raises(ValueError, match="tail must be"):
+    with pytest.raises(ValueError, match="tail must have shape"):
         conv.convolve(mixed, weight, SMALL, tail=tail[:, 1:])
 
 

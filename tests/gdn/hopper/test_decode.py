@@ -50,7 +50,7 @@ def oracle(heads, mixed, ba, state, tail, weight, a_log, dt_bias, gate=None, nor
     sizes = heads.key_size, heads.key_size, heads.value_size
     q, k, v = (p.reshape(batch, time, -1, s) for p, s in zip(parts, sizes, strict=True))
     b, a = jnp.split(ba, 2, axis=2)
-    g = -jnp.exp(a_log) * jax.nn.softplus(a + dt_bias)
+    g = -jnp.exp(a_log)[None, None] * jax.nn.softplus(a + dt_bias[None, None])
     options = {"initial_state": state, "implementation": "reference"}
     out, state = gated_delta_rule(l2_normalize(q), l2_normalize(k), v, g, jax.nn.sigmoid(b), **options)
     return out if gate is None else gated_rms_norm(out, gate, norm_weight, 1e-6), state, leaving
@@ -64,14 +64,14 @@ def in_float64(function, *arguments):
         return jax.tree.map(np.asarray, jax.jit(function)(*jax.tree.map(widen, arguments)))
 
 
-def check_step(seed, batch, time, heads, dtype, gated, config=None, layers=None):
+def check_step(seed, batch, time, heads, dtype, gated, config=None, layers=None, static=True):
     mixed, ba, state, tail, rest = step_inputs(seed, batch, time, heads, dtype, layers)
     if not gated:
         del rest["gate"], rest["norm_weight"]
     layer = None if layers is None else layers - 1
-    run = jax.jit(functools.partial(decode.step, heads=heads, config=config))
+    run = jax.jit(functools.partial(decode.step, heads=heads, config=config, **({"layer": layer} if static else {})))
     before = np.asarray(state)
-    out, new, leaving = run(mixed, ba, state, tail, layer=layer, **rest)
+    out, new, leaving = run(mixed, ba, state, tail, **({} if static else {"layer": layer}), **rest)
     np.testing.assert_array_equal(before, state)  # the caller's array is its own
     if layers is not None:
         np.testing.assert_array_equal(new[:layer], before[:layer])
@@ -107,11 +107,11 @@ def check_rule(seed, batch, time, key_heads, value_heads, size, dtype, decay, co
 @interpreted
 @pytest.mark.parametrize(
     ("gated", "config", "layers"),
-    [(True, None, 2), (True, DecodeConfig(columns=64, warpgroups=1), None), (False, None, None)],
+    [(True, None, 2), (True, DecodeConfig(columns=64, warpgroups=1), None), (False, None, 2)],
 )
 def test_interpreted_step(gated, config, layers):
     with compat.interpret_mode():
-        check_step(1, 2, 2, Heads(1, 2, 64, 64), jnp.float32, gated, config, layers)
+        check_step(1, 2, 2, Heads(1, 2, 64, 64), jnp.float32, gated, config, layers, static=gated)
 
 
 @interpreted
@@ -195,6 +195,16 @@ def test_config_refuses(change):
         dataclasses.replace(DecodeConfig(columns=32, warpgroups=4), **change)
 
 
+@pytest.mark.parametrize(("dk", "dv"), [(64, 64), (128, 128), (256, 128)])
+@pytest.mark.parametrize("whole_heads", [True, False])
+def test_default_config_fits(dk, dv, whole_heads):
+    for batch in (1, 256):
+        config = decode.decode_config(batch, 32, dk, dv, whole_heads)
+        assert dv % (config.columns * config.warpgroups) == 0
+        assert not whole_heads or dv == config.columns * config.warpgroups
+        assert dk * config.columns <= 128 * decode.STATE_REGISTERS
+
+
 @needs_in_place
 def test_errors():
     heads = Heads(1, 2, 64, 64)
@@ -205,7 +215,7 @@ def test_errors():
         decode.step(mixed, ba, state.astype(jnp.bfloat16), tail, heads=heads, **rest)
     with pytest.raises(ValueError, match="does not fit a value head of 64 with its norm"):
         decode.step(mixed, ba, state, tail, heads=heads, config=DecodeConfig(columns=32, warpgroups=1), **rest)
-    with pytest.raises(ValueError, match="norm_weight"):
+    with pytest.raises(ValueError, match="norm_weight come together"):
         decode.step(mixed, ba, state, tail, heads=heads, **{**rest, "norm_weight": None})
 
 

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from ring_jax.gdn.chunked import chunked
-from ring_jax.gdn.hopper import launch
+from ring_jax.gdn.chunked import transition as chunked_transition
+from ring_jax.gdn.hopper import backend, launch
 from ring_jax.gdn.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 from ring_jax.gdn.hopper.rounded import rounded_forward
 from ring_jax.gdn.segments import blank_padding
+from ring_jax.mosaic import compat
 from tests.gdn.helpers import numpy_rule, operands, relative
 from tests.marks import interpreted
 
@@ -47,15 +50,15 @@ def oracle(arrays, state, segment_ids, scale):
     return chunked(*wide, scale=scale, initial_state=state, segment_ids=segment_ids)
 
 
-def compare(arrays, state, segment_ids=None, *, config=None, exact=None):
+def compare(arrays, state, segment_ids=None, *, config=None, pieces=None):
     """At most twice the error of the plain form that rounds at the same places."""
     scale = arrays[0].shape[-1] ** -0.5
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     options = dict(scale=scale, segment_ids=segment_ids)
-    got = launch.forward(*arrays, initial_state=state, config=config, **options)
+    got = launch.forward(*arrays, initial_state=state, config=config, pieces=pieces, **options)
     given = jnp.zeros((arrays[2].shape[0], arrays[2].shape[2], arrays[1].shape[3], arrays[2].shape[3]), jnp.float32)
     state = given if state is None else state
-    want = exact or jax.jit(oracle, static_argnums=3)(arrays, state, segment_ids, scale)
+    want = jax.jit(oracle, static_argnums=3)(arrays, state, segment_ids, scale)
     rounded = jax.jit(functools.partial(rounded_forward, scale=scale))(
         *arrays, initial_state=state, segment_ids=segment_ids
     )
@@ -93,12 +96,30 @@ def lower(shape, dtype=jnp.bfloat16, *, initial=True, documents=False, **options
         ((1, 128, 2, 4, 128, 128), {"config": NARROW}),
         ((2, 100, 1, 3, 128, 128), {"config": WIDE, "documents": True, "dtype": jnp.float16}),
         ((1, 7, 1, 1, 64, 128), {"initial": False, "documents": True}),
-        ((1, 65, 1, 2, 128, 64), {}),
+        ((1, 65, 1, 2, 128, 64), {"pieces": 2, "initial": False}),
     ],
-    ids=["narrow", "wide", "tiny", "values"],
+    ids=["narrow", "wide", "tiny", "pieces"],
 )
 def test_lowers(shape, options):
     assert lower(shape, **options).count("mosaic_gpu") >= 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_lowers_inside_shard_map(check_vma):
+    mesh = jax.make_mesh((2,), ("c",), devices=jax.devices("cpu")[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    struct, heads = jax.ShapeDtypeStruct, P(None, None, "c")
+    key, rows = struct((1, 70, 2, 64), jnp.bfloat16), struct((1, 70, 4), jnp.float32)
+    arrays = [key, key, struct((1, 70, 4, 64), jnp.bfloat16), rows, rows]
+
+    def rule(*arrays):
+        *arrays, segment_ids = arrays
+        return backend.hopper(*arrays, scale=0.1, initial_state=None, segment_ids=segment_ids)
+
+    options = dict(mesh=mesh, in_specs=(*[heads] * 5, P()), out_specs=(heads, P(None, "c")), check_vma=check_vma)
+    call = jax.jit(jax.shard_map(rule, **options))
+    text = call.trace(*arrays, struct((1, 70), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 2
 
 
 # Configs and refusals.
@@ -107,8 +128,9 @@ def test_lowers(shape, options):
 def test_configs_fit():
     for key_size in launch.SIZES:
         for value_size in launch.SIZES:
-            for rows in (1, 66, 67, 500):
-                config = forward_config(key_size, value_size, rows)
+            for rows, chunks in ((1, 1), (1, 512), (8, 512), (66, 7), (500, 128)):
+                config, pieces = forward_config(key_size, value_size, rows, chunks)
+                assert 1 <= pieces <= chunks
                 assert config.shared_memory_bytes(key_size) <= SHARED_MEMORY_BYTES
                 assert value_size % config.value_columns == 0
 
@@ -148,7 +170,7 @@ def test_unsupported_reasons():
 def test_rounded_form_is_as_exact_as_its_dtype(dtype):
     arrays, state = inputs(1, 1, 150, 1, 2, 32, 16, dtype=dtype)
     segment_ids = ids(150, 40, 128, 131)[None]
-    segment_ids[:, 60:64] = -1
+    segment_ids[:, 125:128] = -1
     blank = blank_padding(jnp.asarray(segment_ids), *arrays)
     exact = numpy_rule(*(x.astype(jnp.float32) for x in blank), state, segment_ids)
     got = rounded_forward(*arrays, scale=32**-0.5, initial_state=state, segment_ids=jnp.asarray(segment_ids))
@@ -158,7 +180,7 @@ def test_rounded_form_is_as_exact_as_its_dtype(dtype):
 
 @interpreted
 @needs_kernel
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("documents", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_interpreted(documents):
     time = 150
     arrays, state = inputs(2, 1, time, 1, 2, 64, 64)
@@ -167,21 +189,56 @@ def test_interpreted(documents):
         segment_ids = ids(time, 40, 128)[None]
         segment_ids[:, :3] = segment_ids[:, 145:] = -1
         arrays[1:3] = (jnp.where((segment_ids < 0)[..., None, None], jnp.nan, x) for x in arrays[1:3])
-    from ring_jax.mosaic import compat
-
     with compat.interpret_mode():
         compare(arrays, state, segment_ids)
+
+
+def test_config_cuts_sequences_where_multiprocessors_are_idle():
+    assert forward_config(128, 128, 8, 512)[1] > 1
+    assert [forward_config(128, 128, rows, 512)[1] for rows in (64, 128, 1000)] == [1, 1, 1]
+    assert forward_config(128, 128, 1, 4)[1] == 1
+
+
+@interpreted
+@needs_kernel
+@pytest.mark.slow
+def test_interpreted_pieces():
+    arrays, state = inputs(4, 1, 150, 1, 1, 64, 64)
+    with compat.interpret_mode():
+        compare(arrays, state, pieces=2)
 
 
 @interpreted
 @needs_kernel
 @pytest.mark.slow
 def test_interpreted_wide():
-    from ring_jax.mosaic import compat
-
     arrays, state = inputs(3, 1, 70, 1, 1, 64, 128, dtype=jnp.float16, decay="mixed")
     with compat.interpret_mode():
         compare(arrays, None, config=WIDE)
+
+
+@interpreted
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("initial", [False, True])
+def test_gradients_are_those_of_the_chunked_form(initial):
+    arrays, state = inputs(13, 1, 70, 1, 1, 64, 64)
+    segment_ids = jnp.asarray(ids(70, 30)[None])
+
+    def loss(rule, arrays, state):
+        out, final = rule(*arrays, scale=0.1, initial_state=state, segment_ids=segment_ids)
+        return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(final**2)
+
+    state = state if initial else None
+    with compat.interpret_mode():
+        got = jax.grad(functools.partial(loss, backend.hopper), argnums=(0, 1))(arrays, state)
+    start = jnp.zeros((1, 1, 64, 64), jnp.float32) if state is None else state
+    want = jax.grad(functools.partial(loss, chunked), argnums=(0, 1))(arrays, start)
+    want = want if initial else (want[0], None)
+    # The cotangents come from outputs that are rounded differently.
+    for found, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert found.dtype == expected.dtype
+        assert relative(found.astype(jnp.float32), expected.astype(jnp.float32)) < 1e-2
 
 
 # On a GPU.
@@ -232,6 +289,35 @@ def test_gpu_documents_and_padding(sizes, dtype):
     arrays = [jnp.where(hidden.reshape(hidden.shape + (1,) * (x.ndim - 2)), jnp.nan, x) for x in arrays]
     compare(arrays, state, segment_ids)
     compare(arrays, None, segment_ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("pieces", "config"), [(2, NARROW), (3, WIDE), (5, None), (16, NARROW)])
+def test_gpu_pieces(pieces, config, documents):
+    """With borders on, before and after those of pieces, and piece by piece nearly none of the decay that would hide errors."""
+    time, segment_ids = 2000, None
+    arrays, state = inputs(11, 2, time, 1, 2, 128, 128, decay=-1e-3)
+    if documents:
+        segment_ids = np.stack([ids(time, 447, 448, 449, 1024), np.zeros(time, np.int32)])
+        segment_ids[1, 1500:] = -1
+    compare(arrays, state, segment_ids, config=config, pieces=pieces)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(128, 128), (64, 64), (64, 128)])
+def test_gpu_transition(sizes):
+    """M and B as the kernel rounds: a state sent through them is as exact as one that went through the chunks."""
+    arrays, state = inputs(12, 2, 1000, 1, 2, *sizes, decay=-1e-3)
+    segment_ids = jnp.asarray(np.stack([ids(1000), ids(1000, 500)]))
+    m, b = launch.transition(*arrays[1:], segment_ids)
+    wide = [x.astype(jnp.float32) for x in arrays[1:]]
+    want_m, want_b = jax.jit(chunked_transition)(*wide, segment_ids)
+    assert not np.asarray(m)[1].any() and not np.asarray(want_m)[1].any()
+    send = functools.partial(jnp.einsum, "bnij,bnjv->bniv", precision="highest")
+    _, rounded = rounded_forward(*arrays, scale=1.0, initial_state=state, segment_ids=segment_ids)
+    want = send(want_m, state) + want_b
+    assert relative(send(m, state) + b, want) <= 2 * relative(rounded, want)
 
 
 @pytest.mark.gpu
