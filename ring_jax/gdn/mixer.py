@@ -21,6 +21,7 @@ from ring_jax import _repr
 from ring_jax._checks import check_count, check_dtype, check_instance
 from ring_jax.context.shard import axis_to_seq
 from ring_jax.gdn import segments
+from ring_jax.gdn.backends import select
 from ring_jax.gdn.checks import widened
 from ring_jax.gdn.spread import HeadSplit, Spread
 
@@ -173,9 +174,14 @@ def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, spread: Spr
     b, a = jnp.split(widened(ba), 2, axis=-1)
     a_log, dt_bias = (widened(x)[None, None] for x in (weights.a_log, weights.dt_bias))
     log_decay = -jnp.exp(a_log) * jax.nn.softplus(a + dt_bias)
+    query, key = l2_normalize(query), l2_normalize(key)
+    # The Hopper kernel takes 16 bits; the float32 forms keep all digits of the norms.
+    rounded = query.astype(value.dtype), key.astype(value.dtype)
+    if select(implementation, *rounded, value).name == "mosaic":
+        query, key = rounded
     out, state = spread.gated_delta_rule(
-        l2_normalize(query),
-        l2_normalize(key),
+        query,
+        key,
         value,
         log_decay,
         jax.nn.sigmoid(b),

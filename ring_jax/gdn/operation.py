@@ -116,12 +116,12 @@ def gated_delta_rule(
     if 0 in value.shape or dk == 0:
         return jnp.zeros_like(value), initial_state
     scale = dk**-0.5 if scale is None else scale
-    return _rule(backend, (query, key, value, log_decay, beta), scale, initial_state, segment_ids)
+    return _rule(backend, float(scale), (query, key, value, log_decay, beta), initial_state, segment_ids)
 
 
 # Called eagerly its scans would compile at every call.
-@functools.partial(jax.jit, static_argnums=0)
-def _rule(backend: Backend, operands, scale, initial_state, segment_ids):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rule(backend: Backend, scale: float, operands, initial_state, segment_ids):
     operands = blank_padding(segment_ids, *operands)
     with jax.named_scope(f"gated_delta_rule_{backend.name}"):
         return backend.run(*operands, scale=scale, initial_state=initial_state, segment_ids=segment_ids)

@@ -107,8 +107,11 @@ def route(
     # Explicit, since XLA leaves out the rounding between a product and a cast: near ties would depend on the program.
     logits = lax.reduce_precision(x @ router, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     probs = jax.nn.softmax(logits.astype(wide), axis=-1)
-    kernel = compat.INTERPRET_AVAILABLE and hopper_reason() is None and hopper.worthwhile(probs, top_k)
-    weights, experts = hopper.top_k(probs, top_k) if kernel else lax.top_k(probs, top_k)
+    if compat.INTERPRET_AVAILABLE and hopper_reason() is None and hopper.worthwhile(probs, top_k):
+        _, experts = hopper.top_k(lax.stop_gradient(probs), top_k)
+        weights = jnp.take_along_axis(probs, experts, axis=-1)
+    else:
+        weights, experts = lax.top_k(probs, top_k)
     if renormalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     if valid is not None:

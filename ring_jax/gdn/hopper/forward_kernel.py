@@ -293,7 +293,8 @@ def _state(problem, warpgroup, initial, count, out_at, *, q_smem, k_smem, v_smem
     if initial is None:
         state = plgpu.layout_cast(jnp.zeros((64, problem.key_size), jnp.float32), _TILE)
     else:
-        state = compat.load(initial, _TILE)
+        # Nothing is in flight: the wait is for its type, which forgets over which mesh axes the array varies, as products do.
+        (state,) = wgmma.wait(0, compat.load(initial, _TILE))
     if config.pipelined:
         out = plgpu.layout_cast(jnp.zeros((64, CHUNK), jnp.float32), _TILE)
         # Before the first chunk there is no P, and what comes of it is not stored.

@@ -113,12 +113,14 @@ def test_lowers_inside_shard_map(check_vma):
     arrays = [key, key, struct((1, 70, 4, 64), jnp.bfloat16), rows, rows]
 
     def rule(*arrays):
-        *arrays, segment_ids = arrays
-        return backend.hopper(*arrays, scale=0.1, initial_state=None, segment_ids=segment_ids)
+        *arrays, state, segment_ids = arrays
+        return backend.hopper(*arrays, scale=0.1, initial_state=state, segment_ids=segment_ids)
 
-    options = dict(mesh=mesh, in_specs=(*[heads] * 5, P()), out_specs=(heads, P(None, "c")), check_vma=check_vma)
+    state = P(None, "c")
+    options = dict(mesh=mesh, in_specs=(*[heads] * 5, state, P()), out_specs=(heads, state), check_vma=check_vma)
     call = jax.jit(jax.shard_map(rule, **options))
-    text = call.trace(*arrays, struct((1, 70), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
+    operands = *arrays, struct((1, 4, 64, 64), jnp.float32), struct((1, 70), jnp.int32)
+    text = call.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 2
 
 

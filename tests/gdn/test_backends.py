@@ -1,0 +1,64 @@
+"""Which backend computes the gated delta rule, and that it is the one which runs, also in a layer."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+import ring_jax
+from ring_jax.gdn.backends import select
+from ring_jax.nn import GatedDeltaNet
+
+RUNS = jax.__version_info__ >= (0, 11, 2)
+
+
+def operands(dtype=jnp.bfloat16, time=100, size=64):
+    like = jax.ShapeDtypeStruct
+    key, rows = like((1, time, 2, size), dtype), like((1, time, 4), jnp.float32)
+    return key, key, like((1, time, 4, size), dtype), rows, rows
+
+
+def on_hopper():
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("",), (AxisType.Auto,), abstract_device=device))
+
+
+def test_the_kernel_is_the_default_wherever_it_runs():
+    def chosen(implementation=None, **changes):
+        return select(implementation, *operands(**changes)[:3]).name
+
+    assert chosen() == "chunked" and chosen(time=2) == "recurrent"
+    with pytest.raises(NotImplementedError, match="'mosaic' cannot run here: needs .*Hopper"):
+        chosen("mosaic")
+    with pytest.raises(ValueError, match="unknown implementation 'triton'"):
+        chosen("triton")
+    with on_hopper():
+        assert chosen() == ("mosaic" if RUNS else "chunked")
+        assert chosen(dtype=jnp.float32) == "chunked"
+        assert chosen(size=96) == "chunked" and chosen(time=1) == "recurrent" and chosen("chunked") == "chunked"
+        if not RUNS:
+            with pytest.raises(NotImplementedError, match="needs jax 0.11.2 or later"):
+                chosen("mosaic")
+
+
+@pytest.mark.skipif(not RUNS, reason="the kernel needs jax 0.11.2 or later")
+@pytest.mark.parametrize("implementation", [None, "chunked"])
+def test_what_was_chosen_runs(implementation):
+    def loss(*operands):
+        return ring_jax.gated_delta_rule(*operands, implementation=implementation)[0].astype(jnp.float32).sum()
+
+    with on_hopper():
+        text = jax.jit(jax.grad(loss)).trace(*operands()).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in text) == (implementation is None)
+
+
+@pytest.mark.skipif(not RUNS, reason="the kernel needs jax 0.11.2 or later")
+def test_a_layer_in_16_bits_runs_the_kernel():
+    layer = GatedDeltaNet(32, 1, 2, 64, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    with on_hopper():
+        call = jax.jit(lambda x: layer(x)[0])
+        text = (
+            call.trace(jax.ShapeDtypeStruct((1, 100, 32), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+        )
+    assert "mosaic_gpu" in text
