@@ -49,7 +49,7 @@ def test_what_was_chosen_runs(implementation):
         return ring_jax.gated_delta_rule(*operands, implementation=implementation)[0].astype(jnp.float32).sum()
 
     with on_hopper():
-        text = jax.jit(jax.grad(loss)).trace(*operands()).lower(lowering_platforms=("cuda",)).as_text()
+        text = jax.jit(jax.value_and_grad(loss)).trace(*operands()).lower(lowering_platforms=("cuda",)).as_text()
     assert ("mosaic_gpu" in text) == (implementation is None)
 
 
