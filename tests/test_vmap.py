@@ -105,7 +105,7 @@ def test_gated_delta_rule(ranks, way, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("way", ["batch", "head", "state"])
+@pytest.mark.parametrize("way", ["state", *(pytest.param(way, marks=pytest.mark.slow) for way in ("batch", "head"))])
 def test_gdn_layers(way, dtype):
     """With what the convolution and the projections move, and padding of segment ids."""
     mesh = make_mesh(context=2)

@@ -69,6 +69,7 @@ def test_experts():
     assert relative(y, want) < 1e-12 and stats.counts.sum() == 15
 
 
+@pytest.mark.slow
 def test_generation():
     """Prefill and decode against one pass over what they generated."""
     config = Config(

@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train", type=int, nargs="*", default=[], metavar="S", help="lengths of loss + gradient")
     parser.add_argument("--remat", default="attention", choices=["none", "full", "attention"], help="of --train")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1, help="rows of the batch (default: 1)")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs to spread the sequence over")
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded in one timing")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts (default: 3)")
     parser.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare decode with prefill first"
     )

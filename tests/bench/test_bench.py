@@ -133,6 +133,7 @@ def test_flops_of_the_model():
     assert experts == 10 * 8 * 512 * 2048  # of ten groups the experts of one token
 
 
+@pytest.mark.slow
 def test_model_bench_on_a_small_model(monkeypatch, tmp_path, capsys):
     config = Config.preset("qwen3.5-0.8b")
     small = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "layer_types": (), "num_heads": 2, "num_kv_heads": 1}

@@ -35,10 +35,16 @@ def two_calls(x, context, **options):
             query, *new, is_causal=True, context=context, seq_len=NEW, carry=partial, return_residual=True, **options
         )
 
-    (out, lse), pull = jax.vjp(attend, query, old, new, jnp.asarray(x["sinks"]))
+    @jax.jit
+    def everything(operands, cotangents):
+        results, pull = jax.vjp(attend, *operands)
+        return results, pull(cotangents)
+
+    cotangents = jnp.asarray(rows["dout"], query.dtype), jnp.asarray(rows["dlse"])
+    operands = query, old, new, jnp.asarray(x["sinks"])
+    (out, lse), gradients = everything(operands, tuple(map(context.to_layout, cotangents)))
+    dq, (dk_old, dv_old), (dk_new, dv_new), dsinks = gradients
     assert out.dtype == query.dtype
-    cotangents = (jnp.asarray(rows["dout"], out.dtype), jnp.asarray(rows["dlse"]))
-    dq, (dk_old, dv_old), (dk_new, dv_new), dsinks = pull(tuple(map(context.to_layout, cotangents)))
     back = lambda y, length: np.asarray(context.from_layout(y, length), np.float64)  # noqa: E731
     return {
         "out": back(out, NEW), "lse": back(lse, NEW), "dq": back(dq, NEW), "dsinks": dsinks,

@@ -40,7 +40,7 @@ class Net(nnx.Module):
         x = self.embed[...][tokens]
         for layer in self.layers:
             kernel = layer[...].sum(0)
-            x = x + jnp.tanh(x @ kernel * self.half[...].astype(x.dtype)) @ kernel.T
+            x = x + jnp.tanh(x @ kernel * self.half[None].astype(x.dtype)) @ kernel.T
         return x
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ring_jax.moe import MoEWeights, layer, moe
+from ring_jax.moe import MoEWeights, backends, moe
 from tests.gdn.helpers import jit, relative
 from tests.moe.helpers import check, dense, expected, operands, pulled
 
@@ -28,7 +28,7 @@ def test_agrees_with_float64(tokens, experts, top_k):
 @pytest.mark.parametrize("tokens, experts, top_k, step", [(40, 8, 2, 2), (1, 16, 4, 4), slow(40, 8, 2, 16)])
 def test_several_blocks_a_step(tokens, experts, top_k, step, monkeypatch):
     """What GPUs run: batched products of several blocks, of which the last may be empty; no loop where one step does."""
-    monkeypatch.setattr(layer, "blocks_per_step", lambda *_: step)
+    monkeypatch.setattr(backends, "blocks_per_step", lambda *_: step)
     arrays = operands(tokens, experts, seed=2)
     check(pulled(dense(top_k=top_k))(*arrays), expected(*arrays, top_k=top_k))
 

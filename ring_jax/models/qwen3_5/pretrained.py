@@ -65,6 +65,7 @@ def load(
         FileNotFoundError: no checkpoint there, or one of its files is missing.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from ring_jax.data import passkey
         >>> config = Config.from_hf(passkey.MODEL)
         >>> params = load(passkey.MODEL, config, dtype=jnp.bfloat16)

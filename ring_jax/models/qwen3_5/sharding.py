@@ -59,8 +59,8 @@ class Sharding:
         >>> import jax, ring_jax
         >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> cp = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh)
-        >>> Sharding(cp, weights="context").spec((64, 128), ("reduced", "heads"), mesh)
-        PartitionSpec(None, None)
+        >>> tuple(Sharding(cp, weights="context").spec((64, 128), ("reduced", "heads"), mesh))
+        (None, None)
     """
 
     context: ContextParallel

@@ -46,7 +46,7 @@ def test_one_rank(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow) if n in ("dense", "dense_no_decay") else n
+        pytest.param(n, marks=pytest.mark.slow) if n in ("dense", "dense_no_decay", "head256") else n
         for n in ALL
         if n != "next_raw"
     ],
