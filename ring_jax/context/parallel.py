@@ -229,9 +229,9 @@ class ContextParallel:
     def attention_fn(self, **defaults: Any):
         """An `attention_fn` for `nnx.MultiHeadAttention` or linen's, running ring attention in this context.
 
-        Keyword arguments are defaults for `ring_attention` (is_causal, seq_len, ...). See `ring_jax.nn.adapters`.
+        Keyword arguments are defaults for `ring_attention` (is_causal, seq_len, ...). See `ring_jax.context.attention_fn`.
         """
-        from ring_jax.nn.adapters import attention_fn  # flax is imported only where it is used
+        from ring_jax.context.attention_fn import attention_fn  # flax is imported only where it is used
 
         return attention_fn(self, **defaults)
 
