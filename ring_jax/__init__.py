@@ -21,9 +21,41 @@ from ring_jax.mask import window as window
 
 __version__ = "0.1.0"
 
+# What semantic versioning covers, with the public names of the packages that it lists; docs/public_api.md has a line for each.
+__all__ = [
+    "ContextParallel",
+    "Contiguous",
+    "Layout",
+    "Mask",
+    "Striped",
+    "Zigzag",
+    "causal",
+    "contiguous_segments",
+    "documents",
+    "flash_attention",
+    "gated_delta_rule",
+    "lengths",
+    "merge_partials",
+    "prefix",
+    "ring_attention",
+    "window",
+    "data",
+    "gdn",
+    "inference",
+    "models",
+    "moe",
+    "nn",
+]
+
+_PACKAGES = ("data", "inference", "models", "moe", "nn")
+
 
 def __getattr__(name: str):
-    # Flax is imported only by those who use it.
-    if name == "nn":
-        return importlib.import_module("ring_jax.nn")
+    # Imported where they are used: Flax is slow to import, and not everybody needs it.
+    if name in _PACKAGES:
+        return importlib.import_module(f"ring_jax.{name}")
     raise AttributeError(f"module 'ring_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES})

@@ -1,5 +1,7 @@
 """Importing ring_jax touches no device and no global config."""
 
+import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -65,3 +67,23 @@ def test_every_module_imports():
             importlib.import_module(name)
         """
     )
+
+
+def test_public_names_are_documented_and_there():
+    """`import ring_jax` reaches all of them, and imports no Flax before it is asked for something that needs it."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "public_api.md").read_text()
+    table = "".join(
+        line.split("|")[1] for line in page.splitlines() if line.startswith("| `") and "ring_jax." not in line
+    )
+    documented = set(re.findall(r"`(\w+)`", table))
+    names = assert_runs(
+        """
+        import sys, ring_jax
+        assert "flax" not in sys.modules
+        assert set(ring_jax.__all__) <= set(dir(ring_jax))
+        for name in ring_jax.__all__:
+            getattr(ring_jax, name)
+        print(*ring_jax.__all__)
+        """
+    )
+    assert set(names.split()) == documented
