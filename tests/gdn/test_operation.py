@@ -235,5 +235,7 @@ def test_errors_of_options():
         gated_delta_rule(*arrays[:5], segment_ids=np.zeros(10, np.int32))
     with pytest.raises(ValueError, match="segment_ids must be signed integers"):
         gated_delta_rule(*arrays[:5], segment_ids=np.zeros((2, 10), np.float32))
-    with pytest.raises(ValueError, match="unknown implementation 'fast'.*'chunked', 'recurrent', 'reference'"):
+    with pytest.raises(
+        ValueError, match="unknown implementation 'fast'.*'chunked', 'mosaic', 'recurrent', 'reference'"
+    ):
         gated_delta_rule(*arrays[:5], implementation="fast")

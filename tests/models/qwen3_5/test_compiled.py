@@ -20,8 +20,9 @@ ROOT = pathlib.Path(__file__).parents[3]
 def plugin() -> str | None:
     """The folder that holds jax's CUDA plugin: RING_JAX_CUDA_PLUGIN, or where it is installed."""
     folder = os.environ.get("RING_JAX_CUDA_PLUGIN")
-    if folder is None and (found := importlib.util.find_spec("jax_plugins.xla_cuda13")) is not None and found.origin:
-        folder = str(pathlib.Path(found.origin).parents[2])
+    if folder is None and importlib.util.find_spec("jax_plugins") is not None:
+        found = importlib.util.find_spec("jax_plugins.xla_cuda13")
+        folder = None if found is None or found.origin is None else str(pathlib.Path(found.origin).parents[2])
     return folder
 
 
