@@ -1,0 +1,372 @@
+"""Who computes what next: plain Python, without arrays on devices, the same on every process.
+
+A step is a list of operations that the device runs in order: at most one chunk's worth of prefill, then one decode of several
+tokens for all running rows. A prompt is prefilled up to its last token; that one enters decode, which draws all new tokens.
+So the states at the end of a prefill are just those that the same prompt can resume from.
+
+Chunks end at absolute multiples of `chunk`, where the prompt ends, where the caller asked for it (`checkpoints`), and at
+junctions: where an earlier text with the same beginning went on differently, which only the second shows. What was hit and
+what else runs moves no other end, so a text that resumes on the grid is computed as one that did not.
+
+Source: Sarathi-Serve (arXiv 2403.02310) for chunks between decode steps; vLLM for preemption by recomputing.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ring_jax.inference.pages import Pages
+from ring_jax.inference.prefixes import Node, Prefixes
+
+JUNCTION = 32  # tokens that a junction must save: texts often share their first few by chance
+
+
+class State(enum.Enum):
+    """Where a text is."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+@dataclasses.dataclass(eq=False)
+class Text:
+    """A prompt, and what is written after it.
+
+    Fields:
+        tokens: int32 [limit], of which `length` are known; the first `prompt` of them were given.
+        stops: tokens that end it; `watched` where a decode knows them all and ends the row by itself.
+        checkpoints: positions where a chunk has to end. salt: texts of another salt share nothing.
+        finish: why it ended, "" before: "stop", "length", "cancelled" or "error".
+        hit, keys, reason: what the prefix cache had when it was admitted first, see `Hit`.
+        row, pages: where it lies while it runs. computed: positions whose keys the planned operations have written.
+        ahead: decode steps planned for it whose tokens are not known yet.
+        node, registered: the last of its pages that the prefix cache knows, and how many it knows; None where another row
+            made the same page known first, after which its pages stay its own.
+    """
+
+    tokens: np.ndarray
+    prompt: int
+    stops: frozenset[int] = frozenset()
+    watched: bool = True
+    checkpoints: tuple[int, ...] = ()
+    salt: bytes = b""
+    state: State = State.WAITING
+    length: int = 0
+    finish: str = ""
+    hit: int = -1
+    keys: int = 0
+    reason: str = ""
+    prefilled: int = 0
+    preempted: int = 0
+    row: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0
+    ahead: int = 0
+    entered: bool = False
+    junction: int = 0
+    node: Node | None = None
+    registered: int = 0
+
+    def __post_init__(self):
+        self.length = self.prompt
+
+    @property
+    def limit(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def known(self) -> np.ndarray:
+        return self.tokens[: self.length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """Copies page `source` to `target`, keys of all layers."""
+
+    source: int
+    target: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Restore:
+    """The states of `row` become those of snapshot `slot`."""
+
+    slot: int
+    row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Save:
+    """Snapshot `slot` becomes the states of `row`."""
+
+    row: int
+    slot: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """Positions start ... stop - 1 of a text; its states are zero before position 0."""
+
+    row: int
+    text: Text
+    start: int
+    stop: int
+    pages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A row of a decode. One that `enters` begins with `token` at `position`; others go on where they are."""
+
+    row: int
+    text: Text
+    pages: tuple[int, ...]
+    enters: bool
+    position: int
+    token: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Up to `steps` new tokens for each member; a row ends by itself at a stop or at its limit. Other rows rest."""
+
+    members: tuple[Member, ...]
+    steps: int
+
+
+Operation = Copy | Restore | Save | Prefill | Decode
+
+
+class Scheduler:
+    """Plans steps over a pool of `pages` pages, `rows` rows and `slots` snapshots.
+
+    Args:
+        pages, page_tokens: of the pool, the page for trash included.
+        chunk: positions of a prefill chunk. decode_steps: tokens of a decode.
+        snapshot_every: multiples of it (itself one of chunk) get a snapshot for sure, other chunk ends only a free slot.
+    """
+
+    def __init__(
+        self, *, pages: int, page_tokens: int, rows: int, slots: int, chunk: int, decode_steps: int, snapshot_every: int
+    ):
+        self.pages = Pages(pages, page_tokens)
+        self.prefixes = Prefixes(self.pages, slots)
+        self.chunk, self.decode_steps, self.snapshot_every = chunk, decode_steps, snapshot_every
+        self.waiting: collections.deque[Text] = collections.deque()
+        self.running: list[Text] = []  # oldest first
+        self.in_flight = 0  # decodes planned whose tokens are not known yet
+        self.preemptions = 0
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._first: list[Operation] = []  # what the next step begins with
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest text that fits."""
+        return self.pages.usable * self.pages.tokens + 1  # the last one is never read
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def submit(self, text: Text) -> None:
+        assert 0 < text.length < text.limit <= self.capacity
+        self.waiting.append(text)
+
+    def cancel(self, text: Text) -> None:
+        if text.state is not State.DONE:
+            self._end(text, "cancelled")
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def plan(self) -> list[Operation] | None:
+        """The next operations; None where tokens in flight have to be known first (`commit`), to decide who has to wait."""
+        while not self._reserve():
+            if self.in_flight:
+                return None
+            self._preempt(self.running[-1])
+        operations, self._first = self._first, []
+        spent = 0
+        while (text := self._next_prefill(operations)) is not None:
+            stop = self._chunk_end(text)
+            if spent and spent + stop - text.computed > self.chunk:
+                break
+            spent += stop - text.computed
+            self._prefill(text, stop, operations)
+        decode = self._decode()
+        if decode is not None:
+            self.in_flight += 1
+            operations.append(decode)
+        return operations
+
+    def commit(self, decode: Decode, tokens: Sequence[Sequence[int]], finite: Iterable[bool]) -> list[tuple[Text, int]]:
+        """Takes what a decode gave its members; the texts that got new tokens, and how many."""
+        self.in_flight -= 1
+        grown = []
+        for member, new, good in zip(decode.members, tokens, finite, strict=True):
+            text, before = member.text, member.text.length
+            text.ahead -= decode.steps
+            if text.state is State.DONE:
+                continue
+            for token in new:
+                self._append(text, token)
+                if text.finish:
+                    break
+            if not good and not text.finish:
+                self.prefixes.forget(text.known, text.salt)
+                text.node = None
+                self._end(text, "error")
+            elif text.finish:
+                if text.finish == "length" or text.watched:
+                    self._save(text, text.length - 1)
+                self._end(text, text.finish)
+            if text.length > before:
+                grown.append((text, text.length - before))
+        return grown
+
+    def _append(self, text: Text, token: int) -> None:
+        text.tokens[text.length] = token
+        text.length += 1
+        if token in text.stops:
+            text.finish = "stop"
+        elif text.length == text.limit:
+            text.finish = "length"
+        self._register(text, text.length - 1)
+
+    def _decode(self) -> Decode | None:
+        members = []
+        for text in self.running:
+            if text.state is not State.DECODE or text.length + text.ahead >= text.limit:
+                continue
+            last = text.length - 1
+            member = Member(
+                text.row, text, tuple(text.pages), not text.entered, last, 0 if text.entered else int(text.tokens[last])
+            )
+            members.append(member)
+            text.entered = True
+            text.ahead += self.decode_steps
+        return Decode(tuple(members), self.decode_steps) if members else None
+
+    # -- prefill ---------------------------------------------------------------------------------
+
+    def _next_prefill(self, operations: list[Operation]) -> Text | None:
+        """The text whose chunk is next; texts that need none are admitted on the way."""
+        while True:
+            text = self.running[-1] if self.running and self.running[-1].state is State.PREFILL else None
+            text = self._admit(operations) if text is None else text
+            if text is None or text.computed < text.length - 1:
+                return text
+            text.state = State.DECODE
+
+    def _chunk_end(self, text: Text) -> int:
+        ends = (text.length - 1, (text.computed // self.chunk + 1) * self.chunk, text.junction, *text.checkpoints)
+        return min(end for end in ends if text.computed < end < text.length)
+
+    def _prefill(self, text: Text, stop: int, operations: list[Operation]) -> None:
+        operations.append(Prefill(text.row, text, text.computed, stop, tuple(text.pages)))
+        text.prefilled += stop - text.computed
+        text.computed = stop
+        self._register(text, stop)
+        named = stop in (text.length - 1, text.junction, *text.checkpoints) or stop % self.snapshot_every == 0
+        self._save(text, stop, spare=not named, operations=operations)
+        if stop == text.length - 1:
+            text.state = State.DECODE
+
+    def _admit(self, operations: list[Operation]) -> Text | None:
+        """The first of those that wait, on a row of its own with pages for its prompt and a decode; None where it has to wait."""
+        if not self.waiting or not self._free_rows:
+            return None
+        text = self.waiting[0]
+        hit = self.prefixes.find(text.known, text.salt)
+        source = hit.snapshot.page if hit.snapshot is not None and hit.snapshot.tail else None
+        shared = [*hit.pages, *([] if source is None else [source])]
+        need = self._pages_ahead(text) - len(hit.pages)
+        pinned = sum(self.pages.references[page] == 0 for page in shared)
+        if self.prefixes.available - pinned < need + len(self.running):
+            if self.running:
+                return None
+            if self.prefixes.available - pinned < need:  # the page to copy from is one too many
+                assert hit.snapshot is not None
+                self.prefixes.drop(hit.snapshot)
+                return self._admit(operations)
+        self.waiting.popleft()
+        self.running.append(text)
+        text.row, text.state, text.entered = self._free_rows.pop(), State.PREFILL, False
+        for page in shared:
+            self.prefixes.hold(page)
+        text.pages = [*hit.pages, *(self.prefixes.take() for _ in range(need))]
+        text.node, text.registered, text.computed = hit.node, len(hit.pages), hit.tokens
+        text.junction = hit.keys if hit.keys - hit.tokens >= JUNCTION else 0
+        if text.hit < 0:
+            text.hit, text.keys, text.reason = hit.tokens, hit.keys, hit.reason
+        if source is not None:
+            operations.append(Copy(source, text.pages[len(hit.pages)]))
+            self.prefixes.release(source)
+        if hit.snapshot is not None:
+            operations.append(Restore(hit.snapshot.slot, text.row))
+        return text
+
+    # -- pages -----------------------------------------------------------------------------------
+
+    def _pages_ahead(self, text: Text) -> int:
+        """Pages that a text has after the decode that is to be planned next."""
+        return self.pages.needed(min(text.length - 1 + text.ahead + self.decode_steps, text.limit - 1))
+
+    def _reserve(self) -> bool:
+        """Pages for what running rows write next; whether there were enough."""
+        for text in self.running:
+            while len(text.pages) < self._pages_ahead(text):
+                if not self.prefixes.available:
+                    return False
+                text.pages.append(self.prefixes.take())
+        return True
+
+    def _register(self, text: Text, known: int) -> None:
+        """Makes full pages known, as far as their tokens are."""
+        width = self.pages.tokens
+        while text.node is not None and (text.registered + 1) * width <= known:
+            begin = text.registered * width
+            text.node = self.prefixes.add(text.node, text.tokens[begin : begin + width], text.pages[text.registered])
+            text.registered += 1
+
+    def _save(
+        self, text: Text, position: int, *, spare: bool = False, operations: list[Operation] | None = None
+    ) -> None:
+        """A snapshot of the row's states, which stand at `position`, where the prefix cache takes it."""
+        if text.node is None or not position:
+            return
+        begin = text.registered * self.pages.tokens
+        assert 0 <= position - begin < self.pages.tokens
+        page = text.pages[text.registered] if position > begin else 0
+        slot = self.prefixes.keep(text.node, text.tokens[begin:position], page, spare=spare)
+        if slot is not None:
+            (self._first if operations is None else operations).append(Save(text.row, slot))
+
+    def _preempt(self, text: Text) -> None:
+        """Back to the head of those that wait; its pages stay known as long as nobody needs them."""
+        self._save(text, text.length - 1 if text.state is State.DECODE else text.computed)
+        self._leave(text)
+        text.state = State.WAITING
+        text.preempted += 1
+        self.preemptions += 1
+        self.waiting.appendleft(text)
+
+    def _end(self, text: Text, finish: str) -> None:
+        if text.state is State.WAITING:
+            self.waiting.remove(text)
+        else:
+            self._leave(text)
+        text.state, text.finish = State.DONE, finish
+
+    def _leave(self, text: Text) -> None:
+        self.running.remove(text)
+        self._free_rows.append(text.row)
+        for page in text.pages:
+            self.prefixes.release(page)
+        text.pages, text.row, text.node = [], -1, None
