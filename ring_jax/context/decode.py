@@ -1,94 +1,22 @@
 """Decode: a few new queries, the same on all ranks, against keys that lie spread over a mesh axis.
 
-Each rank attends to the keys that it has; the partial results meet once, weighted by their LSEs:
+Each rank attends to the keys that it has (`ring_jax.flash.few`); the partial results meet once, weighted by their LSEs:
 
     out = sum_r w_r out_r / sum_r w_r,   w_r = exp(lse_r - max_r lse_r)
 
-Two small collectives however long the keys are and however many ranks there are. With so few queries nothing is to be
-tiled: reading the keys once is all the time there is, so the products are plain ones.
+Two small collectives however long the keys are and however many ranks there are. `context.paged` has other ways to merge.
 
-Source: vLLM RFC 37995 (decode context parallelism); Flash-Decoding, Dao et al. 2023, for the split over keys.
+Source: vLLM RFC 37995 (decode context parallelism).
 """
 
-import itertools
-from collections.abc import Sequence
-
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float32
 
-from ring_jax._checks import to_int32
 from ring_jax._mesh import Axis, axis_names
 from ring_jax._vma import pcast_to
-
-
-def attend_few(
-    query: Float[Array, "B T N H"],
-    kv: Float[Array, "2 B S K H"],
-    visible: Int[Array, " B"],
-    *,
-    scale: float | None = None,
-) -> tuple[Float32[Array, "B T N H"], Float32[Array, "B T N"]]:
-    """Attention of a few queries to the first `visible` keys of each row.
-
-    Args:
-        query: [B, T, N, H], N a multiple of K.
-        kv: keys and values, packed; those beyond `visible` may hold anything finite.
-        visible: int [B].
-        scale: of the logits; default H ** -0.5.
-
-    Returns:
-        (out, lse), float32, natural log: a partial result as `ring_jax.flash_attention` gives it; 0 and -inf where
-        no key is visible.
-    """
-    return attend_parts(query, [(kv[0], kv[1], visible)], scale=scale)
-
-
-def attend_parts(
-    query: Float[Array, "B T N H"],
-    parts: Sequence[tuple[Float[Array, "B _ K H"], Float[Array, "B _ K H"], Int[Array, " B"]]],
-    *,
-    scale: float | None = None,
-) -> tuple[Float32[Array, "B T N H"], Float32[Array, "B T N"]]:
-    """As `attend_few`, for several (keys, values, how many of them are visible): one softmax over all of them, so that no
-    array is joined to another or copied. What is small, the logits, is joined instead.
-
-    Each product takes the keys of all heads as one matrix [S, K H], with queries that are zero but in their own head: a
-    product for each head would be a strided one, whose slice of a larger array XLA copies first. The multiplications by
-    zero cost nothing beside reading the keys. A barrier gives each product a query of its own: XLA joins the other
-    operands of products that share one.
-    """
-    (B, T, N, H), K = query.shape, parts[0][0].shape[2]
-    scale = H**-0.5 if scale is None else scale
-    own = (jnp.arange(N)[:, None] // (N // K) == jnp.arange(K)[None, :])[None, None, ..., None]  # [1, 1, N, K, 1]
-    q = jnp.where(own, query[:, :, :, None], jnp.zeros((), query.dtype)).reshape(B, T * N, K * H)
-    queries = [q, *(lax.optimization_barrier((q, i))[0] for i in range(1, len(parts)))]
-    flat = lambda x: x.reshape(*x.shape[:2], K * H)  # noqa: E731
-    pieces = [_product("BMD,BSD->BMS", q, flat(key)) for q, (key, _, _) in zip(queries, parts, strict=True)]
-    logits = _joined(lax.optimization_barrier(pieces)) * scale  # no product inside of the joining
-    places = [jnp.arange(key.shape[1], dtype=jnp.int32)[None] for key, _, _ in parts]
-    seen = _joined([s < to_int32(visible)[:, None] for s, (_, _, visible) in zip(places, parts, strict=True)])
-    logits = jnp.where(seen[:, None], logits, -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    finite = jnp.where(jnp.isneginf(top), 0, top)
-    weights = jnp.exp(logits - finite)
-    total = jnp.sum(weights, axis=-1)
-    ends = list(itertools.accumulate(key.shape[1] for key, _, _ in parts[:-1]))
-    split = jnp.split(weights, ends, axis=-1)
-    outs = [
-        _product("BMS,BSD->BMD", w.astype(value.dtype), flat(value))
-        for w, (_, value, _) in zip(split, parts, strict=True)
-    ]
-    out = sum(outs[1:], outs[0]).reshape(B, T, N, K, H)
-    out = jnp.sum(jnp.where(own, out, 0), axis=3)
-    total = total.reshape(B, T, N)
-    out = out / jnp.where(total == 0, 1, total)[..., None]
-    return out, jnp.log(total) + finite.reshape(B, T, N)
-
-
-def _joined(parts):
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+from ring_jax.flash.few import attend_few as attend_few
+from ring_jax.flash.few import attend_parts as attend_parts
 
 
 def merge_ranks(
@@ -103,9 +31,3 @@ def merge_ranks(
     packed = lax.psum(jnp.concatenate([out * weight, weight], axis=-1), axes)
     total = packed[..., -1]
     return packed[..., :-1] / jnp.where(total == 0, 1, total)[..., None], finite + jnp.log(total)
-
-
-def _product(letters: str, a, b) -> jax.Array:
-    """An einsum summed in float32; float32 operands are not rounded to TF32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
