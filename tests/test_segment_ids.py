@@ -67,9 +67,9 @@ def test_delta_rule_and_convolution_over_ranks(way):
     weight = np.random.default_rng(2).normal(size=(4, 2)).astype(np.float32)
     inputs = np.random.default_rng(3).normal(size=(1, 8, 2)).astype(np.float32)
 
-    def layer(_, xs, cache, spread):
+    def layer(_, xs, cache, partition):
         x, *rest = xs
-        return (spread.causal_convolution(x, weight)[0], spread.gated_delta_rule(*rest)[0]), ()
+        return (partition.causal_convolution(x, weight)[0], partition.gated_delta_rule(*rest)[0]), ()
 
     @jit
     def run(ids):

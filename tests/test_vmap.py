@@ -115,12 +115,12 @@ def test_gdn_layers(way, dtype):
     kernel, conv = (0.3 * np.random.default_rng(2).normal(size=s) for s in ((12, heads.features), (4, heads.features)))
     ids = np.array([[0] * 5 + [1] * 8 + [-1] * 3] * 2, np.int32)
 
-    def layer(params, x, cache, spread):
-        mixed, tail = spread.causal_convolution(x @ params[0], params[1])
+    def layer(params, x, cache, partition):
+        mixed, tail = partition.causal_convolution(x @ params[0], params[1])
         q, k, v = (y.reshape(*y.shape[:2], 2, 8) for y in jnp.split(jnp.tanh(mixed), 3, axis=-1))
         wide = q.dtype
         log_decay = -jnp.ones(q.shape[:3], wide)
-        out, state = spread.gated_delta_rule(q, k, v, log_decay, jnp.full(q.shape[:3], 0.3, wide))
+        out, state = partition.gated_delta_rule(q, k, v, log_decay, jnp.full(q.shape[:3], 0.3, wide))
         return out, (state, tail)
 
     def run(x, kernel, conv):

@@ -1,4 +1,4 @@
-"""The token mixer of a GDN layer from projected inputs to heads, as pure functions: one text for every spread.
+"""The token mixer of a GDN layer from projected inputs to heads, as pure functions: one text for every partition.
 
     mixed = x W_qkv = [q | k | v],  (b, a) = x W_ba
     mixed = silu(causal_convolution(mixed));  q, k <- l2norm per head
@@ -23,7 +23,9 @@ from ring_jax.context.shard import axis_to_seq
 from ring_jax.gdn import segments
 from ring_jax.gdn.backends import select
 from ring_jax.gdn.checks import widened
-from ring_jax.gdn.spread import HeadSplit, Spread
+from ring_jax.gdn.cost import gathers_input
+from ring_jax.gdn.heads import Heads
+from ring_jax.gdn.partition import HeadSplit, Partition
 
 NORM_EPSILON = 1e-6
 
@@ -48,7 +50,7 @@ class GDNCache:
     __repr__ = _repr.of_fields
 
     @classmethod
-    def empty(cls, batch: int, heads: "Heads", width: int, dtype=jnp.float32) -> "GDNCache":
+    def empty(cls, batch: int, heads: Heads, width: int, dtype=jnp.float32) -> "GDNCache":
         """The cache before the first token; `dtype` is that of the activations."""
         check_count("batch", batch)
         check_instance("heads", heads, Heads, "ring_jax.gdn.Heads")
@@ -62,40 +64,6 @@ class GDNCache:
             jnp.zeros((batch, width - 1, heads.features), dtype),
             jnp.full((batch,), segments.PADDING, jnp.int32),
         )
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Numbers and sizes of heads."""
-
-    key_heads: int
-    value_heads: int
-    key_size: int
-    value_size: int
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            check_count(f"Heads({field.name}=...)", getattr(self, field.name), 1)
-
-    @property
-    def parts(self) -> tuple[int, int, int]:
-        """Features of q, k and v."""
-        keys = self.key_heads * self.key_size
-        return keys, keys, self.value_heads * self.value_size
-
-    @property
-    def features(self) -> int:
-        """Features of the convolution, q | k | v."""
-        return sum(self.parts)
-
-    def share(self, ranks: int) -> "Heads":
-        """Those of one rank of `ranks`."""
-        check_count("ranks", ranks, 1)
-        if self.key_heads % ranks or self.value_heads % ranks:
-            raise ValueError(
-                f"{self.key_heads} key heads and {self.value_heads} value heads do not divide over {ranks} ranks: use fewer"
-            )
-        return dataclasses.replace(self, key_heads=self.key_heads // ranks, value_heads=self.value_heads // ranks)
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +93,7 @@ def mix(
     weights: MixerWeights,
     x: Float[Array, "B T D"],
     cache: GDNCache | None,
-    spread: Spread,
+    partition: Partition,
     implementation=None,
     projected: tuple[Float[Array, "B T F"], Float[Array, "B T _"]] | None = None,
 ) -> tuple[Float[Array, "B T N dv"], GDNCache]:
@@ -133,37 +101,37 @@ def mix(
 
     Args:
         weights: all of them, on every rank.
-        x: the tokens that are here under `spread`.
+        x: the tokens that are here under `partition`.
         cache: of the tokens before; None for none.
-        spread: how tokens lie.
+        partition: how tokens lie.
         implementation: of the gated delta rule.
         projected: `weights.project(x)`, from a caller who has it already; not used where `projects_own_heads`.
     """
     if cache is None:
         cache = GDNCache.empty(x.shape[0], weights.heads, weights.conv.shape[0], x.dtype)
-    edges = spread.edge_segments()
+    edges = partition.edge_segments()
     if edges is not None:
         first, last = edges
         state, tail = (segments.carried(c, cache.segment, first) for c in (cache.state, cache.tail))
         cache = GDNCache(state, tail, jnp.where(last >= 0, last, cache.segment))
-    if projects_own_heads(weights.heads, x.shape[-1], spread):
-        return _mix_head_split(weights, x, None, cache, spread, implementation)
+    if projects_own_heads(weights.heads, x.shape[-1], partition):
+        return _mix_head_split(weights, x, None, cache, partition, implementation)
     projected = weights.project(x) if projected is None else projected
-    if isinstance(spread, HeadSplit):
-        return _mix_head_split(weights, x, projected, cache, spread, implementation)
-    return mix_projected(weights, *projected, cache, spread, implementation)
+    if isinstance(partition, HeadSplit):
+        return _mix_head_split(weights, x, projected, cache, partition, implementation)
+    return mix_projected(weights, *projected, cache, partition, implementation)
 
 
-def projects_own_heads(heads: Heads, width: int, spread: Spread) -> bool:
-    """Whether a layer under `spread` gathers its input and projects it to its own heads alone: its weights are then cut
+def projects_own_heads(heads: Heads, width: int, partition: Partition) -> bool:
+    """Whether a layer under `partition` gathers its input and projects it to its own heads alone: its weights are then cut
     into those heads at run time."""
-    return isinstance(spread, HeadSplit) and gathers_input(heads, width, spread.shard.ranks)
+    return isinstance(partition, HeadSplit) and gathers_input(heads, width, partition.shard.ranks)
 
 
-def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, spread: Spread, implementation=None):
+def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, partition: Partition, implementation=None):
     """From the projections on. `cache.segment` is already that of the last token."""
     heads, (batch, time, _) = weights.heads, mixed.shape
-    mixed, tail = spread.causal_convolution(mixed, weights.conv, tail=cache.tail)
+    mixed, tail = partition.causal_convolution(mixed, weights.conv, tail=cache.tail)
     mixed = jax.nn.silu(mixed)
     query, key, value = (
         part.reshape(batch, time, part.shape[-1] // size, size)
@@ -179,7 +147,7 @@ def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, spread: Spr
     rounded = query.astype(value.dtype), key.astype(value.dtype)
     if select(implementation, *rounded, value).name == "mosaic":
         query, key = rounded
-    out, state = spread.gated_delta_rule(
+    out, state = partition.gated_delta_rule(
         query,
         key,
         value,
@@ -197,18 +165,10 @@ def l2_normalize(x: Float[Array, "... H"]) -> Float32[Array, "... H"]:
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
 
 
-def gathers_input(heads: Heads, width: int, ranks: int) -> bool:
-    """Whether `head` moves fewer bytes by gathering the layer input (width D) than by splitting its projections.
-
-    Per token of the sequence a rank receives D elements of input, or 1/C of the projections' features.
-    """
-    return width * ranks <= heads.features + 2 * heads.value_heads
-
-
-def _mix_head_split(weights: MixerWeights, x, projected, cache: GDNCache, spread, implementation):
+def _mix_head_split(weights: MixerWeights, x, projected, cache: GDNCache, partition, implementation):
     """`projected` is None where own heads are projected here, from the gathered input."""
-    heads, shard = weights.heads, spread.shard
-    spread.check_heads(heads.key_heads, heads.value_heads)
+    heads, shard = weights.heads, partition.shard
+    partition.check_heads(heads.key_heads, heads.value_heads)
     ranks, rank = shard.ranks, shard.rank()
     own = _own_weights(weights, rank, ranks)
     if projected is None:
@@ -216,16 +176,16 @@ def _mix_head_split(weights: MixerWeights, x, projected, cache: GDNCache, spread
         mixed, ba = own.project(shard.layout.restore(x, 1, ranks))
     else:
         mixed, ba = projected
-        mixed, ba = _exchange(mixed, ba, heads, spread)
-    here = GDNCache(spread.own(cache.state, 1), _own(cache.tail, heads.parts, rank, ranks), cache.segment)
-    out, here = mix_projected(own, mixed, ba, here, spread.inside, implementation)
+        mixed, ba = _exchange(mixed, ba, heads, partition)
+    here = GDNCache(partition.own(cache.state, 1), _own(cache.tail, heads.parts, rank, ranks), cache.segment)
+    out, here = mix_projected(own, mixed, ba, here, partition.inside, implementation)
     out = axis_to_seq(out, shard, 2)
-    return out, GDNCache(spread.everyone(here.state, 1), _everyone(here.tail, heads.parts, spread), cache.segment)
+    return out, GDNCache(partition.everyone(here.state, 1), _everyone(here.tail, heads.parts, partition), cache.segment)
 
 
-def _exchange(mixed, ba, heads: Heads, spread: HeadSplit):
+def _exchange(mixed, ba, heads: Heads, partition: HeadSplit):
     """Projections of all heads for the tokens here to those of own heads for all tokens: one all-to-all."""
-    shard, parts = spread.shard, (*heads.parts, heads.value_heads, heads.value_heads)
+    shard, parts = partition.shard, (*heads.parts, heads.value_heads, heads.value_heads)
     packed = jnp.concatenate([mixed, ba], axis=-1)
     by_rank = [p.reshape(*p.shape[:2], shard.ranks, p.shape[2] // shard.ranks) for p in _split(packed, parts)]
     packed = jnp.concatenate(by_rank, axis=-1)  # [B, T/C, C, features/C]
@@ -273,8 +233,8 @@ def _own_kernels(kernels: tuple, sizes: tuple[int, ...], rank, ranks: int):
     return tuple(_own(kernel, (size,), rank, ranks) for kernel, size in zip(kernels, sizes, strict=True))
 
 
-def _everyone(x, sizes: tuple[int, ...], spread: HeadSplit):
+def _everyone(x, sizes: tuple[int, ...], partition: HeadSplit):
     """Inverse of `_own`, on all ranks."""
-    ranks = spread.shard.ranks
-    shares = [spread.everyone(part, part.ndim - 1) for part in _split(x, tuple(size // ranks for size in sizes))]
+    ranks = partition.shard.ranks
+    shares = [partition.everyone(part, part.ndim - 1) for part in _split(x, tuple(size // ranks for size in sizes))]
     return jnp.concatenate(shares, axis=-1)

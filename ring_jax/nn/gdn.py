@@ -22,11 +22,12 @@ from ring_jax._checks import (
     check_number,
 )
 from ring_jax.gdn.checks import check_segments, state_dtype
-from ring_jax.gdn.context import run
-from ring_jax.gdn.mixer import GDNCache, Heads, MixerWeights, mix
-from ring_jax.gdn.operation import check_options
-from ring_jax.gdn.plan import GDNShape
-from ring_jax.gdn.spread import OneDevice, Spread
+from ring_jax.gdn.cost import WAYS, GDNShape
+from ring_jax.gdn.heads import Heads
+from ring_jax.gdn.mixer import GDNCache, MixerWeights, mix
+from ring_jax.gdn.partition import OneDevice, Partition
+from ring_jax.gdn.rule import check_options
+from ring_jax.gdn.sharded import run
 from ring_jax.nn.placement import place_parameters
 from ring_jax.nn.projections import check_projections
 
@@ -45,7 +46,7 @@ class GatedDeltaNet(nnx.Module):
         y = (w o / rms(o) * silu(x Wz)) Wout
 
     With a context, x is [B, T, D] in the order of the context's layout and the layer spreads itself over its mesh axis
-    (`way`). A run of several layers is better spread as a whole, by `ring_jax.gdn.run`, whose `spread` goes to each
+    (`way`). A run of several layers is better spread as a whole, by `ring_jax.gdn.run`, whose `partition` goes to each
     layer's call; the layers' own `context` stays None then. Parameters are the same either way.
 
     Args:
@@ -108,7 +109,8 @@ class GatedDeltaNet(nnx.Module):
         check_count("conv_width", conv_width, 1)
         check_number("norm_epsilon", norm_epsilon, above=0)
         check_choice("projections", projections, PROJECTIONS)
-        check_options(None, implementation, way)
+        check_options(None, implementation)
+        check_choice("way", way, ("auto", *WAYS))
         if context is not None:
             from ring_jax.context import ContextParallel
 
@@ -169,7 +171,7 @@ class GatedDeltaNet(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         seq_len: int | None = None,
-        spread: Spread | None = None,
+        partition: Partition | None = None,
     ) -> tuple[Float[Array, "B T D"], GDNCache]:
         """Applies the layer.
 
@@ -179,7 +181,7 @@ class GatedDeltaNet(nnx.Module):
             id that the cache ended with.
           segment_ids: int [B, T], packed documents; negative ids are padding.
           seq_len: number of real tokens where x carries padding behind them (as ``to_layout`` adds).
-          spread: inside `ring_jax.gdn.run`: how tokens lie there. It knows segment ids and padding already.
+          partition: inside `ring_jax.gdn.run`: how tokens lie there. It knows segment ids and padding already.
 
         Returns:
           y [B, T, D], zeros on padding, and the cache after the last valid token (the same on all context ranks).
@@ -189,11 +191,11 @@ class GatedDeltaNet(nnx.Module):
         if cache is not None:
             self._check_cache(cache, x)
         check_segments(segment_ids, x.shape[0], x.shape[1], natural=False)
-        if spread is not None:
-            check_instance("spread", spread, Spread, "what ring_jax.gdn.run hands to its layers")
+        if partition is not None:
+            check_instance("partition", partition, Partition, "what ring_jax.gdn.run hands to its layers")
             if segment_ids is not None or seq_len is not None:
-                raise ValueError("segment_ids and seq_len go to ring_jax.gdn.run, which hands them on in `spread`")
-            return self._apply(x, cache, spread)
+                raise ValueError("segment_ids and seq_len go to ring_jax.gdn.run, which hands them on in `partition`")
+            return self._apply(x, cache, partition)
         if self.context is not None:
             graph, state = nnx.split(self)
             return run(
@@ -234,15 +236,15 @@ class GatedDeltaNet(nnx.Module):
         check_array("cache.tail", cache.tail, "B W-1 F", sizes)
         check_array("cache.segment", cache.segment, "B", sizes, kind="signed")
 
-    def _apply(self, x: Array, cache: GDNCache | None, spread: Spread) -> tuple[Array, GDNCache]:
+    def _apply(self, x: Array, cache: GDNCache | None, partition: Partition) -> tuple[Array, GDNCache]:
         x = x.astype(self.dtype or x.dtype)
         weights, z_kernel = self._weights()
-        out, cache = mix(weights, x, cache, spread, self.implementation)
+        out, cache = mix(weights, x, cache, partition, self.implementation)
         z = jnp.matmul(x, z_kernel.astype(x.dtype), precision=self.precision)
         out = gated_rms_norm(out, z.reshape(out.shape), self.norm[...], self.norm_epsilon)
         out = self.out_proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3]))
-        if spread.segment_ids is not None:
-            out = jnp.where((spread.segment_ids >= 0)[..., None], out, jnp.zeros_like(out))
+        if partition.segment_ids is not None:
+            out = jnp.where((partition.segment_ids >= 0)[..., None], out, jnp.zeros_like(out))
         return out, cache
 
     def _weights(self) -> tuple[MixerWeights, Array]:
@@ -262,8 +264,8 @@ class _Layer:
 
     graph: Any
 
-    def __call__(self, state, x, cache, spread):
-        return nnx.merge(self.graph, state)._apply(x, cache, spread)
+    def __call__(self, state, x, cache, partition):
+        return nnx.merge(self.graph, state)._apply(x, cache, partition)
 
 
 def gated_rms_norm(

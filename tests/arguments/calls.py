@@ -12,7 +12,7 @@ from flax import nnx
 
 import ring_jax
 from ring_jax import gdn, layout, moe, nn
-from ring_jax.gdn import plan
+from ring_jax.gdn import cost
 from tests.arguments.engine import Call
 from tests.arguments.kinds import (
     Arr,
@@ -487,15 +487,15 @@ def rules() -> list[Call]:
     spread = good | {"context": context(), "way": "state"}
     shape = {"batch": 1, "length": 64, "heads": HEADS, "width": 8, "conv_width": 4, "layers": 1, "itemsize": 2}
     counts = {"batch": Count(), "length": Count(), "width": Count(), "conv_width": Count(1), "layers": Count(1)}
-    made, rates = gdn.GDNShape(**shape), plan.Rates()
+    made, rates = gdn.GDNShape(**shape), cost.Rates()
     conv = {"x": floats(B, T, 3), "weight": floats(4, 3), "tail": floats(B, 3, 3), "segment_ids": ints(B, T)}
     conv_kinds = {"x": Arr(bound=(2,)), "weight": Arr(bound=(1,)), "tail": maybe(Arr(bound=(0, 1, 2)))}
     conv_kinds["segment_ids"] = maybe(Arr("signed", (0, 1)))
-    layers = lambda params, x, caches, spread: (x, caches)  # noqa: E731
+    layers = lambda params, x, caches, partition: (x, caches)  # noqa: E731
     one = gdn.OneDevice(ints(B, T))
     with_one = {name: x for name, x in rule_operands().items() if name != "segment_ids"}
     run = {"layers": layers, "params": None, "x": floats(B, T, 3), "context": context(), "way": "state", "shape": made}
-    run |= {"caches": None, "segment_ids": ints(B, T), "seq_len": T, "sums": False}
+    run |= {"caches": None, "segment_ids": ints(B, T), "seq_len": T}
     return [
         Call(
             gdn.gated_delta_rule,
@@ -537,13 +537,26 @@ def rules() -> list[Call]:
                 "caches": maybe(Custom(("text", 3, [1]), (floats(3, 2), [floats()]), common=False)),
                 "segment_ids": maybe(Arr("signed", (0, 1))),
                 "seq_len": maybe(Count(0, T)),
-                "sums": Flag(),
             },
             conflicts=(
                 ({"way": "auto", "shape": None}, "shape"),
                 ({"context": context(layout="striped")}, "state"),
                 ({"x": floats(B, 7, 3), "segment_ids": None, "seq_len": None}, "7"),
             ),
+        ),
+        Call(
+            gdn.partition,
+            {"context": None, "x": floats(B, T, 3), "strategy": "state", "shape": made}
+            | {"segment_ids": ints(B, T), "seq_len": T},
+            {
+                "context": maybe(Instance()),
+                "x": Arr("any", (0, 1)),
+                "strategy": Choice(),
+                "shape": maybe(Instance()),
+                "segment_ids": maybe(Arr("signed", (0, 1))),
+                "seq_len": maybe(Count(0, T)),
+            },
+            conflicts=(({"context": context()}, "shard_map"),),
         ),
         Call(gdn.causal_convolution, conv, conv_kinds, aliases={"x": ("weight",), "weight": ("tail",)}),
         Call(
@@ -570,7 +583,7 @@ def rules() -> list[Call]:
         ),
         Call(gdn.Cost.seconds, {"rates": rates}, {"rates": Instance()}, gdn.Cost(1.0, 1.0, 1).seconds),
         Call(
-            plan.Rates,
+            cost.Rates,
             {"flops_per_second": 1e13, "bytes_per_second": 1e11, "seconds_per_collective": 1e-5},
             {
                 "flops_per_second": Number(above=0),
@@ -780,17 +793,17 @@ def layers() -> list[Call]:
         ),
         Call(
             nn.GatedDeltaNet.__call__,
-            {"x": x, "cache": cache, "segment_ids": ints(B, T), "seq_len": T, "spread": None},
+            {"x": x, "cache": cache, "segment_ids": ints(B, T), "seq_len": T, "partition": None},
             {
                 "x": Arr(bound=(0, 2)),
                 "cache": maybe(Instance()),
                 "segment_ids": maybe(Arr("signed", (0, 1))),
                 "seq_len": maybe(Count(0, T)),
-                "spread": maybe(Instance()),
+                "partition": maybe(Instance()),
             },
             rule,
             conflicts=(
-                ({"spread": gdn.OneDevice()}, "segment_ids"),
+                ({"partition": gdn.OneDevice()}, "segment_ids"),
                 ({"cache": gdn.GDNCache(floats(3, N, H, 4), floats(3, 3, 40), ints(3))}, "cache"),
                 ({"cache": gdn.GDNCache(floats(B, N, H, 4), floats(B, 2, 40), ints(B))}, "cache"),
             ),

@@ -9,8 +9,9 @@ import pytest
 
 from ring_jax.context import ContextParallel
 from ring_jax.gdn import run
-from ring_jax.gdn.mixer import GDNCache, Heads, MixerWeights, mix
-from ring_jax.gdn.plan import GDNShape, costs
+from ring_jax.gdn.cost import GDNShape, costs
+from ring_jax.gdn.heads import Heads
+from ring_jax.gdn.mixer import GDNCache, MixerWeights, mix
 from tests.gdn.helpers import collectives, jit, kinds
 
 HEADS, WIDTH, CONV, RANKS = Heads(8, 16, 16, 8), 128, 4, 4
@@ -48,10 +49,10 @@ def moved(way, *, time=512, batch=4, layout="zigzag", data_axis=False, gradient=
         array(row, rows, dtype=jnp.int32),
     )
 
-    def layers(params, x, caches, spread):
+    def layers(params, x, caches, partition):
         leaving = []
         for (mixer, out, mlp), cache in zip(params, caches, strict=True):
-            y, cache = mix(mixer, x, cache, spread)
+            y, cache = mix(mixer, x, cache, partition)
             x = x + y.reshape(*y.shape[:2], -1) @ out
             x = x + jax.nn.silu(x) @ mlp
             leaving.append(cache)

@@ -35,7 +35,7 @@ def test_gated_delta_rule(context):
         assert compilations(call) == 0
 
 
-def _twice(params, x, caches, spread):
+def _twice(params, x, caches, partition):
     return params * x, ()
 
 

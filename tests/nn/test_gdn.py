@@ -141,9 +141,9 @@ def test_a_run_of_layers_with_gradients():
     graphs, params = zip(*(nnx.split(make(seed=seed)) for seed in (1, 2)), strict=True)
     x = inputs(time=48)
 
-    def layers(params, x, caches, spread=None):
+    def layers(params, x, caches, partition=None):
         for graph, state in zip(graphs, params, strict=True):
-            y, _ = nnx.merge(graph, state)(x, spread=spread)
+            y, _ = nnx.merge(graph, state)(x, partition=partition)
             x = x + y
             x = x + jax.nn.silu(x)
         return x, caches
@@ -184,4 +184,4 @@ def test_errors():
     with pytest.raises(ValueError, match="segment_ids and seq_len go to ring_jax.gdn.run"):
         from ring_jax.gdn import OneDevice
 
-        layer(inputs(), seq_len=3, spread=OneDevice())
+        layer(inputs(), seq_len=3, partition=OneDevice())

@@ -21,6 +21,7 @@ from ring_jax._checks import Sizes, check_array
 from ring_jax._vma import align, pcast_to, varying_axes
 from ring_jax.gdn.checks import check_segments
 from ring_jax.gdn.conv import convolve_buffer
+from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.hopper import conv_kernel
 from ring_jax.gdn.hopper.conv_kernel import (
     AHEAD,
@@ -34,7 +35,6 @@ from ring_jax.gdn.hopper.conv_kernel import (
     Part,
     Problem,
 )
-from ring_jax.gdn.mixer import Heads
 from ring_jax.gdn.segments import first_valid, last_valid, segment_at
 from ring_jax.mosaic import compat
 

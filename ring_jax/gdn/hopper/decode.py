@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from ring_jax._checks import Sizes, check_array
 from ring_jax.gdn.checks import check_operands
+from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.hopper import decode_kernel
 from ring_jax.gdn.hopper.decode_kernel import Problem
-from ring_jax.gdn.mixer import Heads
 from ring_jax.mosaic import compat, in_place
 
 MAX_TOKENS = 8

@@ -55,10 +55,10 @@ class Layer(nnx.Module):
         self.post_norm = make((width,), (WHOLE,), "zeros", dtype)
         self.mlp = (MLP if config.experts is None else SparseMLP)(config, make, dtype)
 
-    def __call__(self, x: Array, mixer_cache: Any, here: Local, spread: Any, valid: Array | None):
+    def __call__(self, x: Array, mixer_cache: Any, here: Local, partition: Any, valid: Array | None):
         """(x, what the mixer leaves in the cache, router statistics or None)."""
         config = self.config
-        mixed, left = self.mixer(norm(x, self.input_norm, config), mixer_cache, here, spread)
+        mixed, left = self.mixer(norm(x, self.input_norm, config), mixer_cache, here, partition)
         x = x + mixed
         y, stats = self.mlp(norm(x, self.post_norm, config), here, valid)
         return x + y, left, stats
@@ -81,7 +81,7 @@ class FullAttention(nnx.Module):
         self.q_norm = make((size,), (WHOLE,), "zeros", dtype)
         self.k_norm = make((size,), (WHOLE,), "zeros", dtype)
 
-    def __call__(self, x_btd: Array, cache: Any, here: Any, spread: None = None) -> tuple[Array, Array]:
+    def __call__(self, x_btd: Array, cache: Any, here: Any, partition: Any = None) -> tuple[Array, Array]:
         config, size = self.config, self.config.head_dim
         queries, k, v = _by_head(here.product(x_btd, self.in_proj[...]), (self.queries, size, size))
         q, gate = jnp.split(queries.reshape(*x_btd.shape[:2], -1, 2 * size), 2, axis=-1)
@@ -115,21 +115,21 @@ class GatedDeltaNet(nnx.Module):
         self.norm = make((heads.value_size,), (WHOLE,), "ones", jnp.float32)
         self.o = make((values, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
 
-    def __call__(self, x_btd: Array, cache: Any, here: Local, spread: gdn.Spread) -> tuple[Array, gdn.GDNCache]:
+    def __call__(self, x_btd: Array, cache: Any, here: Local, partition: gdn.Partition) -> tuple[Array, gdn.GDNCache]:
         width, heads = x_btd.shape[-1], self.config.linear.share(here.tensor_ranks)
         conv = jnp.concatenate([self.conv_q[...], self.conv_k[...], self.conv_v[...]], axis=-1)
         weights: Any = functools.partial(
             MixerWeights, conv=conv, a_log=self.A_log[...], dt_bias=self.dt_bias[...], heads=heads
         )
         flat = lambda parts: [part.reshape(*part.shape[:-2], -1) for part in parts]  # noqa: E731
-        if projects_own_heads(heads, width, spread):
+        if projects_own_heads(heads, width, partition):
             q, k, v, z, b, a = flat(_by_head(here.weight(self.in_proj[...], 0, width, x_btd), self.sizes))
             gate = here.product(x_btd, z)
-            out, cache = mix(weights((q, k, v), (b, a)), x_btd, cache, spread)
+            out, cache = mix(weights((q, k, v), (b, a)), x_btd, cache, partition)
         else:
             q, k, v, gate, b, a = flat(_by_head(here.product(x_btd, self.in_proj[...]), self.sizes))
             projected = jnp.concatenate([q, k, v], axis=-1), jnp.concatenate([b, a], axis=-1)
-            out, cache = mix(weights((), ()), x_btd, cache, spread, projected=projected)
+            out, cache = mix(weights((), ()), x_btd, cache, partition, projected=projected)
         out = gated_rms_norm(out, gate.reshape(out.shape), self.norm[...], self.config.norm_epsilon)
         y = here.sum_tensor(here.product(out.reshape(*x_btd.shape[:2], -1), self.o[...]))
         return y, cache

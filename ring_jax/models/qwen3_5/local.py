@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +23,6 @@ from ring_jax.context import ring_attention
 from ring_jax.context.decode import attend_parts, merge_ranks
 from ring_jax.context.shard import Shard
 from ring_jax.flash import flash_attention
-from ring_jax.gdn import OneDevice
 from ring_jax.mask import ResolvedMask
 from ring_jax.models.qwen3_5.sharding import Sharding
 
@@ -180,6 +178,7 @@ class Prompt(Local):
         positions: int32 [T here] or [B, T here], for RoPE. order: int32 [T here], the place in the sequence.
         mask: what full attention sees, resolved once for all layers: without a mesh a pair of key bounds [B, S].
         segment_ids: int32 [B, T here] in layout order, negative for padding; None where every token is real.
+        partition: how GDN layers split the tokens here, made once for all of them.
         implementation: of the flash block.
     """
 
@@ -187,6 +186,7 @@ class Prompt(Local):
     order: jax.Array
     mask: ResolvedMask | tuple[jax.Array, jax.Array]
     segment_ids: jax.Array | None
+    partition: gdn.Partition
     implementation: str | None
 
     def attend(self, query, key, value, cache: None) -> tuple[jax.Array, jax.Array]:
@@ -200,21 +200,6 @@ class Prompt(Local):
             context = self.sharding.context
             out = ring_attention(query, key, value, mask=self.mask, context=context, **options)
         return out.astype(query.dtype), jnp.stack([key, value])
-
-    def run(self, layers: Callable, x, shape: gdn.GDNShape):
-        """A run of GDN layers: `layers(x, spread) -> (y, caches, sums)`."""
-        if self.sharding is None:
-            return layers(x, OneDevice(self.segment_ids))
-        return gdn.run(
-            lambda _, x, caches, spread: layers(x, spread),
-            None,
-            x,
-            context=self.sharding.context,
-            way=self.sharding.way,
-            shape=shape,
-            segment_ids=self.segment_ids,
-            sums=True,
-        )
 
     @property
     def valid(self) -> jax.Array | None:

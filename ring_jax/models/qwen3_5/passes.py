@@ -23,7 +23,7 @@ from ring_jax.mask import Mask, causal, documents
 from ring_jax.mask import lengths as lengths_mask
 from ring_jax.models.qwen3_5.cache import Cache, append, put
 from ring_jax.models.qwen3_5.config import FULL, LINEAR
-from ring_jax.models.qwen3_5.layers import Layer, norm
+from ring_jax.models.qwen3_5.layers import norm
 from ring_jax.models.qwen3_5.local import Local, Prompt, Step
 from ring_jax.moe import RouterStats
 
@@ -164,7 +164,8 @@ def _lay_out(model: Qwen3_5, tokens, lengths, segment_ids, ask: Ask):
     elif lengths is not None or padded:
         limit = jnp.full((batch, 1), ask.seq_len, jnp.int32) if lengths is None else lengths[:, None]
         ids = jnp.where(order[None] < limit, 0, segments.PADDING)
-    return tokens, Prompt(sharding, positions, order, resolved, ids, model.implementation)
+    split = _partition(model, Local(sharding), tokens, ids)
+    return tokens, Prompt(sharding, positions, order, resolved, ids, split, model.implementation)
 
 
 @jax.tree_util.register_dataclass
@@ -185,20 +186,21 @@ def _walk(model: Qwen3_5, x, here: Prompt, *, hidden: bool, stats: bool):
     graph, groups = nnx.split(model.groups)
 
     def group(x, values):
-        layers = list(nnx.merge(graph, nnx.State(values)).layers)
+        layers = nnx.merge(graph, nnx.State(values)).layers
         keys, states, hiddens, sums = [], [], [], []
         for kind, run in itertools.groupby(layers, key=lambda layer: layer.kind):
-            if kind == LINEAR:
-                x, left, found, total = _linear_run(list(run), x, here, hidden, stats)
-                states += left
-                hiddens += found
-                sums += total
-                continue
+            linear, valid, of_run = kind == LINEAR, here.valid, []
+            if linear:
+                x, valid = here.partition.enter(x), _valid(here.partition.segment_ids)
             for layer in run:
-                x, left, routed = layer(x, None, here, None, here.valid)
-                keys.append(left)
-                hiddens += [x] if hidden else []
+                x, left, routed = layer(x, None, here, here.partition, valid)
+                states += [here.partition.leave_rows(left)] if linear else []
+                keys += [] if linear else [left]
+                of_run += [x] if hidden else []
                 sums += [here.sum_context(routed)] if stats else []
+            if linear:
+                x, of_run = here.partition.leave((x, of_run))
+            hiddens += of_run
         stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
         return x, Left(
             jnp.stack(keys),
@@ -217,24 +219,21 @@ def _walk(model: Qwen3_5, x, here: Prompt, *, hidden: bool, stats: bool):
     return x, Left(left.keys, left.states, hiddens, total)
 
 
-def _linear_run(layers: list[Layer], x, here: Prompt, hidden: bool, stats: bool):
-    """Neighbouring GDN layers, spread over the ranks as one run."""
-    config = layers[0].config
+def _valid(segment_ids):
+    return None if segment_ids is None else segment_ids >= 0
 
-    def run(x, spread):
-        valid = None if spread.segment_ids is None else spread.segment_ids >= 0
-        left, hiddens, sums = [], [], []
-        for layer in layers:
-            x, cache, routed = layer(x, None, here, spread, valid)
-            left.append(cache)
-            hiddens += [x] if hidden else []
-            sums += [routed] if stats else []
-        return (x, hiddens), left, sums
 
+def _partition(model: Qwen3_5, here: Local, x, ids) -> gdn.Partition:
+    """How GDN layers split the tokens of x [B, T here, ...]."""
+    config, sharding = model.config, model.sharding
+    if sharding is None:
+        return gdn.partition(None, x, segment_ids=ids)
+    kinds = config.layer_types[: config.period]
+    runs = [len(list(run)) for kind, run in itertools.groupby(kinds) if kind == LINEAR]
     heads = config.linear.share(here.tensor_ranks)
-    shape = gdn.GDNShape(0, 0, heads, config.hidden_size, config.conv_width, len(layers), x.dtype.itemsize)
-    (x, hiddens), left, sums = here.run(run, x, shape)
-    return x, left, hiddens, sums
+    itemsize = jnp.dtype(model.dtype).itemsize
+    shape = gdn.GDNShape(0, 0, heads, config.hidden_size, config.conv_width, max(runs, default=1), itemsize)
+    return gdn.partition(sharding.context, x, strategy=sharding.way, shape=shape, segment_ids=ids)
 
 
 def _embed(model: Qwen3_5, here: Any, tokens):

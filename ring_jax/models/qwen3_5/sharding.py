@@ -17,7 +17,7 @@ from ring_jax._checks import (
 )
 from ring_jax._mesh import Axis, axis_names, axis_size
 from ring_jax.context import ContextParallel
-from ring_jax.gdn.plan import WAYS
+from ring_jax.gdn.cost import WAYS
 from ring_jax.models.qwen3_5.config import Config
 
 # Dimensions of parameters. The reduced dimension of every product can lie over the `weights` axis too, so that a rank

@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from ring_jax.gdn import causal_convolution, gated_delta_rule
+from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.hopper import decode
 from ring_jax.gdn.hopper.decode import DecodeConfig
-from ring_jax.gdn.mixer import Heads, l2_normalize
+from ring_jax.gdn.mixer import l2_normalize
 from ring_jax.mosaic import compat
 from ring_jax.nn.gdn import gated_rms_norm
 from tests.gdn.helpers import BOUND, numpy_rule, operands, relative

@@ -1,14 +1,4 @@
-"""The gated delta rule over a context-parallel mesh axis: three exact ways, each one shard_map for a run of layers.
-
-    batch   one all-to-all makes whole rows of sequence shards, one brings them back; between them nothing moves
-    head    an all-to-all (or a gather of the layer input) into each operation and an all-to-all out of it
-    state   tokens stay where they are; one (d_k x (d_k + d_v)) float32 pair for each head and chunk passes between
-            ranks, and a halo of W - 1 tokens for the convolution
-
-Where the final state and the convolution tail lie, after each way: **on all context ranks alike**, natural heads and
-features, rows sharded over `batch_axis` only. Initial states and tails are taken in the same form, so what one way
-leaves any other continues, and decode, whose single token is on all context ranks, needs no communication at all.
-"""
+"""GDN layers, and the bare operation, over a context-parallel mesh axis: one shard_map around a partition entered and left."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ring_jax._checks import (
@@ -25,26 +14,21 @@ from ring_jax._checks import (
     check_callable,
     check_choice,
     check_count,
-    check_flag,
     check_instance,
     concrete,
-    to_int32,
 )
-from ring_jax._mesh import axis_names, axis_size, run_sharded
-from ring_jax._vma import pcast_to
+from ring_jax._mesh import axis_size, run_sharded
 from ring_jax.context.parallel import ContextParallel
-from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
-from ring_jax.gdn import segments
+from ring_jax.context.shard import Shard
 from ring_jax.gdn.checks import check_operands, check_segments, state_dtype
-from ring_jax.gdn.mixer import Heads
-from ring_jax.gdn.plan import WAYS, GDNShape, choose_way
-from ring_jax.gdn.ranks import Chunks
-from ring_jax.gdn.spread import HeadSplit, OneDevice, Spread, StatePassing
+from ring_jax.gdn.cost import WAYS, GDNShape
+from ring_jax.gdn.heads import Heads
+from ring_jax.gdn.partition import Partition, partition, resolve_strategy
 from ring_jax.mask import check_segment_ids
 
 
 def run(
-    layers: Callable[[Any, jax.Array, Any, Spread], tuple[Any, ...]],
+    layers: Callable[[Any, jax.Array, Any, Partition], tuple[Any, ...]],
     params: Any,
     x: Any,
     *,
@@ -54,29 +38,26 @@ def run(
     caches: Any = None,
     segment_ids: jax.Array | None = None,
     seq_len: int | None = None,
-    sums: bool = False,
-) -> tuple[Any, ...]:
+) -> tuple[Any, Any]:
     """Runs GDN layers, and whatever acts on tokens one by one between them, over the context axis as one shard_map.
 
     Args:
-        layers: `layers(params, x, caches, spread) -> (y, caches)`. Called with the tokens that lie here under
-            `spread`; mixers take `spread` (`GatedDeltaNet(...)(x, cache, spread=spread)`), norms, MLPs and experts
+        layers: `layers(params, x, caches, partition) -> (y, caches)`. Called with the tokens that lie here under the
+            partition; mixers take it (`GatedDeltaNet(...)(x, cache, partition=partition)`), norms, MLPs and experts
             need no word of it. y and its leaves are [batch, tokens here, ...]. Compiled once for each such function, as by
             `jax.jit`: hand what changes between calls through `params`.
         params: pytree of what the layers need, the same on all ranks (close over no traced arrays).
         x: [B, T, ...] (or a pytree of such) in the order of `context.layout`.
         context: the mesh axes and the layout. Inside a shard_map that is manual over the axis, all arrays are local.
             Heads are not split over `head_axis` here: ranks along it do the same work.
-        way: "batch", "head", "state", or "auto": the cheapest that can run, by `plan.choose_way`, which needs `shape`.
+        way: "batch", "head", "state", or "auto": the cheapest that can run, by `choose_way`, which needs `shape`.
         shape: of the run, for "auto" (batch and length are filled in from x).
         caches: pytree with the batch first (`GDNCache`s), the same on all context ranks; None to begin.
         segment_ids: int [B, T] in the order of the layout; negative: padding.
         seq_len: real length, where `to_layout` padded: later positions are padding.
-        sums: `layers` returns a third pytree, of sums over the valid tokens here (statistics of a router).
 
     Returns:
-        y in the order of the layout, and caches after the last valid token, again the same on all context ranks; with
-        `sums` also those, summed over all tokens (inside a shard_map: over those of its context ranks).
+        y in the order of the layout, and caches after the last valid token, again the same on all context ranks.
 
     Raises:
         ValueError: the way cannot serve the layout or the number of heads, or the length does not divide.
@@ -85,17 +66,16 @@ def run(
         >>> import jax, jax.numpy as jnp, ring_jax
         >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> cp = ring_jax.ContextParallel("context", mesh=mesh)
-        >>> def layers(params, x, caches, spread):  # GDN layers call mix(params, x, cache, spread) here
+        >>> def layers(params, x, caches, partition):  # GDN layers call mix(params, x, cache, partition) here
         ...     return x * params, caches
         >>> y, cache = run(layers, jnp.float32(2), cp.to_layout(jnp.ones((1, 7, 4))), context=cp, way="state", seq_len=7)
         >>> y.shape
         (1, 8, 4)
     """
     check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
-    check_callable("layers", layers, "a function layers(params, x, caches, spread)")
+    check_callable("layers", layers, "a function layers(params, x, caches, partition)")
     check_choice("way", way, ("auto", *WAYS))
     check_instance("shape", shape, GDNShape, "a ring_jax.gdn.GDNShape", optional=True)
-    check_flag("sums", sums)
     batch, length = _check_leaves(x, caches)
     leaf = _first_leaf(x)
     ranks = context.ranks(leaf)
@@ -106,35 +86,30 @@ def run(
     shard = context.shard(length, leaf)
     _check_known_ids(segment_ids, shard, manual, seq_len)
     rows = batch if manual else _local_rows(batch, context, leaf)
-    way = _resolve_way(way, shape, rows, shard)
+    way = resolve_strategy(way, shape, rows, shard)
 
-    axes = axis_names(shard.axis) + (() if manual else axis_names(context.batch_axis))
-    local = _Run(layers, shard, way, seq_len, axes if sums else None)
+    local = _Run(layers, context, way, seq_len)
     args = (params, x, caches, segment_ids)
     if manual:
         return local(*args)
     tokens, row = P(context.batch_axis, context.axis), P(context.batch_axis)
-    out_specs = (tokens, row, P()) if sums else (tokens, row)
-    return run_sharded(local, context.resolve_mesh(leaf), (P(), tokens, row, tokens), out_specs, args)
+    return run_sharded(local, context.resolve_mesh(leaf), (P(), tokens, row, tokens), (tokens, row), args)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What one rank does in `run`. Hashable: jit finds it again. sums: the mesh axes to sum over, None for no sums."""
+    """What one rank does: the partition is entered, its layers run, it is left. Hashable: jit finds it again."""
 
     layers: Callable
-    shard: Shard
-    way: str
+    context: ContextParallel
+    strategy: str
     seq_len: int | None
-    sums: tuple[str, ...] | None = None
 
     def __call__(self, params, x, caches, ids):
-        options = {"shard": self.shard, "way": self.way, "seq_len": self.seq_len}
-        y, caches, *totals = _run_local(self.layers, params, x, caches, ids, **options)
-        if self.sums is None:
-            return y, caches
-        (totals,) = pcast_to(totals, self.sums)
-        return y, caches, lax.psum(totals, self.sums)
+        leaf = _first_leaf(x)
+        split = partition(self.context, leaf, strategy=self.strategy, segment_ids=ids, seq_len=self.seq_len)
+        y, caches = self.layers(params, split.enter(x), split.enter_rows(caches), split)
+        return split.leave(y), split.leave_rows(caches)
 
     def __repr__(self):  # jax's messages show it
         return "gated_delta_rule_over_ranks"
@@ -147,12 +122,12 @@ class _Rule:
     implementation: str | None
     scale: float | None
 
-    def __call__(self, _, operands, state, spread):
+    def __call__(self, _, operands, state, partition: Partition):
         options = {"implementation": self.implementation, "scale": self.scale}
-        return spread.gated_delta_rule(*operands, initial_state=state, **options)
+        return partition.gated_delta_rule(*operands, initial_state=state, **options)
 
 
-def gated_delta_rule_across(
+def rule_over_ranks(
     operands, *, context: ContextParallel, way: str, initial_state, segment_ids, seq_len, scale, implementation
 ):
     """`ring_jax.gated_delta_rule(..., context=...)`: see there. Heads may be sharded over `context.head_axis`."""
@@ -177,9 +152,9 @@ def gated_delta_rule_across(
     heads = Heads(key.shape[2] // split, value.shape[2] // split, key.shape[3], value.shape[3])
     rows = key.shape[0] if manual else _local_rows(key.shape[0], context, query)
     shape = GDNShape(rows, shard.length, heads, conv_width=1, itemsize=value.dtype.itemsize)
-    way = _resolve_way(way, shape, rows, shard)
+    way = resolve_strategy(way, shape, rows, shard)
 
-    local = _Run(_Rule(implementation, scale), shard, way, seq_len)
+    local = _Run(_Rule(implementation, scale), context, way, seq_len)
     args = (None, operands, initial_state, segment_ids)
     if manual:
         return local(*args)
@@ -188,80 +163,12 @@ def gated_delta_rule_across(
     return run_sharded(local, mesh, (P(), tokens, state, ids), (tokens, state), args)
 
 
-def _run_local(layers, params, x, caches, ids, *, shard: Shard, way: str, seq_len: int | None):
-    """The body of the shard_map: local tokens in, local tokens out, whole caches in and out."""
-    ids = _mask_padding(ids, _first_leaf(x), shard, seq_len)
-    if shard.ranks == 1:
-        y, caches, *sums = layers(params, x, caches, OneDevice(ids))
-        return y, lax.psum(caches, shard.axis), *sums  # of one rank: only to say that it is the same on all
-    if way == "state":
-        return layers(params, x, caches, StatePassing.of(shard, ids))
-    natural = None
-    if ids is not None:
-        natural = lax.all_gather(ids, shard.axis, axis=1, tiled=True, to="invarying")
-        natural = shard.layout.restore(natural, 1, shard.ranks)
-    if way == "head":
-        return layers(params, x, caches, HeadSplit(shard, ids, natural))
-    return _run_rows(layers, params, x, caches, natural, shard)
-
-
-def _run_rows(layers, params, x, caches, ids, shard: Shard):
-    """The batch split: whole rows here, rows of padding where they do not divide."""
-    batch = _first_leaf(x).shape[0]
-    rows = -(-batch // shard.ranks)
-    padded = rows * shard.ranks
-
-    def own(leaf):
-        leaf = _pad_rows(leaf, padded)
-        return lax.dynamic_slice_in_dim(leaf, shard.rank() * rows, rows, 0)
-
-    if ids is None and padded != batch:
-        ids = jnp.zeros((batch, _first_leaf(x).shape[1] * shard.ranks), jnp.int32)
-    if ids is not None:
-        ids = own(_pad_rows(ids, padded, segments.PADDING))
-    x = jax.tree.map(lambda leaf: seq_to_axis(_pad_rows(leaf, padded), shard, 0), x)
-    y, caches, *sums = layers(params, x, jax.tree.map(own, caches), OneDevice(ids))
-    y = jax.tree.map(lambda leaf: axis_to_seq(leaf, shard, 0)[:batch], y)
-    if batch == 0:  # XLA gathers no empty arrays
-        return y, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), caches), *sums
-    whole = [lax.all_gather(leaf, shard.axis, axis=0, tiled=True, to="invarying") for leaf in jax.tree.leaves(caches)]
-    return y, jax.tree.unflatten(jax.tree.structure(caches), [leaf[:batch] for leaf in whole]), *sums
-
-
-def _mask_padding(ids, x, shard: Shard, seq_len: int | None):
-    if seq_len is None or seq_len == shard.length:
-        return ids
-    positions = shard.positions()
-    if ids is None:
-        ids = jnp.zeros(x.shape[:2], jnp.int32)
-    return jnp.where(positions[None] < seq_len, to_int32(ids), segments.PADDING)
-
-
 def _check_known_ids(ids, shard: Shard, manual: bool, seq_len: int | None) -> None:
     """`check_segment_ids` for ids in the order of the layout, of the whole sequence, but for padding beyond `seq_len`."""
     known = None if manual else concrete(ids)
     if known is not None:
         order = np.concatenate([shard.layout.positions(r, shard.length, shard.ranks) for r in range(shard.ranks)])
         check_segment_ids(known[:, np.argsort(order)][:, :seq_len])
-
-
-def _pad_rows(x, rows: int, value: int = 0):
-    widths = [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, widths, constant_values=value) if rows != x.shape[0] else x
-
-
-def _resolve_way(way: str, shape: GDNShape | None, rows: int, shard: Shard) -> str:
-    """`way` by name, checked against the layout; "auto" by cost."""
-    if way == "auto":
-        if shard.ranks == 1:
-            return "batch"
-        if shape is None:
-            raise ValueError(f"way='auto' weighs bytes against FLOPs: pass shape=GDNShape(...), or name one of {WAYS}")
-        shape = dataclasses.replace(shape, batch=rows, length=shard.length)
-        return choose_way(shape, shard.ranks, shard.layout)[0]
-    if way == "state":
-        Chunks.of(shard)
-    return way
 
 
 def _local_rows(batch: int, context: ContextParallel, x) -> int:

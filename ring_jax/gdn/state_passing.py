@@ -1,81 +1,23 @@
-"""How the tokens and heads that one rank works on lie in the whole: the same layer code runs under each.
+"""The partition by states: every rank keeps its tokens, and what reaches beyond a token passes between ranks.
 
-A spread offers the two operations that reach beyond a token, and what a whole mixer needs to begin and end:
-
-    OneDevice     the whole sequence is here (one device; the `batch` way, whose rows are whole)
-    StatePassing  one or two chunks of it are here; states and convolution halos pass between ranks
-    HeadSplit     tokens are spread outside of the operation, heads inside: all-to-alls around it
-
-States and tails that enter and leave are those of the whole sequence and all heads, the same on every context rank
-(see `ring_jax.gdn.context` for the convention).
+States pass as affine maps (`state_scan.py`), convolution inputs as halos of W - 1 tokens.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax._checks import check_array, to_int32
-from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
+from ring_jax._checks import to_int32
+from ring_jax.context.shard import Shard
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import check_operands, state_dtype
 from ring_jax.gdn.chunked import transition
-from ring_jax.gdn.conv import causal_convolution, check_convolution, convolve_buffer, insert_tail, tail_at
-from ring_jax.gdn.operation import gated_delta_rule
-from ring_jax.gdn.ranks import Chunks
-
-
-@runtime_checkable
-class Spread(Protocol):
-    """What a layer asks of the spread that it runs under."""
-
-    @property
-    def segment_ids(self) -> jax.Array | None:
-        """Segment ids of the tokens that the layer sees here, [B, T here], negative for padding."""
-        ...
-
-    def gated_delta_rule(
-        self, query, key, value, log_decay, beta, *, scale=None, initial_state=None, implementation=None
-    ):
-        """As `ring_jax.gated_delta_rule`, for the tokens here; initial and final state are the whole sequence's."""
-        ...
-
-    def causal_convolution(self, x, weight, *, tail=None):
-        """As `causal_convolution`, for the tokens here; the tails are the whole sequence's."""
-        ...
-
-    def edge_segments(self) -> "tuple[jax.Array, jax.Array] | None":
-        """Ids of the first and the last valid token of the whole sequence, int32 [B] each; None without ids."""
-        ...
-
-
-@dataclass(frozen=True)
-class OneDevice:
-    """The whole sequence is here, in natural order."""
-
-    segment_ids: jax.Array | None = None
-
-    def __post_init__(self):
-        if self.segment_ids is not None:
-            check_array("OneDevice(segment_ids=...)", self.segment_ids, "B T", kind="signed")
-
-    def gated_delta_rule(self, *operands, **options):
-        """As `ring_jax.gated_delta_rule`."""
-        return gated_delta_rule(*operands, segment_ids=self.segment_ids, **options)
-
-    def causal_convolution(self, x, weight, *, tail=None):
-        """As `ring_jax.gdn.causal_convolution`."""
-        return causal_convolution(x, weight, tail=tail, segment_ids=self.segment_ids)
-
-    def edge_segments(self):
-        """Ids of the first and the last valid token, int32 [B] each; None without ids."""
-        ids = self.segment_ids
-        if ids is None:
-            return None
-        return tuple(segments.segment_at(ids, index(ids)) for index in (segments.first_valid, segments.last_valid))
+from ring_jax.gdn.conv import check_convolution, convolve_buffer, insert_tail, tail_at
+from ring_jax.gdn.rule import delta_rule
+from ring_jax.gdn.state_scan import Chunks
 
 
 @dataclass(frozen=True)
@@ -121,12 +63,24 @@ class StatePassing:
 
     @classmethod
     def of(cls, shard: Shard, segment_ids: jax.Array | None = None) -> "StatePassing":
-        """Raises ValueError for a layout that it cannot serve. Finds the document borders once for all layers."""
+        """Raises ValueError for a layout that it cannot serve. Finds the document borders, once for all layers."""
         chunks = Chunks.of(shard)
         if segment_ids is None:
             return cls(chunks, None, None)
         segment_ids = to_int32(segment_ids)
         return cls(chunks, segment_ids, Borders.of(chunks.split(segment_ids), chunks))
+
+    def enter(self, x):
+        return x
+
+    def leave(self, y):
+        return y
+
+    def enter_rows(self, cache):
+        return cache
+
+    def leave_rows(self, cache):
+        return cache
 
     def edge_segments(self):
         return None if self.borders is None else (self.borders.first_segment, self.borders.last_segment)
@@ -154,7 +108,7 @@ class StatePassing:
         entering = chunks.entering(m, b, initial_state)
         if joins is not None:
             entering = jnp.where(joins, entering, jnp.zeros_like(entering))
-        out, state = gated_delta_rule(
+        out, state = delta_rule(
             *operands, scale=scale, initial_state=_merge(entering), segment_ids=ids, implementation=implementation
         )
         state = chunks.of_last(state.reshape(entering.shape))
@@ -209,67 +163,6 @@ class StatePassing:
         found = jnp.where(owns[:, None, None], found, jnp.zeros_like(found))
         found = lax.psum(found.reshape(chunks.folds, batch, *found.shape[1:]).sum(axis=0), chunks.axis)
         return jnp.where((self.borders.last >= 0)[:, None, None], found, tail)
-
-
-@dataclass(frozen=True)
-class HeadSplit:
-    """Tokens are spread between operations, heads inside them: this rank's share of heads for the whole sequence."""
-
-    shard: Shard
-    segment_ids: jax.Array | None = None  # of the tokens here
-    natural_ids: jax.Array | None = None  # of the whole sequence in natural order
-
-    @property
-    def inside(self) -> OneDevice:
-        """What the operation itself runs under, between the all-to-alls."""
-        return OneDevice(self.natural_ids)
-
-    def edge_segments(self):
-        return self.inside.edge_segments()
-
-    def check_heads(self, key_heads: int, value_heads: int) -> None:
-        """Raises ValueError where the heads do not divide over the ranks."""
-        for kind, heads in (("key", key_heads), ("value", value_heads)):
-            if heads % self.shard.ranks:
-                raise ValueError(
-                    f"way='head' gives each of {self.shard.ranks} context ranks the same number of heads, got {heads} "
-                    f"{kind} heads: use way='state' (any number of heads), or 'batch'"
-                )
-
-    def gated_delta_rule(
-        self, query, key, value, log_decay, beta, *, scale=None, initial_state=None, implementation=None
-    ):
-        operands = query, key, value, log_decay, beta
-        check_operands(*operands, initial_state, self.segment_ids)
-        self.check_heads(key.shape[2], value.shape[2])
-        operands = [seq_to_axis(x, self.shard, 2) for x in operands]
-        if initial_state is not None:
-            initial_state = self.own(initial_state, 1)
-        out, state = self.inside.gated_delta_rule(
-            *operands, scale=scale, initial_state=initial_state, implementation=implementation
-        )
-        return axis_to_seq(out, self.shard, 2), self.everyone(state, 1)
-
-    def causal_convolution(self, x, weight, *, tail=None):
-        check_convolution(x, weight, tail, self.segment_ids)
-        if x.shape[2] % self.shard.ranks:
-            raise ValueError(
-                f"way='head' splits the features of a convolution over {self.shard.ranks} ranks, got {x.shape[2]} "
-                "features: use way='state' or 'batch'"
-            )
-        if tail is not None:
-            tail = self.own(tail, 2)
-        y, tail = self.inside.causal_convolution(seq_to_axis(x, self.shard, 2), self.own(weight, 1), tail=tail)
-        return axis_to_seq(y, self.shard, 2), self.everyone(tail, 2)
-
-    def own(self, x, axis: int):
-        """This rank's part of an array that all ranks hold."""
-        size = x.shape[axis] // self.shard.ranks
-        return lax.dynamic_slice_in_dim(x, self.shard.rank() * size, size, axis)
-
-    def everyone(self, x, axis: int):
-        """The parts of all ranks, on all ranks."""
-        return lax.all_gather(x, self.shard.axis, axis=axis, tiled=True, to="invarying")
 
 
 def _merge(x):

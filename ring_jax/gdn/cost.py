@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from ring_jax._checks import check_count, check_instance, check_number
 from ring_jax._hardware import HOPPER
 from ring_jax.gdn.chunked import CHUNK
-from ring_jax.gdn.mixer import Heads, gathers_input
-from ring_jax.gdn.operation import WAYS as WAYS
-from ring_jax.gdn.ranks import GATHER_RANKS
+from ring_jax.gdn.heads import Heads
+from ring_jax.gdn.state_scan import GATHER_RANKS
 from ring_jax.layout import Contiguous, Layout, Zigzag, as_layout
+
+WAYS = ("batch", "head", "state")  # to spread a sequence over ranks, see `ring_jax.gdn.partition`
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Cost:
 
     def seconds(self, rates: Rates = Rates()) -> float:  # noqa: B008 (a frozen value)
         """Rough time at nominal rates, nothing overlapped."""
-        check_instance("rates", rates, Rates, "ring_jax.gdn.plan.Rates")
+        check_instance("rates", rates, Rates, "ring_jax.gdn.cost.Rates")
         moving = self.bytes / rates.bytes_per_second + self.collectives * rates.seconds_per_collective
         return moving + self.flops / rates.flops_per_second
 
@@ -133,6 +134,14 @@ def choose_way(
         )
         words.append(f"{name}: {cost.obstacle or figures}")
     return way, "; ".join(words)
+
+
+def gathers_input(heads: Heads, width: int, ranks: int) -> bool:
+    """Whether `head` moves fewer bytes by gathering the layer input (width D) than by splitting its projections.
+
+    Per token of the sequence a rank receives D elements of input, or 1/C of the projections' features.
+    """
+    return width * ranks <= heads.features + 2 * heads.value_heads
 
 
 def rule_flops(tokens: float, heads: Heads, *, extra: int = 0, outputs: bool = True) -> float:

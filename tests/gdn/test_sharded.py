@@ -10,9 +10,10 @@ import pytest
 
 from ring_jax.context import ContextParallel
 from ring_jax.gdn import gated_delta_rule, run
-from ring_jax.gdn.mixer import GDNCache, Heads, MixerWeights, mix
-from ring_jax.gdn.ranks import Chunks
-from ring_jax.gdn.spread import OneDevice
+from ring_jax.gdn.heads import Heads
+from ring_jax.gdn.mixer import GDNCache, MixerWeights, mix
+from ring_jax.gdn.partition import OneDevice
+from ring_jax.gdn.state_scan import Chunks
 from ring_jax.layout import Contiguous, Striped, Zigzag
 from tests.gdn.helpers import BOUND, GRADIENT_BOUND, jit, numpy_rule, operands, relative
 
@@ -144,7 +145,7 @@ def check_way(way, layout, ranks, batch, time, patterns):
 
     def mixer(weights, x, cache, ids):
         return run(
-            lambda weights, x, cache, spread: mix(weights, x, cache, spread),
+            lambda weights, x, cache, partition: mix(weights, x, cache, partition),
             weights,
             x,
             context=context,
@@ -288,7 +289,7 @@ def test_split_anywhere(way):
     weights, x, cache, ids = _split_inputs()
 
     def part(cache, ids):
-        layer = lambda weights, x, cache, spread: mix(weights, x, cache, spread)  # noqa: E731
+        layer = lambda weights, x, cache, partition: mix(weights, x, cache, partition)  # noqa: E731
         return run(layer, weights, x[:, places], context=context, way=way, caches=cache, segment_ids=ids)
 
     @jit
@@ -317,7 +318,7 @@ def test_cut_arrays_and_change_the_way():
         ("batch", "state", "head"), ("zigzag", "contiguous", "zigzag"), ((0, 17), (17, 42), (42, 59)), strict=True
     ):
         context = context_of(4, layout)
-        layer = lambda weights, x, cache, spread: mix(weights, x, cache, spread)  # noqa: E731
+        layer = lambda weights, x, cache, partition: mix(weights, x, cache, partition)  # noqa: E731
         options = dict(context=context, way=way, seq_len=end - start)
         program = jit(lambda x, cache, layer=layer, options=options: run(layer, weights, x, caches=cache, **options))
         out, cache = program(context.to_layout(jnp.asarray(x[:, start:end])), cache)

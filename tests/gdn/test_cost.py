@@ -8,7 +8,7 @@ import pytest
 
 from ring_jax.context import ContextParallel
 from ring_jax.gdn import GDNShape, Heads, choose_way, costs, gated_delta_rule
-from ring_jax.gdn.plan import BETWEEN_HOSTS, rule_flops
+from ring_jax.gdn.cost import BETWEEN_HOSTS, rule_flops
 from ring_jax.layout import Zigzag
 from tests.gdn.helpers import operands
 

@@ -1,31 +1,14 @@
-"""The public gated delta rule: checks, defaults, and the choice of an implementation."""
+"""`gated_delta_rule`: the operation, on one device or over a context-parallel mesh axis."""
 
-import functools
-from typing import TYPE_CHECKING
-
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from ring_jax._checks import check_choice, check_number
+from ring_jax._checks import check_choice
+from ring_jax.context.parallel import ContextParallel
 from ring_jax.gdn import segments
-from ring_jax.gdn.backends import BACKENDS, Backend, select
-from ring_jax.gdn.checks import check_operands, check_segments, state_dtype
-from ring_jax.gdn.segments import blank_padding
-
-if TYPE_CHECKING:
-    from ring_jax.context import ContextParallel
-
-WAYS = ("batch", "head", "state")  # to spread a sequence over ranks, see `ring_jax.gdn.context`
-
-
-def check_options(scale, implementation, way) -> float | None:
-    """Raises unless these are what a gated delta rule can be asked for; `scale` as a Python float."""
-    if scale is not None:
-        scale = check_number("scale", scale, advice="multiply a traced scale into the query instead")
-    check_choice("implementation", implementation, sorted(BACKENDS), optional=True)
-    check_choice("way", way, ("auto", *WAYS))
-    return scale
+from ring_jax.gdn.checks import check_operands, check_segments
+from ring_jax.gdn.cost import WAYS
+from ring_jax.gdn.rule import check_options, delta_rule
+from ring_jax.gdn.sharded import rule_over_ranks
 
 
 def gated_delta_rule(
@@ -39,7 +22,7 @@ def gated_delta_rule(
     initial_state: Float32[Array, "B N dk dv"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
-    context: "ContextParallel | None" = None,
+    context: ContextParallel | None = None,
     way: str = "auto",
     seq_len: int | None = None,
 ) -> tuple[Float[Array, "B T N dv"], Float32[Array, "B N dk dv"]]:
@@ -65,7 +48,7 @@ def gated_delta_rule(
             "recurrent" (one or a few tokens) or "reference" (token by token, for tests); None takes the best that runs here.
         context: the mesh axes and the layout that the arrays lie in, for a sequence that is spread over ranks; the
             state is then the same on all context ranks, before and after.
-        way: with a context: "batch", "head", "state" or "auto" (see `ring_jax.gdn.context`, also for running whole
+        way: with a context: "batch", "head", "state" or "auto" (see `ring_jax.gdn.sharded`, also for running whole
             layers so).
         seq_len: real length where `to_layout` padded; the rest is padding, whatever it holds. Not needed for arrays whose
             padding is zeros, as `to_layout` leaves it, without segment ids: zeros leave the state untouched.
@@ -89,40 +72,17 @@ def gated_delta_rule(
 
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (arXiv 2412.06464); Qwen3-Next and Qwen3.5 use it so.
     """
-    scale = check_options(scale, implementation, way)
+    scale = check_options(scale, implementation)
+    check_choice("way", way, ("auto", *WAYS))
+    operands = query, key, value, log_decay, beta
+    options = {"initial_state": initial_state, "scale": scale, "implementation": implementation}
     if context is not None:
-        from ring_jax.gdn.context import gated_delta_rule_across  # it stands on this module
-
-        return gated_delta_rule_across(
-            (query, key, value, log_decay, beta),
-            context=context,
-            way=way,
-            initial_state=initial_state,
-            segment_ids=segment_ids,
-            scale=scale,
-            implementation=implementation,
-            seq_len=seq_len,
-        )
+        return rule_over_ranks(operands, context=context, way=way, segment_ids=segment_ids, seq_len=seq_len, **options)
     if way != "auto":
         raise ValueError(f"way={way!r} is how a sequence is spread over ranks: it needs a context")
-    check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural=seq_len is None)
-    batch, time, _, dk = key.shape
-    heads, dv = value.shape[2:]
-    backend = select(implementation, query, key, value)
     if seq_len is not None:
+        check_operands(*operands, initial_state, segment_ids, natural=False)
+        batch, time = key.shape[:2]
         segment_ids = segments.beyond(segment_ids, seq_len, batch, time)
         check_segments(segment_ids, batch, time)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, dk, dv), state_dtype(query, key, value, log_decay, beta))
-    if 0 in value.shape or dk == 0:
-        return jnp.zeros_like(value), initial_state
-    scale = dk**-0.5 if scale is None else scale
-    return _rule(backend, float(scale), (query, key, value, log_decay, beta), initial_state, segment_ids)
-
-
-# Called eagerly its scans would compile at every call.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _rule(backend: Backend, scale: float, operands, initial_state, segment_ids):
-    operands = blank_padding(segment_ids, *operands)
-    with jax.named_scope(f"gated_delta_rule_{backend.name}"):
-        return backend.run(*operands, scale=scale, initial_state=initial_state, segment_ids=segment_ids)
+    return delta_rule(*operands, segment_ids=segment_ids, **options)

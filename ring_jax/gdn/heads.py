@@ -1,0 +1,40 @@
+"""Numbers and sizes of the heads of a GDN layer."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from ring_jax._checks import check_count
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Numbers and sizes of heads."""
+
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_count(f"Heads({field.name}=...)", getattr(self, field.name), 1)
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Features of q, k and v."""
+        keys = self.key_heads * self.key_size
+        return keys, keys, self.value_heads * self.value_size
+
+    @property
+    def features(self) -> int:
+        """Features of the convolution, q | k | v."""
+        return sum(self.parts)
+
+    def share(self, ranks: int) -> "Heads":
+        """Those of one rank of `ranks`."""
+        check_count("ranks", ranks, 1)
+        if self.key_heads % ranks or self.value_heads % ranks:
+            raise ValueError(
+                f"{self.key_heads} key heads and {self.value_heads} value heads do not divide over {ranks} ranks: use fewer"
+            )
+        return dataclasses.replace(self, key_heads=self.key_heads // ranks, value_heads=self.value_heads // ranks)
