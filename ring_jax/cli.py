@@ -26,7 +26,7 @@ COMMANDS = {
         "ring_jax.commands.generate",
         "continue a text with a Qwen3.5 checkpoint, its prompt spread over all devices; without one, find a hidden pass key",
     ),
-    "bench": ("ring_jax.commands.bench", "time attention on this host's GPUs, beside cuDNN and over ranks"),
+    "bench": ("ring_jax.commands.bench", "time kernels, rings and whole models on this host's GPUs"),
     "doctor": ("ring_jax.commands.doctor", "show versions, devices and what runs here; check it against the reference"),
 }
 INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + 13  # what shells report for these signals

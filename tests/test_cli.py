@@ -82,8 +82,11 @@ def test_doctor():
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"versions  Python [\d.]+, .*jax [\d.]+", result.stdout)
     assert "8 x cpu on cpu (emulated on one CPU)" in result.stdout
-    for name in ("reference", "xla", "ring", "pass_q", "all_gather", "ulysses"):
+    for name in ("reference", "xla", "ring", "pass_q", "all_gather", "ulysses", "chunked", "recurrent"):
         assert re.search(rf"^  {name} .*agrees", result.stdout, re.MULTILINE), result.stdout
+    assert "bfloat16, gated delta rule: chunked (mosaic needs" in result.stdout
+    assert "bfloat16, experts: xla (mosaic needs" in result.stdout
+    assert len(re.findall(r"^  mosaic .*does not run", result.stdout, re.MULTILINE)) == 6
     assert "DISAGREES" not in result.stdout
 
 
@@ -124,6 +127,8 @@ def test_generate_errors(args, message, capsys):
         (["bench", "attention", "--lengths", "0"], "--lengths must be positive, got 0"),
         (["bench", "attention", "--heads", "6", "--kv-heads", "4"], "--kv-heads must divide --heads, got 4 and 6"),
         (["bench", "attention", "--masks", "diagonal"], "--masks diagonal: mask must be full, causal"),
+        (["bench", "gdn", "--shapes", "32768"], "--shapes must be like 1x32768x32"),
+        (["bench", "gdn", "--shapes", "1x64x24"], "--key-heads must divide the value heads, got 16 and 24"),
         (["bench", "ring", "--repeats", "-1"], "--repeats must be positive, got -1"),
     ],
 )

@@ -1,15 +1,16 @@
-"""The experts of a mixture-of-experts layer on one GPU: ours beside the loop in XLA and jax's own grouped products.
+"""`ring-jax bench experts`: the experts of a layer on one GPU, ours beside the loop in XLA and jax's own grouped products.
 
 Each case is first compared with float32 on fresh random inputs. Times are those of the device, from a profiler's trace of
 several calls: kernels summed, and from the first kernel's begin to the last one's end. The roofline of a case is the larger
 of its products over 989 TFLOP/s and its bytes (weights of the experts that are used once, x and y once) over 3.35 TB/s, the
-H100's.
+H100's. With --tune every config of the kernels that fits is timed.
 """
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,12 @@ import numpy as np
 from jax import lax
 
 from ring_jax._hardware import HOPPER
-from ring_jax.bench.trace import record
+from ring_jax.bench.attention import environment
+from ring_jax.bench.trace import device_times
 from ring_jax.moe import MoEWeights, moe, route
 from ring_jax.moe.hopper import backend
+from ring_jax.moe.hopper.config import ExpertsConfig, GroupedConfig
+from ring_jax.mosaic.device import hopper_reason
 
 PEAK_FLOPS, PEAK_BYTES = HOPPER.peak_flops, 3.35e12  # memory of an H100
 
@@ -122,33 +126,41 @@ def check(case: Case, x, weights: MoEWeights, experts: Callable[..., jax.Array],
     return error
 
 
-def device_times(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Milliseconds a call: kernels summed, whole span, and each kernel."""
-    jax.block_until_ready(call())
-    activity = record(lambda: [call() for _ in range(repeats)])[0]
-    kernels: dict[str, float] = {}
-    for begin, end, name in activity.events:
-        kernels[name] = kernels.get(name, 0.0) + (end - begin) / repeats
-    return {
-        "kernels_ms": sum(kernels.values()),
-        "span_ms": activity.length / repeats,
-        "each_ms": dict(sorted(kernels.items(), key=lambda item: -item[1])[:16]),
-    }
-
-
 FORMS = {"ours": in_mosaic, "xla": in_xla, "ragged_dot": by_ragged_dot}
 
 
-def measure(case: Case, forms: list[str], dtype: Any, repeats: int, gradient: bool) -> list[dict[str, Any]]:
+def tuned_forms(case: Case) -> dict[str, Callable[..., jax.Array]]:
+    """Ours with every config that fits, by name; the forward pass."""
+    found, few = {}, case.tokens * case.per_token <= 48 * case.experts
+    warpgroups, heights = (1, (16, 64)) if few else (2, (128,))
+    for rows, up, down, stages in itertools.product(heights, (64, 128, 256), (64, 128, 256), (3, 4, 5, 7, 10)):
+        try:
+            options: dict[str, Any] = {"rows": rows, "warpgroups": warpgroups, "stages": stages}
+            wide = GroupedConfig(columns=up, width=min(64, up // 2), swiglu=True, **options)
+            config = ExpertsConfig(up=wide, down=GroupedConfig(columns=down, **options))
+        except ValueError:  # does not fit
+            continue
+        if 2 * case.features % up == 0 and case.width % down == 0:
+            found[f"rows={rows}/up={up}/down={down}/stages={stages}"] = functools.partial(with_config, config=config)
+    return found
+
+
+def with_config(x, weights: MoEWeights, per_token: int, config: ExpertsConfig) -> jax.Array:
+    routing = route(x, weights.router, top_k=per_token)
+    y = backend.run_experts(x, weights.gate_up, weights.down, routing.weights, routing.experts, config=config)
+    return y.astype(x.dtype)
+
+
+def measure(case: Case, forms: dict[str, Callable], dtype: Any, repeats: int, gradient: bool) -> list[dict[str, Any]]:
     x, weights, common = jax.jit(lambda: case.operands(dtype, time.time_ns() % 2**31))()
     chosen = np.asarray(jax.jit(lambda x, r: route(x, r, top_k=case.per_token).experts)(x, weights.router))
     rows = []
-    for name in forms:
+    for name, experts in forms.items():
         row: dict[str, Any] = {"case": dataclasses.asdict(case), "form": name, "gradient": gradient}
         rows.append(row)
         try:
-            row["error"] = check(case, x, weights, FORMS[name])
-            run = layer(case, FORMS[name])
+            row["error"] = check(case, x, weights, experts)
+            run = layer(case, experts)
             if gradient:
                 loss = lambda *a, run=run: (run(*a).astype(jnp.float32) ** 2).sum()  # noqa: E731
                 run = jax.grad(loss, argnums=(0, 1, 2))
@@ -161,31 +173,41 @@ def measure(case: Case, forms: list[str], dtype: Any, repeats: int, gradient: bo
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 8192, 32768])
-    parser.add_argument("--forms", nargs="+", default=["ours", "xla"], choices=sorted(FORMS))
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--gradient", action="store_true")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    device = jax.devices()[0]
-    results: list[dict[str, Any]] = []
-    for tokens in options.tokens:
-        for row in measure(Case(tokens), options.forms, jnp.dtype(options.dtype), options.repeats, options.gradient):
-            row |= {"device": device.device_kind, "jax": jax.__version__, "python": platform.python_version()}
-            results.append(row)
-            outcome = row.get("failure") or (
-                f"{row['kernels_ms']:8.3f} ms kernels {row['span_ms']:8.3f} span {row['routed_roofline_ms']:7.3f} roofline "
-                f"{row['routed_tflops']:6.1f} TFLOP/s  error {row['error']:.1e}"
-            )
-            print(f"{tokens:7d} {row['form']:10s} {outcome}", flush=True)
-            for name, spent in list(row.get("each_ms", {}).items())[:10]:
-                print(f"          {spent:8.4f} {name[:90]}", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=1))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tokens = [1, 16, 128, 8192, 32768]
+    parser.add_argument("--tokens", type=int, nargs="+", default=tokens, metavar="T", help="of a layer")
+    parser.add_argument("--forms", nargs="+", default=["ours", "xla"], choices=sorted(FORMS), help="default: ours xla")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of tokens and weights")
+    parser.add_argument("--gradient", action="store_true", help="with the backward pass")
+    parser.add_argument("--tune", action="store_true", help="time every config of the kernels, forward")
+    parser.add_argument("--repeats", type=int, default=10, help="calls in one timing (default: 10)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
 
 
-if __name__ == "__main__":
-    main()
+def unavailable(_: argparse.Namespace) -> str | None:
+    """Why this host cannot run the benchmark, or None."""
+    reason = hopper_reason()
+    return f"times the Hopper kernels, and {reason.replace('needs', 'that needs', 1)}" if reason else None
+
+
+def run(args: argparse.Namespace) -> int:
+    report: dict[str, Any] = {"environment": environment(), "arguments": vars(args), "rows": []}
+    for tokens in args.tokens:
+        case = Case(tokens)
+        forms = {name: FORMS[name] for name in args.forms} | (tuned_forms(case) if args.tune else {})
+        for row in measure(case, forms, jnp.dtype(args.dtype), args.repeats, args.gradient):
+            report["rows"].append(row)
+            show(row)
+            if args.json:
+                Path(args.json).write_text(json.dumps(report, indent=1))
+    return 1 if any("failure" in row and row["form"] == "ours" for row in report["rows"]) else 0
+
+
+def show(row: dict[str, Any]) -> None:
+    outcome = row.get("failure") or (
+        f"{row['kernels_ms']:8.3f} ms kernels {row['span_ms']:8.3f} span {row['routed_roofline_ms']:7.3f} roofline "
+        f"{row['routed_tflops']:6.1f} TFLOP/s  error {row['error']:.1e}"
+    )
+    print(f"{row['case']['tokens']:7d} {row['form']:10s} {outcome}", flush=True)
+    for name, spent in list(row.get("each_ms", {}).items())[:10]:
+        print(f"          {spent:8.4f} {name[:90]}", flush=True)

@@ -94,6 +94,21 @@ def record(call: Callable[[], Any]) -> list[Activity]:
         return [activity for path in Path(folder).rglob("*.xplane.pb") for activity in read(path)]
 
 
+def device_times(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Milliseconds of one of `repeats` calls queued behind each other: its kernels together, from the first one's begin to
+    the last one's end, and kernel by kernel, the longest first."""
+    jax.block_until_ready(call())
+    activity = record(lambda: [call() for _ in range(repeats)])[0]
+    kernels: dict[str, float] = {}
+    for begin, end, name in activity.events:
+        kernels[name] = kernels.get(name, 0.0) + (end - begin) / repeats
+    return {
+        "kernels_ms": sum(kernels.values()),
+        "span_ms": activity.length / repeats,
+        "each_ms": dict(sorted(kernels.items(), key=lambda item: -item[1])[:16]),
+    }
+
+
 def read(path: str | Path) -> list[Activity]:
     """The activity of every GPU in an `.xplane.pb` file."""
     found = []

@@ -1,4 +1,4 @@
-"""``ring-jax bench attention``, ``ring`` and ``model``: speed on this host's GPUs, after a check against the reference."""
+"""``ring-jax bench``: speed of kernels, rings and whole models on this host's GPUs, after a check against a reference."""
 
 import argparse
 import importlib
@@ -7,6 +7,8 @@ from ring_jax.cli import CommandError, find_devices, need
 
 BENCHES = {
     "attention": ("ring_jax.bench.attention", "the flash-attention kernels beside cuDNN, on one GPU"),
+    "experts": ("ring_jax.bench.experts", "the experts of a layer beside XLA's loop and grouped products, on one GPU"),
+    "gdn": ("ring_jax.bench.gdn", "the gated delta rule, its convolution and decode step, on one GPU or over ranks"),
     "model": ("ring_jax.bench.model", "prefill, decode and training of a whole model, and what the GPU could do"),
     "ring": ("ring_jax.bench.ring", "context-parallel attention in a jitted stack of layers, over all GPUs"),
 }
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.png:
+    if getattr(args, "png", None):
         need("matplotlib")
     _check(args)
     find_devices()
@@ -41,6 +43,12 @@ def _check(args: argparse.Namespace) -> None:
                 raise CommandError(f"--{name.replace('_', '-')} must be positive, got {number}")
     if hasattr(args, "heads") and args.heads % args.kv_heads:
         raise CommandError(f"--kv-heads must divide --heads, got {args.kv_heads} and {args.heads}")
+    for shape in getattr(args, "shapes", ()):
+        numbers = shape.split("x")
+        if len(numbers) != 3 or not all(number.isdigit() and int(number) > 0 for number in numbers):
+            raise CommandError(f"--shapes must be like 1x32768x32, batch x length x value heads, got {shape}")
+        if int(numbers[2]) % args.key_heads:
+            raise CommandError(f"--key-heads must divide the value heads, got {args.key_heads} and {numbers[2]}")
     for mask in getattr(args, "masks", ()):
         try:
             Case(1, min(args.lengths), 1, 1, 64, mask).bounds()

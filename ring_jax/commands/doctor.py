@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ring_jax.cli import CommandError, find_devices
+from ring_jax.commands import doctor_layers
 
 LONGEST = 8192  # of the self-check: the reference forms all scores at once
 PACKAGES = ("ring-jax", "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     print_choices()
     ok = check_implementations(args.seq_len)
     ok &= check_strategies(devices, args.seq_len)
+    ok &= check_layers(args.seq_len)
     print("advice")
     for line in advice(devices):
         print(f"  - {line}")
@@ -93,6 +95,8 @@ def print_choices() -> None:
         reasons = "; ".join(f"{name} {unsupported_reason(name, *inputs)}" for name in passed)
         mask = fixed_mask or "any other mask"
         print(f"  {dtype}, head size {head_size}, {mask}: {chosen}" + (f" ({reasons})" if reasons else ""))
+    for line in doctor_layers.choices():
+        print(f"  {line}")
 
 
 def check_implementations(seq_len: int) -> bool:
@@ -160,6 +164,23 @@ def check_strategies(devices: list[Any], seq_len: int) -> bool:
             print(f"  {strategy:<14} does not run: {reason}")
             continue
         ok &= _report(f"{strategy:<14}", [got], [want], TOLERANCE["float32"])
+    return ok
+
+
+def check_layers(seq_len: int) -> bool:
+    """Every implementation of the gated delta rule and of the experts against float32; True where all agree."""
+    ok = True
+    for what, make in (("gated delta rule", doctor_layers.rules), ("experts", doctor_layers.experts)):
+        print(f"{what}, forward")
+        names, run, want = make(seq_len)
+        for name in names:
+            for dtype in doctor_layers.DTYPES:
+                try:
+                    got = run(name, dtype)
+                except NotImplementedError as reason:
+                    print(f"  {name:<14} {dtype:<9} does not run: {reason}")
+                    continue
+                ok &= _report(f"{name:<14} {dtype:<9}", got, want, TOLERANCE[dtype])
     return ok
 
 

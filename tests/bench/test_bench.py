@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ring_jax.bench import attention, flash_backward, model, ring, trace
+from ring_jax.bench import attention, experts, flash_backward, gdn, gdn_cases, model, ring, trace
 from ring_jax.cli import main
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES
 from ring_jax.gdn import Heads
@@ -75,7 +75,7 @@ def test_table_beside_the_pull_requests(capsys):
     assert "| causal | 16384 | 4 | 1.54x | 3.25x |" in table and "| causal | 4096 | 2 | - | 3.25x |" in table
 
 
-@pytest.mark.parametrize("bench", ["attention", "model", "ring"])
+@pytest.mark.parametrize("bench", ["attention", "experts", "gdn", "model", "ring"])
 def test_says_which_gpu_it_needs(bench, capsys):
     assert main(["bench", bench]) == 2
     assert "GPU" in capsys.readouterr().err
@@ -147,6 +147,41 @@ def test_model_bench_on_a_small_model(monkeypatch, tmp_path, capsys):
     assert "relative error of the logits" in out and "decode" in out
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row["what"] == "decode" and row["ms"] > 0 and row["gigabytes_read"] > 0 and row["share_of_bandwidth"] is None
+
+
+def test_bytes_and_flops_of_a_gdn_layer():
+    """1 x 32768 tokens, 16 / 32 heads of 128: figures of the published cost model (20 products a chunk, 64 x 64 x 128 each)."""
+    case = gdn_cases.Case.parse("1x32768x32", 16, 128)
+    rule, step = gdn_cases.rule(case, None), gdn_cases.decode_step(gdn_cases.Case(32, 1, case.heads))
+    assert rule.flops == 8192 * 32768 * (4 * 16 + 16 * 32) and rule.bytes == pytest.approx(0.81e9, rel=0.01)
+    assert step.bytes == 2 * 32 * 32 * 128 * 128 * 4 and step.calls == 2
+    assert gdn_cases.convolution(case, False).bytes == 2 * 2 * 32768 * 8192
+
+
+def test_what_tuning_tries_fits():
+    case = gdn_cases.Case.parse("1x32768x32", 16, 128)
+    names = [part.name for part in gdn_cases.tuned_rules(case)]
+    assert len(names) == len(set(names)) > 20
+    assert len(gdn_cases.tuned_decode_steps(case)) == 3 and len(gdn_cases.tuned_convolutions(case, True)) > 30
+    forms = experts.tuned_forms(experts.Case(16)), experts.tuned_forms(experts.Case(32768))
+    assert all(len(found) > 10 for found in forms) and not forms[0].keys() & forms[1].keys()
+
+
+@pytest.mark.slow
+def test_gdn_bench_on_emulated_devices(monkeypatch, tmp_path, capsys):
+    times = {"kernels_ms": 1.0, "span_ms": 2.0, "each_ms": {"gated_delta_forward": 1.0}}
+    monkeypatch.setattr(trace, "device_times", lambda call, repeats: (jax.block_until_ready(call()), times)[1])
+    parser = argparse.ArgumentParser()
+    gdn.add_arguments(parser)
+    flags = ["--shapes", "2x130x4", "--key-heads", "2", "--head-size", "32", "--json", str(tmp_path / "rows.json")]
+    parts = ["--only", "forward", "backward", "convolution", "--peer", "fla"]
+    assert gdn.run(parser.parse_args([*flags, *parts])) == 0
+    out = capsys.readouterr().out
+    assert "forward + backward" in out and "1.0000 (2.0000) ms" in out and "NotImplementedError" in out and "fla" in out
+    assert gdn.run(parser.parse_args([*flags, "--ranks", "2", "--layers", "2"])) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["one GPU", *(f"{way} over 2 GPUs" for way in ("batch", "head", "state"))]
+    assert all(row["error"] < 1e-2 for row in rows[1:])
 
 
 @pytest.mark.slow
