@@ -40,6 +40,7 @@ __all__ = [
     "ring_attention",
     "window",
     "data",
+    "distributed",
     "gdn",
     "inference",
     "models",
@@ -47,7 +48,7 @@ __all__ = [
     "nn",
 ]
 
-_PACKAGES = ("data", "inference", "models", "moe", "nn")
+_PACKAGES = ("data", "distributed", "inference", "models", "moe", "nn")
 
 
 def __getattr__(name: str):

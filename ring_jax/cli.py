@@ -19,13 +19,14 @@ from typing import Any
 
 import jax
 
-from ring_jax import __version__
+from ring_jax import __version__, distributed
 
 COMMANDS = {
     "generate": (
         "ring_jax.commands.generate",
         "continue a text with a Qwen3.5 checkpoint, its prompt spread over all devices; without one, find a hidden pass key",
     ),
+    "launch": ("ring_jax.commands.launch", "run a script, a module or a subcommand in several processes on this host"),
     "bench": ("ring_jax.commands.bench", "time kernels, rings and whole models on this host's GPUs"),
     "doctor": ("ring_jax.commands.doctor", "show versions, devices and what runs here; check it against the reference"),
 }
@@ -125,9 +126,18 @@ def _ctrl_c_ends_at_once() -> Iterator[None]:
 
 
 def find_devices() -> list[Any]:
-    """The devices, eight emulated ones where jax has only a CPU; `CommandError` where it cannot start."""
+    """The devices of all processes, eight emulated ones where jax has only a CPU; `CommandError` where it cannot start.
+
+    Of several processes only the first one is heard on standard output.
+    """
     use_all_devices()
     try:
+        distributed.initialize()
+    except (RuntimeError, TimeoutError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    try:
+        if jax.process_index():
+            sys.stdout = open(os.devnull, "w")
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where a platform's plugin is missing
         platforms = os.environ.get("JAX_PLATFORMS", "")

@@ -17,6 +17,7 @@ from tests.arguments.engine import Call, name_of, outcome, tries
 MODULES = (
     "ring_jax",
     "ring_jax.layout",
+    "ring_jax.distributed",
     "ring_jax.gdn",
     "ring_jax.moe",
     "ring_jax.nn",
@@ -47,6 +48,8 @@ EXEMPT = {
     "ring_jax.data.passkey.PassKeyText": _RESULT,
     "ring_jax.inference.generate.Generation": _RESULT,
     "ring_jax.models.qwen3_5.passes.Output": _RESULT,
+    "ring_jax.distributed.flags.Flag": "data of the package, not made by users",
+    "ring_jax.distributed.start.initialize": "tests/distributed/test_start.py",
     "ring_jax.inference.generate.generate": "tests/inference/test_generate.py",
     "ring_jax.inference.generate.stream": "tests/inference/test_generate.py",
     "ring_jax.models.qwen3_5.config.Config.from_hf": _FILES,
@@ -57,7 +60,16 @@ EXEMPT = {
 
 @pytest.fixture(scope="module")
 def entries() -> list[Call]:
-    groups = (calls.layouts, calls.masks, calls.contexts, calls.attention, calls.rules, calls.experts, calls.layers)
+    groups = (
+        calls.layouts,
+        calls.processes,
+        calls.masks,
+        calls.contexts,
+        calls.attention,
+        calls.rules,
+        calls.experts,
+        calls.layers,
+    )
     return [call for group in (*groups, models.models, models.texts) for call in group()]
 
 

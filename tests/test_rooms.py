@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(ring_jax.__file__).parent
 # From the ground up; a room is a folder of the package, or a file beside them.
 FLOORS = [
     {"_hardware", "_arrays", "_checks", "_device", "_vma", "_repr"},
-    {"_mesh", "layout", "mosaic"},
+    {"_mesh", "distributed", "layout", "mosaic"},
     {"mask"},
     {"flash"},
     {"context"},

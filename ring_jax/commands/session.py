@@ -90,7 +90,9 @@ class Session:
                 config = Config.from_hf(directory)
                 tokenizer = Tokenizer(directory)
                 experts = config.experts is not None and config.experts.count % ranks == 0
-                sharding = Sharding(cp, expert="context" if experts else None)
+                # One row: dealt by the batch it would stay whole on one rank, where its heads do not divide.
+                way = "auto" if config.linear.key_heads % ranks == 0 else "state"
+                sharding = Sharding(cp, expert="context" if experts else None, way=way)
                 dtype = settings.dtype or ("float32" if devices[0].platform == "cpu" else None)
                 if settings.shard_weights or not _fits(directory, devices, dtype):
                     sharding = dataclasses.replace(sharding, weights="context")

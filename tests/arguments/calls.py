@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import ring_jax
-from ring_jax import gdn, layout, moe, nn
+from ring_jax import distributed, gdn, layout, moe, nn
 from ring_jax.gdn import cost
 from tests.arguments.engine import Call
 from tests.arguments.kinds import (
@@ -586,7 +586,7 @@ def rules() -> list[Call]:
             cost.Rates,
             {"flops_per_second": 1e13, "bytes_per_second": 1e11, "seconds_per_collective": 1e-5},
             {
-                "flops_per_second": maybe(Number(above=0)),
+                "flops_per_second": Number(above=0),
                 "bytes_per_second": Number(above=0),
                 "seconds_per_collective": Number(low=0),
             },
@@ -893,5 +893,31 @@ def layers() -> list[Call]:
             flax | {"input_positions": ints(T)},
             {"input_positions": maybe(Arr("integer", (0,), ranks=False))},
             context().attention_fn(rope=nn.apply_rope),
+        ),
+    ]
+
+
+# -- processes ---------------------------------------------------------------------------------------
+
+
+def processes() -> list[Call]:
+    devices = Custom(types=(3, "text", True, [1, 2], len, []), common=True)
+    sizes = {"context": 2, "data": 2, "tensor": 2, "expert": 1}
+    fits = Custom(types=("3", 2.5, True, len, (1,)), values=(-1, 0, 3, 10**9))
+    return [
+        Call(
+            distributed.mesh,
+            {**sizes, "devices": jax.devices()[:8]},
+            {**dict.fromkeys(sizes, fits), "context": maybe(fits), "devices": maybe(devices)},
+        ),
+        Call(distributed.links, {"mesh": mesh("context")}, {"mesh": Instance()}),
+        Call(distributed.recommended_flags, {"processes": 2}, {"processes": Count(1)}),
+        Call(
+            distributed.use_flags,
+            {"flags": distributed.recommended_flags(), "environment": {}},
+            {
+                "flags": Custom(types=(None, 3, 2.5, True, "text", b"text", [1], {1}, len), common=False),
+                "environment": Custom(types=(3, "text", True, [1], len), common=False),
+            },
         ),
     ]
