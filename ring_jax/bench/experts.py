@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ring_jax._hardware import HOPPER
+from ring_jax._hardware import H100
 from ring_jax.bench.attention import environment
 from ring_jax.bench.trace import device_times
 from ring_jax.moe import MoEWeights, moe, route
@@ -29,7 +29,7 @@ from ring_jax.moe.hopper import backend
 from ring_jax.moe.hopper.config import ExpertsConfig, GroupedConfig
 from ring_jax.mosaic.device import hopper_reason
 
-PEAK_FLOPS, PEAK_BYTES = HOPPER.peak_flops, 3.35e12  # memory of an H100
+PEAK_FLOPS, PEAK_BYTES = H100.peak_flops, H100.memory_bytes_per_s
 
 
 @dataclasses.dataclass(frozen=True)

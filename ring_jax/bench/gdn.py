@@ -28,7 +28,7 @@ from ring_jax.bench.gdn_cases import Case, Part
 from ring_jax.bench.model import PEAKS
 from ring_jax.bench.ring import milliseconds
 from ring_jax.gdn import gated_delta_rule
-from ring_jax.gdn.operation import WAYS
+from ring_jax.gdn.cost import WAYS
 from ring_jax.mosaic.device import hopper_reason
 
 SHAPES = ["1x32768x32", "1x32768x64", "1x8192x32", "4x8192x32"]

@@ -24,13 +24,14 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import ring_jax
+from ring_jax._hardware import BY_NAME
 from ring_jax.bench import trace
 from ring_jax.bench.attention import environment
 from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
 from ring_jax.models.qwen3_5.config import FULL, LINEAR, PRESETS
 
 # Dense bfloat16 FLOP/s and bytes a second of memory, by what the device's name contains.
-PEAKS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12)}
+PEAKS = {gpu.name: (gpu.peak_flops, gpu.memory_bytes_per_s) for gpu in BY_NAME.values()}
 GDN_FLOPS = 1.7e11 / (32768 * 32 * 128 * 128)  # of one token, value head, and entry of its state
 
 

@@ -90,9 +90,7 @@ class Session:
                 config = Config.from_hf(directory)
                 tokenizer = Tokenizer(directory)
                 experts = config.experts is not None and config.experts.count % ranks == 0
-                # One row: dealt by the batch it would stay whole on one rank, where its heads do not divide.
-                way = "auto" if config.linear.key_heads % ranks == 0 else "state"
-                sharding = Sharding(cp, expert="context" if experts else None, way=way)
+                sharding = Sharding(cp, expert="context" if experts else None)
                 dtype = settings.dtype or ("float32" if devices[0].platform == "cpu" else None)
                 if settings.shard_weights or not _fits(directory, devices, dtype):
                     sharding = dataclasses.replace(sharding, weights="context")

@@ -49,7 +49,7 @@ def _gathers_in_halves(block: Block, shard: Shard, query, kv) -> bool:
     gathered_bytes = (shard.ranks - 1) * B * S * K * elements * kv.dtype.itemsize
     own_flops = 2 * B * T * S * N * elements / 2
     gpu = _hardware.HOPPER
-    slow = gathered_bytes / gpu.gather_bytes_per_s > own_flops / gpu.attention_flops
+    slow = gathered_bytes / gpu.gather_bytes_per_s > own_flops / gpu.attention_rate(query.shape[-1])
     return slow and block.backend.can_split_heads(query, kv)
 
 

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 from ring_jax._checks import check_choice
+from ring_jax._hardware import HOPPER, Hardware
 from ring_jax._mesh import Axis
 from ring_jax.context import cudnn_ring
+from ring_jax.context.cost import costs
 from ring_jax.context.gather import all_gather
 from ring_jax.context.pass_q import pass_q
 from ring_jax.context.ring import ring
@@ -35,9 +37,10 @@ STRATEGIES: dict[str, Callable[..., Partial]] = {
     "ring_ulysses": ring_ulysses,
 }
 
-# Up to this many keys per rank, two or three long calls beat several short hops (docs/design/decisions.md), and up to this many in
-# all every rank can hold them: KV of 8 heads of 128 then takes 1 GiB, and its float32 gradients 2.
-_SHORT_SHARD, _GATHERED = 8192, 2**18
+# Up to so many bytes of KV every rank can hold all of them; the float32 gradients take twice that.
+_GATHERED = 2**30
+# Another strategy than the ring, which holds the least, must be so much faster.
+_GAIN = 0.02
 
 
 NAMES = get_args(StrategyName)
@@ -103,14 +106,24 @@ def _block_mask(strategy: str, keys: Shard, query, fixed_mask: FixedMask | None)
 
 
 def choose_strategy(
-    *, query_len: int, key_len: int, ranks: int, query_heads: int, kv_heads: int, head_size: int, axis: Axis = "context"
+    *,
+    query_len: int,
+    key_len: int,
+    ranks: int,
+    query_heads: int,
+    kv_heads: int,
+    head_size: int,
+    axis: Axis = "context",
+    bytes_per_second: float | None = None,
+    gpu: Hardware = HOPPER,
 ) -> tuple[str, str]:
-    """The strategy that "auto" picks, and the reason in words.
+    """The strategy that "auto" picks, and the reason in words: the fastest by `context.cost`, the ring where that gains little.
 
     Args:
         query_len, key_len: whole (padded) lengths. ranks: context ranks C.
         query_heads, kv_heads, head_size: of the arrays on one rank.
         axis: the context axis; two axes leave only ring_ulysses.
+        bytes_per_second: that a rank receives; None for NVLink.
 
     Example:
         >>> choose_strategy(query_len=512, key_len=1 << 20, ranks=8, query_heads=8, kv_heads=8, head_size=128)[0]
@@ -118,16 +131,25 @@ def choose_strategy(
     """
     if isinstance(axis, tuple):
         return "ring_ulysses", "the sequence is spread over two mesh axes"
-    if ranks > 2 and key_len // ranks <= _SHORT_SHARD and key_len <= _GATHERED:
-        return (
-            "all_gather",
-            f"{key_len // ranks} keys per rank <= {_SHORT_SHARD}: few balanced calls beat {ranks} short hops",
-        )
-    # Elements per hop in units of two bytes: KV once, against queries, and float32 partials one hop behind.
-    pass_kv = key_len * kv_heads * 2 * head_size
-    pass_query = query_len * query_heads * (head_size + 2 * (head_size + 1))
-    if 2 * pass_query < pass_kv:
-        return "pass_q", f"queries and their partials are {pass_query / pass_kv:.2f} of the bytes of KV"
     if ranks <= 2:
         return "ring", f"{ranks} rank{'s' * (ranks > 1)}: at most one hop, which is all that gathering would do, too"
-    return "ring", f"{key_len // ranks} keys per rank: long enough to hide the rotation of KV"
+    found = costs(
+        query_len=query_len, key_len=key_len, ranks=ranks,
+        query_heads=query_heads, kv_heads=kv_heads, head_size=head_size, bytes_per_second=bytes_per_second, gpu=gpu,
+    )  # fmt: skip
+    able = [name for name in ("pass_q", "all_gather") if name != "all_gather" or _holds(key_len, kv_heads, head_size)]
+    best = min(able, key=lambda name: found[name].seconds)
+    name = best if found[best].seconds < (1 - _GAIN) * found["ring"].seconds else "ring"
+    figures = ", ".join(f"{name} {1e3 * found[name].seconds:.3g} ms" for name in ("ring", *able))
+    return name, f"{figures} a layer; {_BECAUSE[name]}"
+
+
+_BECAUSE = {
+    "ring": "long shards hide the rotation of KV",
+    "pass_q": "queries and their partials are fewer bytes than KV",
+    "all_gather": "few balanced calls beat many short hops",
+}
+
+
+def _holds(key_len: int, kv_heads: int, head_size: int) -> bool:
+    return 4 * key_len * kv_heads * head_size <= _GATHERED

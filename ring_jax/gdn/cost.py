@@ -1,15 +1,16 @@
 """What each way to spread the gated delta rule over ranks moves and multiplies, and which one `auto` takes.
 
 Bytes are those that one rank receives, FLOPs those that one rank executes (2 for each multiply-add), for one forward
-pass of a run of layers: the mixers only, without projections (`batch` also gives every rank whole rows of whatever
-else runs between its two all-to-alls, at no extra cost unless rows are padded).
+pass of a run of layers: the mixers only, without projections. `batch` also gives every rank whole rows of whatever
+else runs between its two all-to-alls, which costs nothing unless rows are padded; where they are, `Cost.beside` counts the
+products that padding adds. Time is that of the Hopper kernels, which depends on how many multiprocessors find a head to work on.
 """
 
 import math
 from dataclasses import dataclass
 
 from ring_jax._checks import check_count, check_instance, check_number
-from ring_jax._hardware import HOPPER
+from ring_jax._hardware import HOPPER, Hardware
 from ring_jax.gdn.chunked import CHUNK
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.state_scan import GATHER_RANKS
@@ -20,17 +21,21 @@ WAYS = ("batch", "head", "state")  # to spread a sequence over ranks, see `ring_
 
 @dataclass(frozen=True)
 class Rates:
-    """Nominal rates that weigh bytes against FLOPs: an H200's float32 (not TF32) products, and NCCL over NVLink.
+    """Rates that weigh bytes against arithmetic: an H200's kernels, and NCCL over NVLink.
 
-    Between hosts, or with a kernel on tensor cores, give your own: both favour `state`.
+    Fields:
+        flops_per_second: of the rule; None for the measured time of the Hopper kernels. Where XLA's loops run instead, give
+            theirs (`_hardware.HOPPER.float32_flops`, at best).
+        bytes_per_second: that a rank receives. seconds_per_collective: beside its bytes.
     """
 
-    flops_per_second: float = HOPPER.float32_flops
+    flops_per_second: float | None = None
     bytes_per_second: float = HOPPER.gather_bytes_per_s
     seconds_per_collective: float = HOPPER.seconds_per_collective
 
     def __post_init__(self):
-        check_number("Rates(flops_per_second=...)", self.flops_per_second, above=0)
+        if self.flops_per_second is not None:
+            check_number("Rates(flops_per_second=...)", self.flops_per_second, above=0)
         check_number("Rates(bytes_per_second=...)", self.bytes_per_second, above=0)
         check_number("Rates(seconds_per_collective=...)", self.seconds_per_collective, low=0)
 
@@ -69,18 +74,28 @@ class GDNShape:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one way, for one rank and one forward pass. `obstacle` says why it cannot run here, None if it can."""
+    """Of one way, for one rank and one forward pass.
+
+    Fields:
+        bytes, flops, collectives: received, executed, started.
+        obstacle: why it cannot run here, None if it can.
+        kernel_seconds: of the rule in the Hopper kernels. beside: FLOPs of other products on rows that only pad.
+    """
 
     bytes: float
     flops: float
     collectives: int
     obstacle: str | None = None
+    kernel_seconds: float = 0.0
+    beside: float = 0.0
 
     def seconds(self, rates: Rates = Rates()) -> float:  # noqa: B008 (a frozen value)
-        """Rough time at nominal rates, nothing overlapped."""
+        """Rough time, nothing overlapped."""
         check_instance("rates", rates, Rates, "ring_jax.gdn.cost.Rates")
         moving = self.bytes / rates.bytes_per_second + self.collectives * rates.seconds_per_collective
-        return moving + self.flops / rates.flops_per_second
+        rate = rates.flops_per_second
+        rule = self.kernel_seconds if rate is None else self.flops / rate
+        return moving + rule + self.beside / HOPPER.product_flops
 
 
 def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous") -> dict[str, Cost]:
@@ -112,26 +127,28 @@ def choose_way(
 ) -> tuple[str, str]:
     """The way that `auto` takes, and why: the least `Cost.seconds` among those that can run.
 
-    In words: `batch` where rows divide over the ranks; else `head` where heads divide and links are fast (it multiplies
-    nothing twice); else `state` (twice the FLOPs of the rule, next to no bytes); a layout too fine for `state` leaves
-    `batch`, rows padded.
+    In words: `batch` where rows divide over the ranks and links are fast; else `state` (twice the FLOPs of the rule, next to no
+    bytes), or `head` for short rows where heads divide; `batch` for few rows, which it leaves whole on a few ranks, only where a
+    layout is too fine for `state` and heads do not divide.
 
     Example:
         >>> heads = Heads(16, 32, 128, 128)
         >>> one_row = GDNShape(batch=1, length=1 << 20, heads=heads, width=2048, layers=3)
         >>> choose_way(one_row, 8)[0], choose_way(one_row, 32)[0], choose_way(one_row, 8, rates=BETWEEN_HOSTS)[0]
-        ('head', 'state', 'state')
+        ('state', 'state', 'state')
         >>> choose_way(GDNShape(batch=64, length=8192, heads=heads, width=2048, layers=3), 4)[0]
         'batch'
     """
     found = costs(shape, ranks, layout)
     able = {way: cost for way, cost in found.items() if cost.obstacle is None}
+    # Memory of a rank would not fall with their number.
+    if len(able) > 1 and math.ceil(shape.batch / ranks) * ranks > _PADDED * shape.batch:
+        del able["batch"]
     way = min(able, key=lambda name: able[name].seconds(rates))
     words = []
     for name, cost in found.items():
-        figures = (
-            f"{cost.bytes / 2**20:.4g} MiB, {cost.flops / 1e9:.4g} GFLOP, about {cost.seconds(rates) * 1e3:.3g} ms"
-        )
+        padded = f" and {cost.beside / 1e9:.4g} for padding" if cost.beside else ""
+        figures = f"{cost.bytes / 2**20:.4g} MiB, {cost.flops / 1e9:.4g} GFLOP{padded}, about {cost.seconds(rates) * 1e3:.3g} ms"
         words.append(f"{name}: {cost.obstacle or figures}")
     return way, "; ".join(words)
 
@@ -142,6 +159,10 @@ def gathers_input(heads: Heads, width: int, ranks: int) -> bool:
     Per token of the sequence a rank receives D elements of input, or 1/C of the projections' features.
     """
     return width * ranks <= heads.features + 2 * heads.value_heads
+
+
+# Up to so many times the rows of a batch, padding included, `batch` is worth what it costs.
+_PADDED = 1.5
 
 
 def rule_flops(tokens: float, heads: Heads, *, extra: int = 0, outputs: bool = True) -> float:
@@ -162,11 +183,40 @@ def rule_flops(tokens: float, heads: Heads, *, extra: int = 0, outputs: bool = T
     return 2.0 * tokens * (heads.key_heads * per_key_head + heads.value_heads * per_value_head)
 
 
+def kernel_seconds(tokens: float, rows: float, heads: Heads, *, outputs: bool = True, gpu: Hardware = HOPPER) -> float:
+    """Time of the Hopper forward kernel over `rows` sequences of `tokens` tokens; without outputs, of a transition.
+
+    A multiprocessor walks over the chunks of one value head, or of half of one; with few heads a sequence is cut in pieces, whose
+    transitions are a pass of their own (docs/kernels/gdn.md).
+    """
+    half, whole = gpu.gdn_chunk_seconds
+    streams, chunks = rows * heads.value_heads, math.ceil(tokens / CHUNK)
+    size = heads.key_size * heads.value_size / 128**2
+    walk = min(half * math.ceil(2 * streams / gpu.multiprocessors), whole * math.ceil(streams / gpu.multiprocessors))
+    pieces = int(gpu.multiprocessors // max(2 * streams, 1))
+    passes = 2 * half / pieces + _PIECE_SECONDS * pieces / max(chunks, 1) if pieces > 1 and outputs else walk
+    prepared = gpu.gdn_prepare_seconds * streams * tokens if outputs else 0.0
+    return size * chunks * min(walk, passes) + prepared
+
+
+# XLA's float32 step from one piece of a sequence to the next.
+_PIECE_SECONDS = 1.0e-5
+
+
 def _batch_cost(shape: GDNShape, ranks: int) -> Cost:
     rows = math.ceil(shape.batch / ranks)
     features_in, features_out = _moved_features(shape)
     received = rows * shape.length * (features_in + features_out) * shape.itemsize * (ranks - 1) / ranks
-    return Cost(received, shape.layers * rule_flops(rows * shape.length, shape.heads), 2 if ranks > 1 else 0)
+    flops, kernel = _rule(shape, rows, shape.length, shape.heads)
+    padding = (rows - shape.batch / ranks) * shape.length
+    # Projections, and an MLP of three times the width (Qwen3.5's), of the layers that run on padding too.
+    layer = shape.width * (shape.heads.features + 2 * shape.heads.parts[2]) + 9 * shape.width**2
+    return Cost(received, flops, 2 if ranks > 1 else 0, None, kernel, 2 * padding * layer * shape.layers)
+
+
+def _rule(shape: GDNShape, rows: float, tokens: float, heads: Heads) -> tuple[float, float]:
+    """FLOPs of the rule over rows of so many tokens, and seconds in the kernel; of all layers."""
+    return shape.layers * rule_flops(rows * tokens, heads), shape.layers * kernel_seconds(tokens, rows, heads)
 
 
 def _moved_features(shape: GDNShape) -> tuple[float, float]:
@@ -190,14 +240,16 @@ def _head_cost(shape: GDNShape, ranks: int) -> Cost:
     tokens = shape.batch * shape.length
     received = shape.layers * tokens * features * shape.itemsize * others
     flops = shape.layers * rule_flops(tokens, heads) / ranks
-    return Cost(received, flops, 2 * shape.layers if ranks > 1 else 0, obstacle)
+    kernel = 0.0 if obstacle else _rule(shape, shape.batch, shape.length, heads.share(ranks))[1]
+    return Cost(received, flops, 2 * shape.layers if ranks > 1 else 0, obstacle, kernel)
 
 
 def _state_cost(shape: GDNShape, ranks: int, layout: Layout) -> Cost:
     heads = shape.heads
     tokens = shape.batch * shape.length / ranks
     if ranks == 1:
-        return Cost(0.0, shape.layers * rule_flops(tokens, heads), 0)
+        flops, kernel = _rule(shape, shape.batch, shape.length, heads)
+        return Cost(0.0, flops, 0, None, kernel)
     zigzag = layout != Contiguous()
     served = not zigzag or layout == Zigzag() or getattr(layout, "block", None) == shape.length // (2 * ranks) > 0
     served = served and (not zigzag or isinstance(layout, Zigzag))
@@ -215,4 +267,7 @@ def _state_cost(shape: GDNShape, ranks: int, layout: Layout) -> Cost:
     halo = folds * shape.batch * (shape.conv_width - 1) * heads.features * shape.itemsize
     received = shape.layers * (passed + halo + update)
     twice = rule_flops(tokens, heads) + rule_flops(tokens, heads, extra=heads.key_size, outputs=False)
-    return Cost(received, shape.layers * twice, shape.layers * (collectives + folds * hops), obstacle)
+    chunk, rows = shape.length / (ranks * folds), shape.batch * folds
+    kernel = kernel_seconds(chunk, rows, heads) + kernel_seconds(chunk, rows, heads, outputs=False)
+    count = shape.layers * (collectives + folds * hops)
+    return Cost(received, shape.layers * twice, count, obstacle, shape.layers * kernel)

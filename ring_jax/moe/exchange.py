@@ -9,8 +9,8 @@ Each way is linear in the tokens, exact for any routing, and drops nothing:
 Bytes, for T tokens a rank, C ranks and k experts a token: `Gathered` receives (C - 1) T rows. An all-to-all of
 assignments would receive k T (C - 1) / C of them with even routing and needs room for k C T where all go to one rank;
 `Ragged` sends a token once to a rank however many of its experts lie there, so it receives
-T (C - 1) (1 - (1 - 1/C)^k) rows, never more than `Gathered`, into the same C T rows of memory. It pays where C > k
-(0.63 of the rows and falling); with fewer ranks nearly every token goes everywhere. XLA runs ragged_all_to_all on
+T (C - 1) (1 - (1 - 1/C)^k) rows, never more than `Gathered`, into the same C T rows of memory. Its rate is lower (`_hardware`), so it pays
+where C > k (0.63 of the rows and falling); with fewer ranks nearly every token goes everywhere. XLA runs ragged_all_to_all on
 GPUs, not on CPUs. The room for C T rows is bounded by sending long sequences slice by slice (`slices`).
 """
 
@@ -21,6 +21,7 @@ import jax
 from jax import lax
 
 from ring_jax._checks import check_choice
+from ring_jax._hardware import HOPPER, Hardware
 from ring_jax._mesh import Axis, axis_names
 from ring_jax._vma import pcast_to
 
@@ -43,20 +44,36 @@ class Exchange(Protocol):
 
 
 def choose_way(way: str | None, ranks: int, per_token: int, platform: str) -> str:
-    """The way that is asked for, or that with the fewest bytes.
+    """The way that is asked for, or the faster one by `seconds_per_byte`.
 
     Raises:
         ValueError: an unknown name.
         NotImplementedError: "ragged" where XLA cannot run it.
     """
     if way is None:
-        return "ragged" if platform == "gpu" and ranks > per_token else "gather"
+        cost = seconds_per_byte(ranks, per_token)
+        return "ragged" if platform == "gpu" and cost["ragged"] < _GAIN * cost["gather"] else "gather"
     check_choice("exchange", way, WAYS, optional=True)
     if way == "ragged" and platform == "cpu":
         raise NotImplementedError(
             "exchange='ragged' cannot run here: XLA has no ragged_all_to_all on CPUs; use 'gather'"
         )
     return way
+
+
+# The ragged exchange sorts rows and sends their numbers ahead: it must save so much.
+_GAIN = 0.95
+
+
+def seconds_per_byte(ranks: int, per_token: int, gpu: Hardware = HOPPER) -> dict[str, float]:
+    """What each way takes for one byte of every token of a rank, one direction, routing even.
+
+    Example:
+        >>> {way: round(1e12 * x, 1) for way, x in seconds_per_byte(16, 8).items()}  # picoseconds
+        {'gather': 100.0, 'ragged': 60.5}
+    """
+    met = 1 - (1 - 1 / ranks) ** per_token
+    return {"gather": (ranks - 1) / gpu.gather_bytes_per_s, "ragged": (ranks - 1) * met / gpu.ragged_bytes_per_s}
 
 
 def slices(tokens: int, ranks: int) -> int:

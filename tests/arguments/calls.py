@@ -586,7 +586,7 @@ def rules() -> list[Call]:
             cost.Rates,
             {"flops_per_second": 1e13, "bytes_per_second": 1e11, "seconds_per_collective": 1e-5},
             {
-                "flops_per_second": Number(above=0),
+                "flops_per_second": maybe(Number(above=0)),
                 "bytes_per_second": Number(above=0),
                 "seconds_per_collective": Number(low=0),
             },
