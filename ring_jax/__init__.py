@@ -1,6 +1,7 @@
 """Ring attention and context parallelism for JAX."""
 
 import importlib
+from typing import Any
 
 from ring_jax.context import ContextParallel as ContextParallel
 from ring_jax.context import ring_attention as ring_attention
@@ -51,7 +52,7 @@ __all__ = [
 _PACKAGES = ("data", "distributed", "inference", "models", "moe", "nn")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Imported where they are used: Flax is slow to import, and not everybody needs it.
     if name in _PACKAGES:
         return importlib.import_module(f"ring_jax.{name}")

@@ -26,12 +26,12 @@ INT32 = np.iinfo(np.int32)
 class Sizes(dict[str, int]):
     """Sizes by axis name, and in `origin` the array that each comes from."""
 
-    def __init__(self, **sizes: int):
+    def __init__(self, **sizes: int) -> None:
         super().__init__(sizes)
         self.origin: dict[str, str] = {}
 
 
-def concrete(x) -> "np.ndarray | None":
+def concrete(x: Any) -> "np.ndarray | None":
     """`x` as NumPy where its value is known now (not traced, on this host), else None."""
     if x is None or isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):
         return None

@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Axis = str | tuple[str, ...]
+AnyMesh = Mesh | AbstractMesh
+T = TypeVar("T")
 
 
 def axis_names(axis: Axis | None) -> tuple[str, ...]:
@@ -17,7 +20,7 @@ def axis_names(axis: Axis | None) -> tuple[str, ...]:
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
-def axis_size(mesh, axis: Axis | None) -> int:
+def axis_size(mesh: AnyMesh, axis: Axis | None) -> int:
     """Number of devices along `axis` (a name, a tuple or None)."""
     return math.prod(mesh.shape[a] for a in axis_names(axis))
 
@@ -26,17 +29,19 @@ def axis_size(mesh, axis: Axis | None) -> int:
 class HashablePartial:
     """`fn` with static trailing arguments; unlike functools.partial it compares by value, so jit's cache finds it."""
 
-    fn: Callable
-    args: tuple
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
 
-    def __call__(self, *operands):
+    def __call__(self, *operands: Any) -> Any:
         return self.fn(*operands, *self.args)
 
-    def __repr__(self):  # jax's messages show it; the arguments may be a whole model's structure
+    def __repr__(self) -> str:  # jax's messages show it; the arguments may be a whole model's structure
         return getattr(self.fn, "__name__", type(self.fn).__name__)
 
 
-def run_sharded(local: Callable, mesh, in_specs, out_specs, operands: tuple):
+def run_sharded(
+    local: Callable[..., Any], mesh: AnyMesh, in_specs: Any, out_specs: Any, operands: tuple[Any, ...]
+) -> Any:
     """A jitted, fully manual shard_map of `local` (hashable) over `operands`, which are resharded first where the
     mesh is Explicit. Eager calls hit jit's cache too: op by op, a ring would take seconds."""
     leaves, tree = jax.tree.flatten(in_specs, is_leaf=lambda x: isinstance(x, P))
@@ -44,23 +49,30 @@ def run_sharded(local: Callable, mesh, in_specs, out_specs, operands: tuple):
 
 
 @functools.partial(jax.jit, static_argnums=range(5))
-def _run_sharded(local, mesh, leaves, tree, out_specs, operands):
+def _run_sharded(
+    local: Callable[..., Any],
+    mesh: AnyMesh,
+    leaves: tuple[P, ...],
+    tree: Any,
+    out_specs: Any,
+    operands: tuple[Any, ...],
+) -> Any:
     in_specs = jax.tree.unflatten(tree, leaves)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*operands)
 
 
-def reshard_explicit(tree, mesh, specs):
+def reshard_explicit(tree: T, mesh: AnyMesh, specs: Any) -> T:
     """Reshard arrays to a shard_map's in_specs (which may stand for whole parts of the tree) where mesh axes are Explicit:
     there the specs only assert. On Auto axes they are constraints, and nothing is to be done."""
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if not explicit:
         return tree
 
-    def only_explicit(axis):
+    def only_explicit(axis: Axis | None) -> Axis | None:
         names = tuple(a for a in axis_names(axis) if a in explicit)
         return names if len(names) > 1 else names[0] if names else None
 
-    def move(x, spec):
+    def move(x: jax.Array, spec: P) -> jax.Array:
         return jax.sharding.reshard(x, NamedSharding(mesh, P(*map(only_explicit, spec))))
 
     each = lambda spec, part: jax.tree.map(lambda x: move(x, spec), part)  # noqa: E731

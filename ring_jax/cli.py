@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -84,7 +85,7 @@ def _run(argv: Sequence[str]) -> int:
     return _module(args.command).run(args)
 
 
-def _module(command: str):
+def _module(command: str) -> ModuleType:
     return importlib.import_module(COMMANDS[command][0])
 
 

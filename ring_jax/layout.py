@@ -18,7 +18,7 @@ zhuzilin/ring-flash-attention; vLLM RFC 37995 (zigzag with b = 1).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from ring_jax._checks import Sizes, check_array, check_axis, check_count, check_
 
 # A position, a rank or an index: a Python int, a NumPy array or a (traced) JAX array of int32.
 Index = Any
+LayoutName = Literal["contiguous", "striped", "zigzag"]
 
 
 @runtime_checkable
@@ -245,7 +246,7 @@ class Striped(BlockCyclic):
 
     block: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("Striped(block=...)", self.block, 1)
 
     def padded_length(self, seq_len: int, ranks: int) -> int:
@@ -281,7 +282,7 @@ class Zigzag(BlockCyclic):
     block: int | None = None
     _folds: ClassVar[int] = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.block is not None:
             check_count("Zigzag(block=...)", self.block, 1, advice="None is the two-chunk form")
 
@@ -316,7 +317,7 @@ def as_layout(layout: "Layout | str") -> Layout:
     return layout
 
 
-def work_per_rank(starts: np.ndarray, ends: np.ndarray, layout: "Layout | str", ranks: int) -> Sequence[int]:
+def work_per_rank(starts: np.ndarray, ends: np.ndarray, layout: "Layout | LayoutName", ranks: int) -> Sequence[int]:
     """Number of visible (query, key) pairs whose query each rank holds.
 
     Args:

@@ -10,6 +10,7 @@ part alone has monotone bounds, max and min keep that, and so does end = max(end
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +155,7 @@ class _CuSeqlens:
         n = cu_q.shape[1] - 1
         rows = max(cu_q.shape[0], q.position.shape[0], cu_kv.shape[0])
 
-        def one(cu_q, cu_kv, position):
+        def one(cu_q: jax.Array, cu_kv: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
             # side="right" lands on the last of equal borders: documents of length zero hold nobody.
             document = jnp.searchsorted(cu_q, position, side="right").astype(jnp.int32) - 1
             start = cu_kv[jnp.clip(document, 0, n)]
@@ -192,11 +193,11 @@ class Mask:
     def __repr__(self) -> str:
         return " & ".join(map(repr, self.parts)) or "Mask()"
 
-    def _value(self):
+    def _value(self) -> tuple[Any, ...]:
         leaves, tree = jax.tree.flatten(self)
         return tree, tuple((x.shape, x.tobytes()) if isinstance(x, np.ndarray) else id(x) for x in leaves)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         """By value where the leaves are known (NumPy), else by identity of the arrays."""
         return isinstance(other, Mask) and self._value() == other._value()
 
@@ -286,6 +287,10 @@ class ResolvedMask:
     __repr__ = _repr.of_fields
 
 
+Integers = list[int] | list[list[int]]  # the short way to write what belongs into an array
+MaskAndOffset = tuple[Mask, Array]  # a mask, and the key position of query 0 of each row, [1] or [B]
+
+
 def _parts(mask: Mask) -> "tuple[_Part, ...]":
     """Its parts. Checked here and not when it is made: jax rebuilds pytrees around whatever leaves it has at hand."""
     if not isinstance(mask.parts, tuple) or not all(isinstance(part, _Part) for part in mask.parts):
@@ -304,7 +309,7 @@ def check_covers(mask: Mask, kv_len: int) -> None:
 
 
 def _checked(parts: tuple[_Part, ...]) -> tuple[_Part, ...]:
-    def has(*kinds):
+    def has(*kinds: type) -> bool:
         return any(isinstance(p, kinds) for p in parts)
 
     if has(_Prefix) and has(_Window):
@@ -360,16 +365,16 @@ def local_window(size: "int | tuple[int | None, int | None]") -> Mask:
     return window(*sides)
 
 
-def prefix(n: "int | Int[Array, ' B']") -> Mask:
+def prefix(n: "int | list[int] | Int[Array, ' B']") -> Mask:
     """Prefix-LM: causal, but the first `n` keys are visible to every query. `n`: int or int32 [B]."""
     return Mask((_Prefix(per_row("prefix(n)", n)),))
 
 
 def lengths(
-    q: "Int[Array, ' B'] | None" = None,
-    kv: "Int[Array, ' B'] | None" = None,
+    q: "int | list[int] | Int[Array, ' B'] | None" = None,
+    kv: "int | list[int] | Int[Array, ' B'] | None" = None,
     *,
-    left_padding: "Int[Array, ' B'] | None" = None,
+    left_padding: "int | list[int] | Int[Array, ' B'] | None" = None,
 ) -> Mask:
     """Padding: per batch row, queries at index >= q[b] see nothing and keys at >= kv[b] are not seen.
 
@@ -383,9 +388,9 @@ def lengths(
 
 def documents(
     *,
-    segment_ids: "Int[Array, '*B S'] | None" = None,
-    cu_seqlens: "Int[Array, '*B n'] | None" = None,
-    kv_cu_seqlens: "Int[Array, '*B n'] | None" = None,
+    segment_ids: "Integers | Int[Array, '*B S'] | None" = None,
+    cu_seqlens: "Integers | Int[Array, '*B n'] | None" = None,
+    kv_cu_seqlens: "Integers | Int[Array, '*B n'] | None" = None,
 ) -> Mask:
     """Packed documents: a query sees the keys of its own document only. Combine with `causal()` at will.
 
@@ -423,7 +428,7 @@ def documents(
     return Mask((_CuSeqlens(cu_q, cu_kv),))
 
 
-def per_row(name: str, n) -> Array:
+def per_row(name: str, n: Any) -> Array:
     """A count >= 0 as int32 [1] or [B], saturated: NumPy while it is known, so that masks made at import touch no device."""
     if type(n) is int and n >= 0:  # the usual offset, in every eager call
         return np.full(1, min(n, INT32.max), np.int32)  # type: ignore[return-value]
@@ -435,21 +440,21 @@ def per_row(name: str, n) -> Array:
     return to_int32(n.reshape(-1))
 
 
-def _rows(name: str, x) -> Array:
+def _rows(name: str, x: Any) -> Array:
     """Integers [n] or [B, n] as [1 or B, n], of the dtype that they have."""
     x = as_integers(name, x, "n | B n")
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     return x[None] if x.ndim == 1 else x
 
 
-def _segment_ids(ids) -> Array:
+def _segment_ids(ids: Any) -> Array:
     out = _rows("segment_ids", ids)
     check_segment_ids(out)
     # Ids are only compared: traced ones keep a wider dtype, in which no two of them become one.
     return to_int32(out) if concrete(out) is not None else out
 
 
-def check_segment_ids(ids) -> None:
+def check_segment_ids(ids: Any) -> None:
     """Raises ValueError where integer ids [B, S] are known and do not fit into int32, or come back after another document."""
     known = concrete(ids)
     if known is None or not known.size:
@@ -468,7 +473,7 @@ def check_segment_ids(ids) -> None:
             )
 
 
-def contiguous_segments(segment_ids: "Int[Array, 'B S']") -> "Bool[Array, ' B']":
+def contiguous_segments(segment_ids: "Integers | Int[Array, 'B S']") -> "Bool[Array, ' B']":
     """Whether no id of a row comes back after another document, for ids that are traced.
 
     Where ids are known, an id that comes back is an error. Under jit it silently begins one more document; this says so there:
@@ -496,7 +501,7 @@ def contiguous_segments(segment_ids: "Int[Array, 'B S']") -> "Bool[Array, ' B']"
     return ~((found[:, 1:] == found[:, :-1]) & (found[:, 1:] >= 0)).any(axis=1)
 
 
-def _borders(name: str, cu) -> Array:
+def _borders(name: str, cu: Any) -> Array:
     out = to_int32(_rows(name, cu))
     known = concrete(out)
     if out.shape[-1] < 2:

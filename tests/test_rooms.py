@@ -98,11 +98,15 @@ def circles(arrows: dict[str, set[str]]) -> set[str]:
 
 
 # Rooms whose files still stand in circles.
-OPEN = {"ring_jax.context", "ring_jax.models.qwen3_5"}
+OPEN = {"ring_jax.models.qwen3_5"}
+# A convenience that calls upward, imported where it is called: `ContextParallel.attention_fn()`.
+UPWARD = "ring_jax.context.parallel", "ring_jax.context.attention_fn"
 
 
 def test_no_file_imports_itself():
-    found = circles(graph({module_of(path): path.read_text() for path in PACKAGE.rglob("*.py")}))
+    arrows = graph({module_of(path): path.read_text() for path in PACKAGE.rglob("*.py")})
+    arrows[UPWARD[0]].remove(UPWARD[1])
+    found = circles(arrows)
     closed = {module for module in found if not any(module == room or module.startswith(f"{room}.") for room in OPEN)}
     assert not closed, sorted(closed)
 

@@ -111,7 +111,8 @@ def check_implementations(seq_len: int) -> bool:
 
     def results(implementation, arrays):
         def loss(arrays):
-            out, lse = flash_attention(*arrays, start, end, implementation=implementation)
+            query, key, value = arrays
+            out, lse = flash_attention(query, key, value, start, end, implementation=implementation)
             return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(lse)), (out, lse)
 
         grads, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
@@ -154,8 +155,11 @@ def check_strategies(devices: list[Any], seq_len: int) -> bool:
             continue
 
         def attend(arrays, strategy=strategy):
-            laid_out = (cp.to_layout(x) for x in arrays)
-            out = ring_jax.ring_attention(*laid_out, is_causal=True, context=cp, seq_len=seq_len, strategy=strategy)
+            query, key, value = (cp.to_layout(x) for x in arrays)
+            out = ring_jax.ring_attention(
+                query, key, value, is_causal=True, context=cp, seq_len=seq_len, strategy=strategy
+            )
+            assert isinstance(out, jax.Array)
             return cp.from_layout(out, seq_len)
 
         try:

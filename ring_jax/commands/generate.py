@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ring_jax.cli import CommandError, find_devices, need
 from ring_jax.commands.progress import Progress
+from ring_jax.context.strategies import StrategyName
 from ring_jax.data.passkey import MODEL
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             f"--context-ranks {ranks}: this machine has {len(devices)} devices ({devices[0].device_kind})"
         )
     # A text this short `auto` would gather on every rank; the task is to show a ring.
-    strategy = "ring" if demo else "auto"
+    strategy: StrategyName = "ring" if demo else "auto"
     settings = Settings(args.model or MODEL, args.dtype, args.shard_weights, sampling, args.seed, strategy)
     emulated = " (emulated on one CPU)" if devices[0].platform == "cpu" and len(devices) > 1 else ""
     print(f"devices   {len(devices)} x {devices[0].device_kind}{emulated}")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ring_jax.layout import as_layout, work_per_rank
+from ring_jax.layout import LayoutName, as_layout, work_per_rank
 
 _CELLS = 512  # of the drawn matrix, each way
-_LAYOUTS = ("contiguous", "zigzag")
+_LAYOUTS: tuple[LayoutName, ...] = ("contiguous", "zigzag")
 
 
 def draw_ranks(path: str | Path, seq_len: int, ranks: int, mark: tuple[int, int, str] | None = None) -> None:
@@ -66,7 +66,7 @@ def _draw_work(axes, colours, seq_len: int, ranks: int) -> None:
     """Pairs of query and key of each rank, as shares of the mean: the longest bar sets the pace."""
     start, end = np.zeros(seq_len, np.int64), np.arange(1, seq_len + 1)
     for offset, name in enumerate(_LAYOUTS):
-        work = np.asarray(work_per_rank(start, end, name, ranks), float)
+        work = np.asarray(work_per_rank(start, end, name, ranks), np.float64)
         at = np.arange(ranks) + 0.4 * offset - 0.2
         hatch = "//" if name == "contiguous" else None
         share = work / work.mean()

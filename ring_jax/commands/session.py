@@ -16,6 +16,7 @@ from flax import nnx
 import ring_jax
 from ring_jax.cli import CommandError
 from ring_jax.commands.progress import Progress
+from ring_jax.context.strategies import StrategyName
 from ring_jax.inference import Sampling
 from ring_jax.inference.sampling import sample
 
@@ -31,7 +32,7 @@ class Settings:
     shard_weights: bool
     sampling: Sampling
     seed: int
-    strategy: str = "auto"
+    strategy: StrategyName = "auto"
 
 
 @dataclasses.dataclass

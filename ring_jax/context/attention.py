@@ -19,16 +19,16 @@ from ring_jax._checks import (
     is_array,
     static_length,
 )
-from ring_jax._mesh import axis_size, run_sharded
+from ring_jax._mesh import AnyMesh, Axis, axis_size, run_sharded
 from ring_jax.context.call import Call
 from ring_jax.context.parallel import ContextParallel, mask_specs
 from ring_jax.context.shard import Shard
-from ring_jax.context.strategies import NAMES, check_strategy
+from ring_jax.context.strategies import NAMES, StrategyName, check_strategy
 from ring_jax.flash import backends
-from ring_jax.flash.backends import FixedMask, with_batch
+from ring_jax.flash.backends import FixedMask, Implementation, with_batch
 from ring_jax.flash.merge import partial_dtype
-from ring_jax.flash.operands import BlockOptions
-from ring_jax.mask import Mask, ResolvedMask, causal, lengths, local_window, per_row
+from ring_jax.flash.operands import BlockOptions, Partial
+from ring_jax.mask import Mask, MaskAndOffset, ResolvedMask, causal, lengths, local_window, per_row
 
 
 def ring_attention(
@@ -43,13 +43,13 @@ def ring_attention(
     query_seq_lengths: Int[Array, " B"] | None = None,
     key_value_seq_lengths: Int[Array, " B"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     return_residual: bool = False,
     context: ContextParallel,
     seq_len: int | None = None,
     key_value_seq_len: int | None = None,
     query_offset: int | Int[Array, " B"] = 0,
-    strategy: str | None = None,
+    strategy: StrategyName | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     deterministic: bool | None = None,
@@ -154,7 +154,7 @@ def ring_attention(
     return (out, lse) if return_residual or return_partial else out
 
 
-def _check_sinks(sinks, carry):
+def _check_sinks(sinks: Array | None, carry: Partial | None) -> jax.Array | None:
     if sinks is None:
         return None
     if carry is not None:
@@ -162,7 +162,7 @@ def _check_sinks(sinks, carry):
     return jnp.asarray(sinks)
 
 
-def _check_carry(carry, query, value, unbatched: bool):
+def _check_carry(carry: Partial | None, query: jax.Array, value: jax.Array, unbatched: bool) -> Partial | None:
     """The carry, with a batch axis."""
     if carry is None:
         return None
@@ -180,7 +180,7 @@ def _check_carry(carry, query, value, unbatched: bool):
     return out, lse
 
 
-def _fixed_mask(call: Call, mask: Mask, query_offset) -> FixedMask | None:
+def _fixed_mask(call: Call, mask: Mask, query_offset: int | Array) -> FixedMask | None:
     """Which fixed mask the call has, for backends that cannot read bounds."""
     if (call.q_len, call.kv_len) != (call.queries.length, call.keys.length):
         return None
@@ -191,7 +191,16 @@ def _fixed_mask(call: Call, mask: Mask, query_offset) -> FixedMask | None:
     return "causal" if plain else None
 
 
-def _specs(context: ContextParallel, mesh, query, key, value, mask, sinks, carry):
+def _specs(
+    context: ContextParallel,
+    mesh: AnyMesh,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: ResolvedMask | MaskAndOffset,
+    sinks: jax.Array | None,
+    carry: Partial | None,
+) -> tuple[tuple[Any, ...], tuple[P, P]]:
     """(in_specs, out_specs) of a call's operands."""
     batch, heads = context.free(context.batch_axis), context.free(context.head_axis)
     _check_divides("batch", query.shape[0], mesh, batch)
@@ -208,7 +217,16 @@ def _specs(context: ContextParallel, mesh, query, key, value, mask, sinks, carry
     return in_specs, partial
 
 
-def _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implementation, options) -> Call:
+def _make_call(
+    query: jax.Array,
+    key: jax.Array,
+    context: ContextParallel,
+    seq_len: int | None,
+    key_value_seq_len: int | None,
+    strategy: StrategyName,
+    implementation: Implementation | None,
+    options: BlockOptions,
+) -> Call:
     """Lengths and shards of a call; everything that can be checked before tracing."""
     ranks = context.ranks(query)
     local_to_global = ranks if context.is_manual else 1
@@ -233,7 +251,14 @@ def _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implem
     return Call(queries, keys, q_len, kv_len, strategy, implementation, options, None, False)
 
 
-def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset):
+def _combine(
+    mask: Mask | ResolvedMask | None,
+    is_causal: bool,
+    query_seq_lengths: Array | None,
+    key_value_seq_lengths: Array | None,
+    local_window_size: int | tuple[int, int] | None,
+    query_offset: int | Array,
+) -> Mask | ResolvedMask:
     """`mask` and the shorthand arguments as one mask."""
     counts = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
     for name, count in counts.items():
@@ -257,7 +282,9 @@ def _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_wi
     return mask
 
 
-def _resolved_lengths(mask: ResolvedMask, context: ContextParallel, seq_len, key_value_seq_len) -> tuple[int, int]:
+def _resolved_lengths(
+    mask: ResolvedMask, context: ContextParallel, seq_len: int | None, key_value_seq_len: int | None
+) -> tuple[int, int]:
     """The lengths that a resolved mask was made for; what the call says beside it must agree."""
     if mask.layout != context.layout:
         raise ValueError(
@@ -274,18 +301,18 @@ def _resolved_lengths(mask: ResolvedMask, context: ContextParallel, seq_len, key
 
 def check_options(
     *,
-    mask=None,
-    scale=None,
-    is_causal=False,
-    local_window_size=None,
-    implementation=None,
-    return_residual=False,
-    return_partial=False,
-    seq_len=None,
-    key_value_seq_len=None,
-    strategy=None,
-    logits_soft_cap=None,
-    deterministic=None,
+    mask: Any = None,
+    scale: Any = None,
+    is_causal: Any = False,
+    local_window_size: Any = None,
+    implementation: Any = None,
+    return_residual: Any = False,
+    return_partial: Any = False,
+    seq_len: Any = None,
+    key_value_seq_len: Any = None,
+    strategy: Any = None,
+    logits_soft_cap: Any = None,
+    deterministic: Any = None,
 ) -> None:
     """Checks what is known before any array is, of `ring_attention` and of the defaults of an `attention_fn`."""
     if mask is not None and not isinstance(mask, (Mask, ResolvedMask)):
@@ -307,7 +334,7 @@ def check_options(
         local_window(local_window_size)
 
 
-def _check_rows(mask_and_offset, batch: int) -> None:
+def _check_rows(mask_and_offset: MaskAndOffset, batch: int) -> None:
     for rows in {x.shape[0] for x in jax.tree.leaves(mask_and_offset)} - {1, batch}:
         raise ValueError(
             f"mask, query_seq_lengths, key_value_seq_lengths and query_offset must have one row or the batch's {batch}, got {rows}"
@@ -324,7 +351,7 @@ def check_divides(name: str, length: int, ranks: int, context: ContextParallel) 
         )
 
 
-def _check_divides(what: str, size: int, mesh, axis) -> None:
+def _check_divides(what: str, size: int, mesh: AnyMesh, axis: Axis | None) -> None:
     ranks = axis_size(mesh, axis)
     if size % ranks:
         raise ValueError(f"{what}: {size} does not divide over mesh axis {axis!r} of size {ranks}")

@@ -45,8 +45,8 @@ from ring_jax._checks import (
     describe,
     is_array,
 )
-from ring_jax.context import ContextParallel, ring_attention
-from ring_jax.context.attention import check_options
+from ring_jax.context.attention import check_options, ring_attention
+from ring_jax.context.parallel import ContextParallel
 from ring_jax.mask import Mask, ResolvedMask, per_row
 
 _CHECKED = frozenset(inspect.signature(check_options).parameters)
@@ -115,7 +115,7 @@ class AttentionFn:
     context: ContextParallel
     defaults: tuple[tuple[str, Any], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_instance("context", self.context, ContextParallel, "a ring_jax.ContextParallel")
         pairs = self.defaults if isinstance(self.defaults, tuple) else (None,)
         if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):

@@ -2,16 +2,17 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.context.shard import Shard
-from ring_jax.context.strategies import STRATEGIES, choose
-from ring_jax.flash.backends import FixedMask
+from ring_jax.context.strategies import STRATEGIES, StrategyName, choose
+from ring_jax.flash.backends import FixedMask, Implementation
 from ring_jax.flash.kv import pack
 from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.operands import BlockOptions, Bounds, Partial
-from ring_jax.mask import ResolvedMask
+from ring_jax.mask import MaskAndOffset, ResolvedMask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +32,21 @@ class Call:
     keys: Shard
     q_len: int
     kv_len: int
-    strategy: str
-    implementation: str | None
+    strategy: StrategyName
+    implementation: Implementation | None
     options: BlockOptions
     fixed_mask: FixedMask | None
     returns_partial: bool
 
-    def __call__(self, query, key, value, mask, sinks, carry: Partial | None) -> Partial:
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: ResolvedMask | MaskAndOffset,
+        sinks: jax.Array | None,
+        carry: Partial | None,
+    ) -> Partial:
         """On local shards, inside a shard_map that is manual over the context axis.
 
         mask is a `ResolvedMask`, or a `Mask` with the queries' offset; sinks float [N] or None.
@@ -60,7 +69,7 @@ class Call:
         block = dataclasses.replace(choice.block, float_out=self.returns_partial)
         return STRATEGIES[choice.strategy](block, self.keys, query, kv, bounds, carry)
 
-    def _bounds(self, mask, B: int, T: int) -> Bounds:
+    def _bounds(self, mask: ResolvedMask | MaskAndOffset, B: int, T: int) -> Bounds:
         """Global key bounds of the local queries, [B, T] each."""
         if isinstance(mask, ResolvedMask):
             bounds = Bounds(mask.start, mask.end)

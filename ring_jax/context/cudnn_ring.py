@@ -8,6 +8,8 @@ operands are selected, so no branch makes the host wait, and every rank does the
 Contiguous: of the keys of rank s its queries see all where s < r, else nothing; that work is done and thrown away.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +19,9 @@ from ring_jax.flash.block import Block
 from ring_jax.flash.kv import seq_axis
 from ring_jax.flash.merge import merge_partials
 from ring_jax.flash.operands import Bounds, Partial, RowGradients
-from ring_jax.layout import Contiguous, Layout, Zigzag
+from ring_jax.layout import Contiguous, Index, Layout, Zigzag
+
+T = TypeVar("T")
 
 
 def serves(layout: Layout) -> bool:
@@ -26,7 +30,14 @@ def serves(layout: Layout) -> bool:
 
 
 def forward(
-    block: Block, shard: Shard, query, kv, bounds: Bounds, partial: Partial | None, source, own: bool
+    block: Block,
+    shard: Shard,
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    partial: Partial | None,
+    source: Index,
+    own: bool,
 ) -> Partial:
     """One hop: `partial` resumed on the KV of rank `source`; `own` says, statically, that it is this rank."""
     if own:
@@ -47,7 +58,16 @@ def forward(
     return _join(low[0], high[0]), _join(low[1], high[1])
 
 
-def backward(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowGradients, source, own: bool):
+def backward(
+    block: Block,
+    shard: Shard,
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    rows: RowGradients,
+    source: Index,
+    own: bool,
+) -> tuple[jax.Array, jax.Array]:
     """(dq, dkv) of one hop."""
     if own:
         return block.backend.backward(query, kv, bounds, rows, block.options)
@@ -69,13 +89,13 @@ def backward(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowGra
     return dq, dkv
 
 
-def _halves(x, axis: int):
+def _halves(x: jax.Array, axis: int) -> list[jax.Array]:
     return jnp.split(x, 2, axis=axis)
 
 
-def _join(low, high, axis: int = 1):
+def _join(low: jax.Array, high: jax.Array, axis: int = 1) -> jax.Array:
     return jnp.concatenate([low, high], axis=axis)
 
 
-def _pick(condition, a, b):
+def _pick(condition: jax.Array, a: T, b: T) -> T:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

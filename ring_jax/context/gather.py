@@ -12,7 +12,7 @@ Source: Llama 3, arXiv 2407.21783, section 3.3.2.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def _in_one_call(block: Block, shard: Shard) -> bool:
     return shard.ranks == 1 or block.backend.fixed_mask == "full"
 
 
-def _gathers_in_halves(block: Block, shard: Shard, query, kv) -> bool:
+def _gathers_in_halves(block: Block, shard: Shard, query: jax.Array, kv: jax.Array) -> bool:
     """Whether to gather halves of the heads, one after the other: where all of them take longer than attention to the rank's
     own keys (of which a causal mask leaves half)."""
     B, T, N, _ = query.shape
@@ -53,7 +53,7 @@ def _gathers_in_halves(block: Block, shard: Shard, query, kv) -> bool:
     return slow and block.backend.can_split_heads(query, kv)
 
 
-def _slices(in_halves: bool, kv) -> Slices:
+def _slices(in_halves: bool, kv: jax.Array) -> Slices:
     return halve_heads(kv) if in_halves else [(None, kv)]
 
 
@@ -67,7 +67,9 @@ def _gather(shard: Shard, slices: Slices, own: Callable[[], T]) -> tuple[list[ja
     return gathered, result
 
 
-def _forward(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
+def _forward(
+    block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
+) -> Partial:
     forward, options = block.backend.forward, block.options
     own = shard.local_bounds(bounds, shard.rank())
     if _in_one_call(block, shard):
@@ -82,7 +84,9 @@ def _forward(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Parti
     return result
 
 
-def _gradients(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowGradients):
+def _gradients(
+    block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
+) -> tuple[jax.Array, jax.Array]:
     """dq and dkv, float32. The rank's own keys come at both ends if they can be halved, else last: to sum what belongs to the
     others takes twice as long as to gather their keys."""
     backward, options = block.backend.backward, block.options
@@ -93,7 +97,7 @@ def _gradients(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowG
     others = _others(shard, bounds)
     *early, late = _slices(block.backend.can_split_heads(query, kv), kv)
 
-    def own_keys(dq, slices):
+    def own_keys(dq: jax.Array | None, slices: Slices) -> tuple[Any, list[jax.Array]]:
         found = []
         for heads, kv in slices:
             dq, dkv = backward(query, kv, own, rows, options, dq=dq, heads=heads)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,18 @@ from ring_jax._checks import (
     check_mesh_axes,
     static_length,
 )
-from ring_jax._mesh import Axis, HashablePartial, axis_names, axis_size, reshard_explicit, run_sharded
-from ring_jax.context import strategies
+from ring_jax._mesh import AnyMesh, Axis, HashablePartial, axis_names, axis_size, reshard_explicit, run_sharded
+from ring_jax.context import alone, strategies
 from ring_jax.context.reshard import relayout as relayout_shard
 from ring_jax.context.shard import Shard
-from ring_jax.layout import Contiguous, Layout, as_layout
-from ring_jax.mask import Mask, ResolvedMask, per_row
+from ring_jax.context.strategies import StrategyName
+from ring_jax.layout import Contiguous, Layout, LayoutName, as_layout
+from ring_jax.mask import Mask, MaskAndOffset, ResolvedMask, per_row
+
+if TYPE_CHECKING:
+    from ring_jax.context.attention_fn import AttentionFn
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +64,10 @@ class ContextParallel:
     batch_axis: Axis | None = None
     head_axis: Axis | None = None
     mesh: Mesh | None = None
-    strategy: str = "auto"
+    strategy: StrategyName = "auto"
     __repr__ = _repr.of_fields
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "layout", as_layout(self.layout))
         for name in ("axis", "batch_axis", "head_axis"):
             value = getattr(self, name)
@@ -79,7 +85,7 @@ class ContextParallel:
 
     # -- layouts ---------------------------------------------------------------------------------
 
-    def padded_length(self, seq_len: int, like: jax.Array | None = None) -> int:
+    def padded_length(self, seq_len: int, like: Array | None = None) -> int:
         """Length of a sequence of `seq_len` once laid out: the next multiple that the layout divides.
 
         Args:
@@ -130,7 +136,12 @@ class ContextParallel:
         return jax.lax.slice_in_dim(x, 0, seq_len, axis=seq_axis)
 
     def relayout(
-        self, x: Array, other: "ContextParallel | Layout | str", seq_axis: int = 1, *, head_dim: int | None = None
+        self,
+        x: Array,
+        other: "ContextParallel | Layout | LayoutName",
+        seq_axis: int = 1,
+        *,
+        head_dim: int | None = None,
     ) -> Array:
         """From this layout to `other`'s, on the same mesh axis; lengths must divide in both."""
         target = other.layout if isinstance(other, ContextParallel) else as_layout(other)
@@ -139,7 +150,7 @@ class ContextParallel:
         seq_axis, head_dim = _check_axes(x, seq_axis, head_dim)
         return self._move(x, self.layout, target, seq_axis, head_dim)
 
-    def positions(self, seq_len: int, like: jax.Array | None = None) -> Int[Array, " S"]:
+    def positions(self, seq_len: int, like: Array | None = None) -> Int[Array, " S"]:
         """Global position of every place of the laid-out sequence, int32 [padded_length(seq_len)] ([.../C], the local
         ones, inside a shard_map); those >= seq_len are padding. For RoPE, labels and loss masks."""
         ranks = self.ranks(like)
@@ -157,7 +168,7 @@ class ContextParallel:
         *,
         key_value_seq_len: int | None = None,
         query_offset: "int | Array" = 0,
-        like: jax.Array | None = None,
+        like: Array | None = None,
     ) -> ResolvedMask:
         """Global key bounds of every query in layout order, computed once for all layers of a step.
 
@@ -182,7 +193,7 @@ class ContextParallel:
             HashablePartial(_resolve, (shard, seq_len, kv_len)), mesh, (specs,), out_specs, (mask_and_offset,)
         )
 
-    def describe(self, seq_len: int, like: jax.Array | None = None) -> str:
+    def describe(self, seq_len: int, like: Array | None = None) -> str:
         """Which positions of a sequence each rank holds, a line each, in the order in which they lie there.
 
         Example:
@@ -194,7 +205,7 @@ class ContextParallel:
         """
         return _repr.draw_layout(self.layout, static_length("seq_len", seq_len), self.ranks(like))
 
-    def check_layout(self, function: Callable, *arrays: Any, tolerance: float = 1e-3) -> float:
+    def check_layout(self, function: Callable[..., Any], *arrays: Any, tolerance: float = 1e-3) -> float:
         """Raises unless `function(context, *arrays)` gives over this context what it gives on one rank.
 
         Nothing in an array says in which order it lies, so a forgotten `to_layout` gives wrong numbers without a word. On
@@ -222,11 +233,13 @@ class ContextParallel:
             >>> cp.check_layout(attend, jnp.ones((1, 8, 2, 4))) < 1e-6
             True
         """
-        from ring_jax.context.alone import check_layout
+        if self.is_manual:
+            raise ValueError("check_layout calls the function itself: call it outside of shard_map and jit")
+        one_rank = dataclasses.replace(self, mesh=alone.mesh_of_one(self.resolve_mesh()))
+        where = f"{self.ranks()} context ranks in layout {self.layout}"
+        return alone.largest_difference(function, self, one_rank, arrays, tolerance, where)
 
-        return check_layout(self, function, arrays, tolerance)
-
-    def attention_fn(self, **defaults: Any):
+    def attention_fn(self, **defaults: Any) -> "AttentionFn":
         """An `attention_fn` for `nnx.MultiHeadAttention` or linen's, running ring attention in this context.
 
         Keyword arguments are defaults for `ring_attention` (is_causal, seq_len, ...). See `ring_jax.context.attention_fn`.
@@ -269,7 +282,7 @@ class ContextParallel:
             )
         return all(inside)
 
-    def resolve_mesh(self, like: jax.Array | None = None):
+    def resolve_mesh(self, like: Array | None = None) -> AnyMesh:
         """The mesh: the argument, the ambient one, or that of the array's own sharding.
 
         Raises:
@@ -303,19 +316,19 @@ class ContextParallel:
         names = tuple(a for a in axis_names(axis) if a not in jax.sharding.get_abstract_mesh().manual_axes)
         return names if len(names) > 1 else names[0] if names else None
 
-    def ranks(self, like: jax.Array | None = None) -> int:
+    def ranks(self, like: Array | None = None) -> int:
         """Number of context ranks C; `like` is an array on the mesh, where nothing else names it."""
         _check_like(like)
         if self.is_manual:
             return int(jax.lax.axis_size(self.axis))
         return axis_size(self.resolve_mesh(like), self.axis)
 
-    def shard(self, length: int, like: jax.Array | None = None) -> Shard:
+    def shard(self, length: int, like: Array | None = None) -> Shard:
         """This context as strategies see it, for a padded sequence of `length` positions."""
         length = check_count("length", length)
         return Shard(self.axis, self.ranks(like), self.layout, length)
 
-    def _check_mesh(self, mesh) -> None:
+    def _check_mesh(self, mesh: AnyMesh) -> None:
         for field in ("axis", "batch_axis", "head_axis"):
             for name in axis_names(getattr(self, field)):
                 if name not in mesh.axis_names:
@@ -323,7 +336,7 @@ class ContextParallel:
                         f"ContextParallel({field}={name!r}): the mesh has axes {dict(mesh.shape)}, no {name!r}"
                     )
 
-    def _move(self, x, source: Layout, target: Layout, seq_axis: int, head_dim: int | None):
+    def _move(self, x: Array, source: Layout, target: Layout, seq_axis: int, head_dim: int | None) -> jax.Array:
         if self.is_manual:
             return relayout_shard(x, source, target, self.axis, self.ranks(), seq_axis)
         mesh = self.resolve_mesh(x)
@@ -338,7 +351,7 @@ class ContextParallel:
         move = HashablePartial(relayout_shard, (source, target, self.axis, ranks, seq_axis))
         return run_sharded(move, mesh, (spec,), spec, (x,))
 
-    def _spec(self, x, mesh, seq_axis: int, axis: Axis | None, head_dim: int | None) -> P:
+    def _spec(self, x: Array, mesh: AnyMesh, seq_axis: int, axis: Axis | None, head_dim: int | None) -> P:
         spec: list[Axis | None] = [None] * x.ndim
         if seq_axis != 0:
             spec[0] = self.free(self.batch_axis)
@@ -353,7 +366,7 @@ class ContextParallel:
         return P(*spec)
 
 
-def _mesh_of(ids, shape, axis_names, kinds) -> Mesh:
+def _mesh_of(ids: list[int], shape: tuple[int, ...], axis_names: tuple[str, ...], kinds: list[str]) -> Mesh:
     """The mesh of a pickle, over the devices of these ids in this process."""
     devices = {d.id: d for d in jax.devices()}
     missing = sorted(set(ids) - set(devices))
@@ -366,15 +379,15 @@ def _mesh_of(ids, shape, axis_names, kinds) -> Mesh:
     return Mesh(found, axis_names, axis_types=tuple(AxisType[kind] for kind in kinds))
 
 
-def _resolve(mask_and_offset, shard: Shard, q_len: int, kv_len: int) -> ResolvedMask:
+def _resolve(mask_and_offset: MaskAndOffset, shard: Shard, q_len: int, kv_len: int) -> ResolvedMask:
     mask, offset = mask_and_offset
     return ResolvedMask(*shard.bounds(mask, q_len, kv_len, offset), shard.layout, q_len, kv_len)
 
 
-def mask_specs(tree, batch: int, batch_axis: Axis | None):
+def mask_specs(tree: T, batch: int, batch_axis: Axis | None) -> T:
     """PartitionSpecs of mask leaves, whose leading axis is 1 or the batch."""
 
-    def spec(x):
+    def spec(x: Array) -> P:
         if x.shape[0] not in (1, batch):
             raise ValueError(f"a mask made for batch size {x.shape[0]} does not fit batch size {batch}")
         return P(batch_axis if x.shape[0] > 1 else None)
@@ -382,12 +395,12 @@ def mask_specs(tree, batch: int, batch_axis: Axis | None):
     return jax.tree.map(spec, tree)
 
 
-def _check_like(like) -> None:
+def _check_like(like: Any) -> None:
     if like is not None:
         check_array("like", like, kind="any")
 
 
-def _check_axes(x, seq_axis: int, head_dim: int | None) -> tuple[int, int | None]:
+def _check_axes(x: Any, seq_axis: int, head_dim: int | None) -> tuple[int, int | None]:
     """(axis of the sequence, axis of the heads) of an array, from its start."""
     check_array("x", x, kind="any")
     seq_axis = check_axis("seq_axis", seq_axis, x.ndim)

@@ -12,29 +12,35 @@ Source: Yang et al., Context Parallelism for Scalable Million-Token Inference, a
 there partials return in one all-to-all, here they ride the ring, which needs O(1) buffers).
 """
 
+import jax
 import jax.numpy as jnp
 
 from ring_jax.context.shard import Shard, rotate
 from ring_jax.flash.block import Block, differentiable
 from ring_jax.flash.merge import merge_partials
 from ring_jax.flash.operands import Bounds, Partial, RowGradients
+from ring_jax.layout import Index
 
 
-def _join(out, lse):
+def _join(out: jax.Array, lse: jax.Array) -> jax.Array:
     return jnp.concatenate([out, lse[..., None]], axis=-1)
 
 
-def _split(partial) -> Partial:
+def _split(partial: jax.Array) -> Partial:
     return partial[..., :-1], partial[..., -1]
 
 
-def _forward(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
-    def hop(travel, stay, source, own, final):
+def _forward(
+    block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
+) -> Partial:
+    def hop(
+        travel: tuple[jax.Array, jax.Array], stay: tuple[()], source: Index, own: bool, final: bool
+    ) -> tuple[tuple[()], jax.Array]:
         query, bounds = travel
         here = shard.local_bounds(Bounds(*bounds), shard.rank())
         return stay, _join(*block.backend.forward(query, kv, here, None, block.options))
 
-    def merge(a, b):
+    def merge(a: jax.Array, b: jax.Array) -> jax.Array:
         return _join(*merge_partials(*_split(a), *_split(b)))
 
     travel = (query, jnp.stack(bounds))
@@ -43,10 +49,14 @@ def _forward(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Parti
     return out.astype(block.out_dtype(query)), lse
 
 
-def _gradients(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowGradients):
+def _gradients(
+    block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
+) -> tuple[jax.Array, jax.Array]:
     head_size = query.shape[-1]
 
-    def hop(travel, dkv, source, own, final):
+    def hop(
+        travel: tuple[jax.Array, jax.Array, jax.Array], dkv: jax.Array | None, source: Index, own: bool, final: bool
+    ) -> tuple[jax.Array, jax.Array]:
         query_dout, (lse, delta), bounds = travel
         query, dout = query_dout[..., :head_size], query_dout[..., head_size:]
         here = shard.local_bounds(Bounds(*bounds), shard.rank())

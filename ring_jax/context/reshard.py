@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from ring_jax._mesh import Axis
-from ring_jax.layout import Contiguous, Layout, Zigzag
+from ring_jax.layout import Contiguous, Index, Layout, Zigzag
 
 
 def relayout(x: jax.Array, source: Layout, target: Layout, axis_name: Axis, ranks: int, seq_axis: int) -> jax.Array:
@@ -28,7 +28,9 @@ def relayout(x: jax.Array, source: Layout, target: Layout, axis_name: Axis, rank
     return move(x, other, axis_name, ranks, seq_axis, source == Contiguous())
 
 
-def _half_shards(x, zigzag, axis_name, ranks: int, seq_axis: int, to_zigzag: bool):
+def _half_shards(
+    x: jax.Array, zigzag: Layout, axis_name: Axis, ranks: int, seq_axis: int, to_zigzag: bool
+) -> jax.Array:
     """Contiguous rank r holds chunks 2r, 2r+1; zigzag rank r holds r and 2C-1-r. Each rank holds one even and one
     odd chunk in either layout, so the even chunks make one permutation and the odd chunks another."""
     size = x.shape[seq_axis] // 2
@@ -46,7 +48,9 @@ def _half_shards(x, zigzag, axis_name, ranks: int, seq_axis: int, to_zigzag: boo
     return jnp.concatenate(halves, axis=seq_axis)
 
 
-def _exchange(x, other: Layout, axis_name, ranks: int, seq_axis: int, from_contiguous: bool):
+def _exchange(
+    x: jax.Array, other: Layout, axis_name: Axis, ranks: int, seq_axis: int, from_contiguous: bool
+) -> jax.Array:
     """Contiguous rank r and rank s of `other` share the positions other.local[low:high) of s, with low, high =
     count_below(r L), count_below((r+1) L): ascending on both sides, so no indices need to travel."""
     x = jnp.moveaxis(x, seq_axis, 0)
@@ -56,7 +60,7 @@ def _exchange(x, other: Layout, axis_name, ranks: int, seq_axis: int, from_conti
     width = int(np.max(borders[1:] - borders[:-1]))  # the most that two ranks exchange
     slot = jnp.arange(width, dtype=jnp.int32)[None, :]
 
-    def shared(contiguous_rank, other_rank):
+    def shared(contiguous_rank: Index, other_rank: Index) -> tuple[jax.Array, ...]:
         """Local indices of the shared positions on either side; `local` (out of range) where there are fewer."""
         low, high = (other.count_below((contiguous_rank + i) * local, other_rank, length, ranks) for i in range(2))
         in_other = low + slot

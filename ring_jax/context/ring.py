@@ -10,6 +10,7 @@ way home; all last where halves are too little work, or the block takes none.
 Source: Liu, Zaharia and Abbeel, Ring Attention with Blockwise Transformers, arXiv 2310.01889.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -18,15 +19,18 @@ from ring_jax.context.shard import Shard, rotate
 from ring_jax.flash.block import Block, differentiable
 from ring_jax.flash.kv import halve_heads
 from ring_jax.flash.operands import Bounds, Partial, RowGradients
+from ring_jax.layout import Index
 
 
-def _forward(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
+def _forward(
+    block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
+) -> Partial:
     in_halves = block.backend.fixed_mask == "causal"
     if not in_halves:
         # Bounds before the first permute, which would otherwise run beside them and nothing else.
         kv, own_bounds = lax.optimization_barrier((kv, shard.local_bounds(bounds, shard.rank())))
 
-    def hop(kv, partial, source, own, final):
+    def hop(kv: jax.Array, partial: Partial | None, source: Index, own: bool, final: bool) -> tuple[Partial, None]:
         if in_halves:
             return cudnn_ring.forward(block, shard, query, kv, bounds, partial, source, own), None
         here = own_bounds if own else shard.local_bounds(bounds, source)
@@ -37,11 +41,15 @@ def _forward(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Parti
     return out.astype(block.out_dtype(query)), lse
 
 
-def _gradients(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowGradients):
+def _gradients(
+    block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
+) -> tuple[jax.Array, jax.Array]:
     in_halves = block.backend.fixed_mask == "causal"
     both_ends = shard.ranks > 1 and block.backend.can_split_heads(query, kv)
 
-    def hop(kv, stay, source, own, final):
+    def hop(
+        kv: jax.Array, stay: tuple[jax.Array | None, jax.Array | None], source: Index, own: bool, final: bool
+    ) -> tuple[tuple[jax.Array | None, jax.Array | None], jax.Array | None]:
         dq, early = stay
         if in_halves:
             part, dkv = cudnn_ring.backward(block, shard, query, kv, bounds, rows, source, own)
@@ -53,7 +61,10 @@ def _gradients(block: Block, shard: Shard, query, kv, bounds: Bounds, rows: RowG
         first_half, last_half = halve_heads(kv)
         heads, kv = last_half if final else first_half
         dq, dkv = block.backend.backward(query, kv, here, rows, block.options, dq=dq, heads=heads)
-        return (dq, None if final else dkv), jnp.concatenate([early, dkv], axis=-2) if final else None
+        if not final:
+            return (dq, dkv), None
+        assert early is not None
+        return (dq, None), jnp.concatenate([early, dkv], axis=-2)
 
     (dq, _), dkv = rotate(shard, block.backend.unroll, hop, kv, (None, None), jnp.add, both_ends)
     return dq, dkv

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from ring_jax._mesh import Axis
 from ring_jax.flash.operands import Bounds
-from ring_jax.layout import Layout
+from ring_jax.layout import Index, Layout
 from ring_jax.mask import Mask
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class Shard:
         """Global positions of this rank's local indices, int32 [length / ranks]."""
         return self.layout.positions(self.rank(), self.length, self.ranks)
 
-    def bounds(self, mask: Mask, q_len: int, kv_len: int, query_offset) -> Bounds:
+    def bounds(self, mask: Mask, q_len: int, kv_len: int, query_offset: int | Array) -> Bounds:
         """Global key bounds of this rank's queries under `mask`, int32 [B or 1, length / ranks] each."""
         return Bounds(*mask.interval(self.positions(), q_len=q_len, kv_len=kv_len, query_offset=query_offset))
 
@@ -65,12 +66,12 @@ class Shard:
 def rotate(
     shard: Shard,
     unroll: int,
-    hop: Callable,
-    travel,
-    stay,
+    hop: Callable[[T, Any, Index, bool, bool], tuple[Any, Any]],
+    travel: T,
+    stay: Any,
     combine: Callable[[Any, Any], Any] | None = None,
     both_ends: bool = False,
-):
+) -> tuple[Any, Any]:
     """Walk `travel` once around the ring; the engine of `ring` and `pass_q`, forward and backward.
 
     At every hop, `hop(travel, stay, source, own, final) -> (stay, part)` works on what has come from rank `source`; `own`
@@ -87,7 +88,7 @@ def rotate(
     """
     C, rank, own = shard.ranks, shard.rank(), travel
 
-    def one(i, state, final: bool):
+    def one(i: Index, state: Any, final: bool) -> Any:
         travel, stay, parts = state
         arriving = shard.shift(parts)
         departing = None if final else shard.shift(travel)

@@ -11,7 +11,7 @@ gradient function. To add one: write that function, register it in
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from ring_jax._checks import check_choice
 from ring_jax._hardware import HOPPER, Hardware
@@ -23,7 +23,7 @@ from ring_jax.context.pass_q import pass_q
 from ring_jax.context.ring import ring
 from ring_jax.context.shard import Shard
 from ring_jax.context.ulysses import ring_ulysses, ulysses
-from ring_jax.flash.backends import FixedMask, select
+from ring_jax.flash.backends import FixedMask, Implementation, select
 from ring_jax.flash.block import Block
 from ring_jax.flash.operands import BlockOptions, Partial
 
@@ -46,7 +46,7 @@ _GAIN = 0.02
 NAMES = get_args(StrategyName)
 
 
-def check_strategy(strategy: str, axis: Axis | None = None) -> None:
+def check_strategy(strategy: StrategyName, axis: Axis | None = None) -> None:
     """Raises unless `strategy` is a name that fits the context axis."""
     check_choice("strategy", strategy, dict.fromkeys((*NAMES, *STRATEGIES)))
     if axis is not None and strategy != "auto" and (strategy == "ring_ulysses") != isinstance(axis, tuple):
@@ -59,17 +59,17 @@ def check_strategy(strategy: str, axis: Axis | None = None) -> None:
 class Choice(NamedTuple):
     """What runs a call, and why."""
 
-    strategy: str
+    strategy: StrategyName
     block: Block
     reason: str
 
 
 def choose(
-    strategy: str,
-    implementation: str | None,
+    strategy: StrategyName,
+    implementation: Implementation | None,
     keys: Shard,
-    query,
-    kv,
+    query: Any,
+    kv: Any,
     options: BlockOptions,
     fixed_mask: FixedMask | None = None,
 ) -> Choice:
@@ -95,7 +95,7 @@ def choose(
     return Choice(strategy, Block(backend, options), f"{strategy}: {reason}; block {backend.name}")
 
 
-def _block_mask(strategy: str, keys: Shard, query, fixed_mask: FixedMask | None) -> FixedMask | None:
+def _block_mask(strategy: StrategyName, keys: Shard, query: Any, fixed_mask: FixedMask | None) -> FixedMask | None:
     """The mask that every block of a strategy sees, where the whole call's is `fixed_mask`."""
     if fixed_mask != "causal":
         return fixed_mask
@@ -116,7 +116,7 @@ def choose_strategy(
     axis: Axis = "context",
     bytes_per_second: float | None = None,
     gpu: Hardware = HOPPER,
-) -> tuple[str, str]:
+) -> tuple[StrategyName, str]:
     """The strategy that "auto" picks, and the reason in words: the fastest by `context.cost`, the ring where that gains little.
 
     Args:
@@ -137,9 +137,9 @@ def choose_strategy(
         query_len=query_len, key_len=key_len, ranks=ranks,
         query_heads=query_heads, kv_heads=kv_heads, head_size=head_size, bytes_per_second=bytes_per_second, gpu=gpu,
     )  # fmt: skip
-    able = [name for name in ("pass_q", "all_gather") if name != "all_gather" or _holds(key_len, kv_heads, head_size)]
+    able: list[StrategyName] = ["pass_q", "all_gather"] if _holds(key_len, kv_heads, head_size) else ["pass_q"]
     best = min(able, key=lambda name: found[name].seconds)
-    name = best if found[best].seconds < (1 - _GAIN) * found["ring"].seconds else "ring"
+    name: StrategyName = best if found[best].seconds < (1 - _GAIN) * found["ring"].seconds else "ring"
     figures = ", ".join(f"{name} {1e3 * found[name].seconds:.3g} ms" for name in ("ring", *able))
     return name, f"{figures} a layer; {_BECAUSE[name]}"
 

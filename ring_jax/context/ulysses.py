@@ -7,9 +7,11 @@ out), three backward, and one all-gather of the int32 bounds.
 Source: Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509; Fang and Zhao, USP, arXiv 2405.07719.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._mesh import Axis
 from ring_jax.context.ring import ring
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.flash.block import Block, attention_block
@@ -17,12 +19,16 @@ from ring_jax.flash.kv import seq_axis
 from ring_jax.flash.operands import Bounds, Partial
 
 
-def ulysses(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
+def ulysses(
+    block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
+) -> Partial:
     """(out in `Block.out_dtype`, float32 lse) of the local queries; bounds are of global key positions."""
     return _ulysses(block, shard, None, query, kv, bounds, carry)
 
 
-def ring_ulysses(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
+def ring_ulysses(
+    block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
+) -> Partial:
     """Ulysses over the inner of two mesh axes, ring over the outer."""
     assert isinstance(shard.axis, tuple)
     outer, inner = shard.axis
@@ -32,7 +38,15 @@ def ring_ulysses(block: Block, shard: Shard, query, kv, bounds: Bounds, carry: P
     return _ulysses(block, Shard(inner, inner_ranks, shard.layout, 0), ring_shard, query, kv, bounds, carry)
 
 
-def _ulysses(block: Block, heads: Shard, ring_shard: Shard | None, query, kv, bounds, carry) -> Partial:
+def _ulysses(
+    block: Block,
+    heads: Shard,
+    ring_shard: Shard | None,
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    carry: Partial | None,
+) -> Partial:
     check_heads(heads.axis, heads.ranks, query.shape[2], kv.shape[-2])
     to_heads = lambda x: seq_to_axis(x, heads, 2)  # noqa: E731
     to_seq = lambda x: axis_to_seq(x, heads, 2)  # noqa: E731
@@ -46,7 +60,7 @@ def _ulysses(block: Block, heads: Shard, ring_shard: Shard | None, query, kv, bo
     return to_seq(out.astype(block.out_dtype(query))), to_seq(lse)
 
 
-def check_heads(axis, ranks: int, query_heads: int, kv_heads: int) -> None:
+def check_heads(axis: Axis, ranks: int, query_heads: int, kv_heads: int) -> None:
     """Raises ValueError where heads cannot be split over the ranks."""
     if query_heads % ranks or kv_heads % ranks:
         raise ValueError(

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import check_array, check_instance, concrete, is_array, to_int32
 from ring_jax._vma import align
-from ring_jax.flash.backends import FixedMask, check_inputs, check_options, select, with_batch
+from ring_jax.flash.backends import FixedMask, Implementation, check_inputs, check_options, select, with_batch
 from ring_jax.flash.block import Block, attention_block
 from ring_jax.flash.kv import pack, pack_like
 from ring_jax.flash.merge import partial_dtype
@@ -27,7 +27,7 @@ def flash_attention(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     carry: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     deterministic: bool | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Attention of every query row over one interval of keys, resumed from a carry.
@@ -97,7 +97,7 @@ def flash_attention(
     return (out[0], lse[0]) if unbatched else (out, lse)
 
 
-def _fixed_mask(key_start, key_end, T: int, S: int) -> FixedMask | None:
+def _fixed_mask(key_start: Array, key_end: Array, T: int, S: int) -> FixedMask | None:
     """Which fixed mask the bounds are, where their values are known now."""
     start, end = concrete(key_start), concrete(key_end)
     if start is None or end is None or np.any(start > 0):
@@ -107,7 +107,7 @@ def _fixed_mask(key_start, key_end, T: int, S: int) -> FixedMask | None:
     return "causal" if np.all(np.minimum(end, S) == np.minimum(np.arange(1, T + 1), S)) else None
 
 
-def _check_bounds(key_start, key_end, B: int, T: int, S: int) -> None:
+def _check_bounds(key_start: Array, key_end: Array, B: int, T: int, S: int) -> None:
     for name, x in (("key_start", key_start), ("key_end", key_end)):
         check_array(name, x, kind="integer")
         if x.shape not in ((T,), (1, T), (B, T)):
@@ -121,7 +121,7 @@ def _check_bounds(key_start, key_end, B: int, T: int, S: int) -> None:
         _check_ascending("key_end", np.maximum(low, high))
 
 
-def _clipped(key_start, key_end, B: int, T: int, S: int):
+def _clipped(key_start: Array, key_end: Array, B: int, T: int, S: int) -> tuple[jax.Array, jax.Array]:
     """Bounds as int32 [B, T], 0 <= start <= end <= S."""
     start, end = (jnp.clip(jnp.asarray(to_int32(x)), 0, S) for x in (key_start, key_end))
     start, end = (jnp.broadcast_to(x if x.ndim == 2 else x[None], (B, T)) for x in (start, end))

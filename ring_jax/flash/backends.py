@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from ring_jax._checks import Sizes, check_array, check_choice, check_flag
 from ring_jax.flash import cudnn, reference, xla
@@ -34,6 +35,7 @@ from ring_jax.flash.hopper import backward_launch, forward_launch, support
 from ring_jax.flash.operands import BlockOptions, Partial
 
 FixedMask = Literal["full", "causal"]
+Implementation = Literal["reference", "xla", "mosaic", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Backend:
     can_split_heads: Callable[[jax.Array, jax.Array], bool] = lambda query, kv: False
 
 
-def _plain(name: str, forward: Callable, backward: Callable, **properties: Any) -> Backend:
+def _plain(
+    name: str, forward: Callable[..., Partial], backward: Callable[..., tuple[jax.Array, jax.Array]], **properties: Any
+) -> Backend:
     """A backend of functions that compute one plain block."""
     return Backend(name, complete_forward(forward), complete_backward(backward), **properties)
 
@@ -70,7 +74,7 @@ def _cudnn(fixed_mask: FixedMask) -> Backend:
 # The same kernel for each mask that it knows.
 CUDNN: dict[str, Backend] = {"full": _cudnn("full"), "causal": _cudnn("causal")}
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[Implementation, Backend] = {
     "reference": _plain("reference", reference.forward, reference.backward),
     "xla": _plain("xla", xla.forward, xla.backward),
     "mosaic": Backend(
@@ -85,11 +89,11 @@ BACKENDS: dict[str, Backend] = {
 }
 
 # What implementation=None tries, best first; the last runs anything.
-PREFERENCE = ("mosaic", "cudnn", "xla")
+PREFERENCE: tuple[Implementation, ...] = ("mosaic", "cudnn", "xla")
 
 
 def unsupported_reason(
-    name: str, query: Any, kv: Any, options: BlockOptions, fixed_mask: FixedMask | None = None
+    name: Implementation, query: Any, kv: Any, options: BlockOptions, fixed_mask: FixedMask | None = None
 ) -> str | None:
     """Why the backend `name` cannot run these inputs under such a mask here, or None; arguments as in `select`."""
     backend = BACKENDS[name]
@@ -105,7 +109,11 @@ def unsupported_reason(
 
 
 def select(
-    implementation: str | None, query: Any, kv: Any, options: BlockOptions, fixed_mask: FixedMask | None = None
+    implementation: Implementation | None,
+    query: Any,
+    kv: Any,
+    options: BlockOptions,
+    fixed_mask: FixedMask | None = None,
 ) -> Backend:
     """The backend that `implementation` names, or the best that runs here for None.
 
@@ -127,11 +135,12 @@ def select(
         raise NotImplementedError(
             f"implementation={implementation!r} cannot run here: {reason}. None lets ring_jax choose"
         )
+    assert implementation is not None
     backend = BACKENDS[implementation]
     return backend if backend.fixed_mask is None or fixed_mask is None else CUDNN[fixed_mask]
 
 
-def with_batch(query, key, value):
+def with_batch(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array, bool]:
     """(query, key, value, whether they lacked it) with a batch axis, which all three or none may lack, as in jax.nn."""
     if all(getattr(x, "ndim", None) == 3 for x in (query, key, value)):
         return query[None], key[None], value[None], True
@@ -141,7 +150,7 @@ def with_batch(query, key, value):
 _DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
 
 
-def check_inputs(query, key, value) -> None:
+def check_inputs(query: Array, key: Array, value: Array) -> None:
     """Shapes and dtypes that every attention call shares.
 
     Raises:
@@ -163,7 +172,7 @@ def check_inputs(query, key, value) -> None:
         raise ValueError(f"query, key must have a head size of at least 1, got {query.shape}")
 
 
-def check_options(implementation, deterministic) -> None:
+def check_options(implementation: Any, deterministic: Any) -> None:
     """Raises unless these name a backend and say which gradients; None leaves the choice to us."""
     check_choice("implementation", implementation, sorted(BACKENDS), optional=True)
     check_flag("deterministic", deterministic, optional=True)

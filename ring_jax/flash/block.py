@@ -20,6 +20,9 @@ from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
 
 OUT_NAME, LSE_NAME = "ring_jax_out", "ring_jax_lse"
 
+# What the derivative rule keeps: query, kv, bounds, carry, out, lse.
+_Saved = tuple[jax.Array, jax.Array, Bounds, Partial | None, jax.Array, jax.Array]
+
 
 @dataclass(frozen=True)
 class Block:
@@ -52,16 +55,22 @@ def differentiable(
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-    def attend(block: Block, place: Any, query, kv, bounds: Bounds, carry: Partial | None) -> Partial:
+    def attend(
+        block: Block, place: Any, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
+    ) -> Partial:
         return forward(block, place, query, kv, bounds, carry)
 
-    def rule(block, place, query, kv, bounds, carry):
+    def rule(
+        block: Block, place: Any, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
+    ) -> tuple[Partial, _Saved]:
         # Named in the rule: inside the primal function of a custom VJP, remat policies do not see the names.
         out, lse = forward(block, place, query, kv, bounds, carry)
         out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
         return (out, lse), (query, kv, bounds, carry, out, lse)
 
-    def pull(block, place, saved, cotangents):
+    def pull(
+        block: Block, place: Any, saved: _Saved, cotangents: Partial
+    ) -> tuple[jax.Array, jax.Array, None, Partial | None]:
         query, kv, bounds, carry, out, lse = saved
         if tie == "kv":
             kv, cotangents = lax.optimization_barrier((kv, cotangents))
@@ -86,11 +95,15 @@ def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
     return jnp.sum(dout.astype(dlse.dtype) * out.astype(dlse.dtype), axis=-1) - dlse
 
 
-def _forward(block: Block, place: None, query, kv, bounds, carry):
+def _forward(
+    block: Block, place: None, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
+) -> Partial:
     return block.backend.forward(query, kv, bounds, carry, block.options)
 
 
-def _gradients(block: Block, place: None, query, kv, bounds, rows):
+def _gradients(
+    block: Block, place: None, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
+) -> tuple[jax.Array, jax.Array]:
     return block.backend.backward(query, kv, bounds, rows, block.options)
 
 

@@ -11,11 +11,13 @@ just that row sum, O' = delta dO / |dO|^2. Rounding O' costs delta no more than 
 Partial results come out of cuDNN in the input's dtype, so a ring of C hops rounds C times: 4e-3 in bfloat16.
 """
 
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from ring_jax._device import target
 from ring_jax._vma import pcast_to, varying_axes
@@ -55,7 +57,14 @@ def _device_reason(head_size: int) -> str | None:
 
 
 def forward(
-    query, kv, bounds: Bounds, carry: Partial | None, options: BlockOptions, *, causal: bool, out_dtype=None
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    carry: Partial | None,
+    options: BlockOptions,
+    *,
+    causal: bool,
+    out_dtype: DTypeLike | None = None,
 ) -> Partial:
     """See `flash.backends`; the bounds must say what `causal` says."""
     axes = varying_axes(query, kv, bounds, carry)
@@ -69,7 +78,7 @@ def forward(
 
 
 def backward(
-    query, kv, bounds: Bounds, rows: RowGradients, options: BlockOptions, *, causal: bool
+    query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, options: BlockOptions, *, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """See `flash.backends`; the bounds must say what `causal` says."""
     axes = varying_axes(query, kv, bounds, rows)
@@ -91,7 +100,7 @@ def with_row_sum(dout: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Arra
     return wide.astype(dout.dtype), (wide * (delta[..., None] / square)).astype(dout.dtype)
 
 
-def _primitives():
+def _primitives() -> ModuleType:
     # Private to jax, so imported only where it is used.
     from jax._src.cudnn import fused_attention_stablehlo
 
@@ -115,18 +124,28 @@ def _options(scale: float, causal: bool) -> dict[str, Any]:
     return options
 
 
-def _unused(query):
+def _unused(query: jax.Array) -> tuple[jax.Array, ...]:
     return (jnp.zeros(0, query.dtype),) * 7  # bias, lengths, offsets, page tables
 
 
-def _attend(query, key, value, *, scale, causal):
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, causal: bool) -> list[jax.Array]:
     """(out [B, T, N, H], lse [B, N, T] float32)."""
     return _primitives()._dot_product_attention_fwd_p.bind(
         query, key, value, *_unused(query), **_options(scale, causal), is_training=True
     )
 
 
-def _pull(query, key, value, lse, out, dout, *, scale, causal):
+def _pull(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lse: jax.Array,
+    out: jax.Array,
+    dout: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+) -> list[jax.Array]:
     """(dq, dk, dv) in the input's dtype."""
     return _primitives()._dot_product_attention_bwd_p.bind(
         query, key, value, *_unused(query), lse, out, dout, **_options(scale, causal)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash import kv_segments
@@ -23,8 +24,8 @@ def complete_forward(one: Callable[..., Partial]) -> Callable[..., Partial]:
     """`one(query, kv, bounds, carry, options, out_dtype=)` as the forward function of a backend."""
 
     def forward(
-        query,
-        kv,
+        query: jax.Array,
+        kv: jax.Array,
         bounds: Bounds,
         carry: Partial | None,
         options: BlockOptions,
@@ -33,7 +34,9 @@ def complete_forward(one: Callable[..., Partial]) -> Callable[..., Partial]:
         heads: HeadSlice | None = None,
         into: Partial | None = None,
     ) -> Partial:
-        def plain(query, kv, bounds, carry, out_dtype):
+        def plain(
+            query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None, out_dtype: DTypeLike | None
+        ) -> Partial:
             return one(query, kv, bounds, carry, options, out_dtype=out_dtype)
 
         run = plain if bounds.start.ndim == 2 else lambda *x: kv_segments.forward(plain, *x)
@@ -54,8 +57,8 @@ def complete_backward(one: Callable[..., Partial]) -> Callable[..., Partial]:
     """`one(query, kv, bounds, rows, options)` as the backward function of a backend."""
 
     def backward(
-        query,
-        kv,
+        query: jax.Array,
+        kv: jax.Array,
         bounds: Bounds,
         rows: RowGradients,
         options: BlockOptions,
@@ -63,7 +66,9 @@ def complete_backward(one: Callable[..., Partial]) -> Callable[..., Partial]:
         dq: jax.Array | None = None,
         heads: HeadSlice | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        def plain(query, kv, bounds, rows, dq):
+        def plain(
+            query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, dq: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array]:
             part, dkv = one(query, kv, bounds, rows, options)
             return part if dq is None else dq + part, dkv
 

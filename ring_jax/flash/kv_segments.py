@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.kv import fold_segments, value_size
@@ -19,7 +20,14 @@ from ring_jax.flash.operands import Bounds, Partial, RowGradients
 _UNROLLED = 2
 
 
-def forward(one: Callable[..., Partial], query, kv, bounds: Bounds, carry: Partial | None, out_dtype=None) -> Partial:
+def forward(
+    one: Callable[..., Partial],
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    carry: Partial | None,
+    out_dtype: DTypeLike | None = None,
+) -> Partial:
     """(out, lse) over all segments; one(query, kv, bounds, carry, out_dtype) is the block on one of them."""
     start, end = bounds
     segments = start.shape[0]
@@ -34,7 +42,7 @@ def forward(one: Callable[..., Partial], query, kv, bounds: Bounds, carry: Parti
         size = value_size(fold_segments(kv, bounds)[0], query.shape[-1])
         carry = jnp.zeros((*rows, size), dtype), jnp.full(rows, -jnp.inf, dtype)
 
-    def step(carry, segment):
+    def step(carry: Partial, segment: tuple[jax.Array, Bounds]) -> tuple[Partial, None]:
         return one(query, *segment, carry, None), None
 
     carry = pcast_to(carry, varying_axes(query, kv, start, end, carry))
@@ -43,7 +51,12 @@ def forward(one: Callable[..., Partial], query, kv, bounds: Bounds, carry: Parti
 
 
 def backward(
-    one: Callable[..., Partial], query, kv, bounds: Bounds, rows: RowGradients, dq: jax.Array | None = None
+    one: Callable[..., Partial],
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    rows: RowGradients,
+    dq: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(dq, dkv): the sum over the segments and `dq`, and the segments' own, stacked like kv.
 

@@ -8,12 +8,13 @@ sum of exponentials, -inf where none was seen. Two partials over disjoint keys m
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ring_jax._checks import check_array
 
 
-def partial_dtype(dtype) -> jnp.dtype:
+def partial_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Dtype of partial results and products of inputs of `dtype`: float32, float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 

@@ -31,7 +31,9 @@ class BlockOptions:
     deterministic: bool | None = None
 
     @classmethod
-    def of_call(cls, head_size: int, scale, logits_soft_cap, deterministic) -> "BlockOptions":
+    def of_call(
+        cls, head_size: int, scale: float | None, logits_soft_cap: float | None, deterministic: bool | None
+    ) -> "BlockOptions":
         """From the arguments of a public call, checked; `scale` is head_size ** -0.5 by default."""
         in_query = "multiply a traced scale into the query instead"
         scale = head_size**-0.5 if scale is None else check_number("scale", scale, advice=in_query)

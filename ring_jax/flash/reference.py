@@ -8,6 +8,7 @@ reference gradients too; `backward` is the block rule that a ring needs, from th
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ring_jax.flash.kv import pack, unpack
 from ring_jax.flash.merge import merge_partials, partial_dtype
@@ -16,7 +17,7 @@ from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _logits(query, key, bounds: Bounds, options: BlockOptions):
+def _logits(query: jax.Array, key: jax.Array, bounds: Bounds, options: BlockOptions) -> tuple[jax.Array, jax.Array]:
     """Masked logits [B, K, G, T, S], and what the soft cap's derivative needs."""
     dtype = partial_dtype(query.dtype)
     B, T, N, H = query.shape
@@ -30,12 +31,20 @@ def _logits(query, key, bounds: Bounds, options: BlockOptions):
     return logits, visible[:, None, None]
 
 
-def _heads_last(x_bkgt):
+def _heads_last(x_bkgt: jax.Array) -> jax.Array:
     B, K, G, T = x_bkgt.shape
     return jnp.moveaxis(x_bkgt, 3, 1).reshape(B, T, K * G)
 
 
-def forward(query, kv, bounds: Bounds, carry: Partial | None, options: BlockOptions, *, out_dtype=None) -> Partial:
+def forward(
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    carry: Partial | None,
+    options: BlockOptions,
+    *,
+    out_dtype: DTypeLike | None = None,
+) -> Partial:
     """One block, see `ring_jax.flash_attention`. kv is packed."""
     key, value = unpack(kv, query.shape[-1])
     logits, visible = _logits(query, key, bounds, options)
@@ -52,14 +61,16 @@ def forward(query, kv, bounds: Bounds, carry: Partial | None, options: BlockOpti
     return out.astype(out_dtype or out.dtype), lse
 
 
-def backward(query, kv, bounds: Bounds, rows: RowGradients, options: BlockOptions) -> tuple[jax.Array, jax.Array]:
+def backward(
+    query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, options: BlockOptions
+) -> tuple[jax.Array, jax.Array]:
     """Gradients of one block from the final LSE and delta = rowsum(dO . O) - dLSE; see `flash.backends`."""
     key, value = unpack(kv, query.shape[-1])
     s, visible = _logits(query, key, bounds, options)
     B, T, N, H = query.shape
     K = key.shape[2]
 
-    def rows_of(x_btn):
+    def rows_of(x_btn: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_btn.reshape(B, T, K, N // K), 1, 3)[..., None]
 
     lse, delta = rows_of(rows.lse), rows_of(rows.delta)

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.kv import pack, seq_axis, unpack, value_size
@@ -23,12 +24,12 @@ _BLOCK_Q = 512
 _BLOCK_K = 512
 
 
-def _precision(dtype):
+def _precision(dtype: DTypeLike) -> lax.Precision:
     # float32 inputs deserve float32 products (GPUs would use TF32); 16-bit inputs are exact in one pass.
     return lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else lax.Precision.DEFAULT
 
 
-def _tiles(x, block, axis=1):
+def _tiles(x: jax.Array, block: int, axis: int = 1) -> jax.Array:
     """[B, T, ...] -> [T/block, B, block, ...], padded with zeros."""
     pad = -x.shape[axis] % block
     x = jnp.pad(x, [(0, pad if a == axis else 0) for a in range(x.ndim)])
@@ -36,18 +37,18 @@ def _tiles(x, block, axis=1):
     return jnp.moveaxis(x, axis, 0)
 
 
-def _untile(x, length):
+def _untile(x: jax.Array, length: int) -> jax.Array:
     """Inverse of `_tiles` for axis 1."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _pad_keys(kv, block):
+def _pad_keys(kv: jax.Array, block: int) -> jax.Array:
     axis = seq_axis(kv)
     return jnp.pad(kv, [(0, -kv.shape[axis] % block if a == axis else 0) for a in range(kv.ndim)])
 
 
-def _key_tiles(bounds: Bounds, block, length):
+def _key_tiles(bounds: Bounds, block: int, length: int) -> tuple[jax.Array, jax.Array]:
     """[first, last) key tile that any non-empty row of a query tile sees."""
     some = bounds.start < bounds.end
     first = jnp.min(jnp.where(some, bounds.start, length)) // block
@@ -55,7 +56,14 @@ def _key_tiles(bounds: Bounds, block, length):
     return first, last
 
 
-def _logits(q_btkgh, k_bskh, bounds: Bounds, offset, options: BlockOptions, acc_dtype):
+def _logits(
+    q_btkgh: jax.Array,
+    k_bskh: jax.Array,
+    bounds: Bounds,
+    offset: jax.Array | int,
+    options: BlockOptions,
+    acc_dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
     """Scaled, capped logits [B, K, G, T, S] of one tile and their visibility."""
     s = jnp.einsum(
         "btkgh,bskh->bkgts", q_btkgh, k_bskh, precision=_precision(q_btkgh.dtype), preferred_element_type=acc_dtype
@@ -68,23 +76,31 @@ def _logits(q_btkgh, k_bskh, bounds: Bounds, offset, options: BlockOptions, acc_
     return s, visible[:, None, None]
 
 
-def _rows(x_btn, K):
+def _rows(x_btn: jax.Array, K: int) -> jax.Array:
     """[B, T, N] -> [B, K, G, T, 1], to stand beside logits."""
     B, T, N = x_btn.shape
     return jnp.moveaxis(x_btn.reshape(B, T, K, N // K), 1, 3)[..., None]
 
 
-def _split_heads(x_btnh, K):
+def _split_heads(x_btnh: jax.Array, K: int) -> jax.Array:
     B, T, N, H = x_btnh.shape
     return x_btnh.reshape(B, T, K, N // K, H)
 
 
-def _merge_heads(x_bkgth):
+def _merge_heads(x_bkgth: jax.Array) -> jax.Array:
     B, K, G, T, H = x_bkgth.shape
     return jnp.moveaxis(x_bkgth, 3, 1).reshape(B, T, K * G, H)
 
 
-def forward(query, kv, bounds: Bounds, carry: Partial | None, options: BlockOptions, *, out_dtype=None) -> Partial:
+def forward(
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    carry: Partial | None,
+    options: BlockOptions,
+    *,
+    out_dtype: DTypeLike | None = None,
+) -> Partial:
     """One block, see `ring_jax.flash_attention`. kv is packed."""
     B, T, N, H = query.shape
     K, Hv = kv.shape[-2], value_size(kv, H)
@@ -96,7 +112,7 @@ def forward(query, kv, bounds: Bounds, carry: Partial | None, options: BlockOpti
     if carry is None:
         carry = (jnp.zeros((B, T, N, Hv), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
 
-    def q_tile(_, tile):
+    def q_tile(_: None, tile: tuple[jax.Array, Bounds, Partial]) -> tuple[None, Partial]:
         q, bounds, (out_in, lse_in) = tile
         q_btkgh = _split_heads(q, K)
         empty = jnp.isneginf(lse_in)
@@ -104,7 +120,9 @@ def forward(query, kv, bounds: Bounds, carry: Partial | None, options: BlockOpti
         l = _rows(jnp.where(empty, 0, 1).astype(acc_dtype), K)
         acc = jnp.moveaxis(_split_heads(out_in, K), 1, 3)
 
-        def k_tile(j, state):
+        def k_tile(
+            j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             m, l, acc = state
             k, v = unpack(lax.dynamic_slice_in_dim(kv, j * bk, bk, seq_axis(kv)), H)
             s, visible = _logits(q_btkgh, k, bounds, j * bk, options, acc_dtype)
@@ -133,7 +151,9 @@ def forward(query, kv, bounds: Bounds, carry: Partial | None, options: BlockOpti
     return _untile(out, T), _untile(lse, T)
 
 
-def backward(query, kv, bounds: Bounds, rows: RowGradients, options: BlockOptions) -> tuple[jax.Array, jax.Array]:
+def backward(
+    query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, options: BlockOptions
+) -> tuple[jax.Array, jax.Array]:
     """Gradients of one block from the final LSE and delta = rowsum(dO . O) - dLSE; see `flash.backends`."""
     B, T, N, H = query.shape
     K = kv.shape[-2]
@@ -145,12 +165,12 @@ def backward(query, kv, bounds: Bounds, rows: RowGradients, options: BlockOption
     axes = varying_axes(query, kv, bounds, rows)
     einsum = functools.partial(jnp.einsum, precision=_precision(query.dtype), preferred_element_type=acc_dtype)
 
-    def q_tile(dkv, tile):
+    def q_tile(dkv: jax.Array, tile: tuple[jax.Array, Bounds, RowGradients]) -> tuple[jax.Array, jax.Array]:
         q, bounds, (lse, delta, do) = tile
         q_btkgh, do_btkgh = _split_heads(q, K), _split_heads(do.astype(q.dtype), K)
         lse, delta = _rows(jnp.where(jnp.isneginf(lse), 0, lse), K), _rows(delta, K)
 
-        def k_tile(j, state):
+        def k_tile(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             dq, dkv = state
             k, v = unpack(lax.dynamic_slice_in_dim(kv_padded, j * bk, bk, axis), H)
             s, visible = _logits(q_btkgh, k, bounds, j * bk, options, acc_dtype)

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from ring_jax._checks import Sizes, check_array
 from ring_jax.mask import check_segment_ids
 
 
-def state_dtype(*arrays: jax.Array) -> jnp.dtype:
+def state_dtype(*arrays: Array) -> jnp.dtype:
     """The dtype of states and of all arithmetic: float64 if any array is float64, else float32."""
     wide = any(x.dtype == jnp.float64 for x in arrays)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)

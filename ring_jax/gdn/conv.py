@@ -81,13 +81,15 @@ def convolve_buffer(buffer, weight, ids=None, segment_ids=None):
     `segment_ids` [B, T] say which outputs are padding (where a tail may stand in the buffer)."""
     width = weight.shape[0]
     time = buffer.shape[1] - width + 1
-    total, dtype = None, state_dtype(buffer, weight)
+    total: Array | None = None
+    dtype = state_dtype(buffer, weight)
     for j in range(width):
         term = buffer[:, j : j + time].astype(dtype) * weight[j].astype(dtype)[None, None]
         if ids is not None:
             same = (ids[:, j : j + time] == ids[:, width - 1 :]) & (segment_ids >= 0)
             term = jnp.where(same[..., None], term, 0)
         total = term if total is None else total + term
+    assert total is not None
     return total.astype(buffer.dtype)
 
 

@@ -156,7 +156,7 @@ def rule_over_ranks(
 
     local = _Run(_Rule(implementation, scale), context, way, seq_len)
     args = (None, operands, initial_state, segment_ids)
-    if manual:
+    if mesh is None:
         return local(*args)
     tokens = P(context.batch_axis, context.axis, context.head_axis)
     state, ids = P(context.batch_axis, context.head_axis), P(context.batch_axis, context.axis)

@@ -14,7 +14,9 @@ from ring_jax import _repr
 from ring_jax._checks import check_array, check_count, check_flag, check_instance, check_number
 from ring_jax.context import ContextParallel, ring_attention
 from ring_jax.context.attention import check_divides, check_options
+from ring_jax.context.strategies import StrategyName
 from ring_jax.flash import flash_attention
+from ring_jax.flash.backends import Implementation
 from ring_jax.mask import Mask, ResolvedMask, causal, check_covers, local_window
 from ring_jax.nn.placement import place_parameters
 from ring_jax.nn.projections import check_projections
@@ -85,14 +87,14 @@ class Attention(nnx.Module):
         output_gate: bool = False,
         use_bias: bool = False,
         context: ContextParallel | None = None,
-        strategy: str | None = None,
-        implementation: str | None = None,
+        strategy: StrategyName | None = None,
+        implementation: Implementation | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: Any = None,
         kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         check_count("features", features, 1)
         check_count("num_heads", num_heads, 1)
         num_kv_heads = num_heads if num_kv_heads is None else check_count("num_kv_heads", num_kv_heads, 1)

@@ -264,7 +264,7 @@ class _Layer:
 
     graph: Any
 
-    def __call__(self, state, x, cache, partition):
+    def __call__(self, state: Any, x: Array, cache: GDNCache | None, partition: Partition) -> tuple[Array, GDNCache]:
         return nnx.merge(self.graph, state)._apply(x, cache, partition)
 
 

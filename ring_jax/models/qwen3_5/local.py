@@ -187,7 +187,7 @@ class Prompt(Local):
     mask: ResolvedMask | tuple[jax.Array, jax.Array]
     segment_ids: jax.Array | None
     partition: gdn.Partition
-    implementation: str | None
+    implementation: Any
 
     def attend(self, query, key, value, cache: None) -> tuple[jax.Array, jax.Array]:
         """(out, packed key and value to cache), each for the tokens here."""
