@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+# What has a shape and a dtype, and perhaps no values.
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
 
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is >= n."""

@@ -70,7 +70,7 @@ def experts(tokens: int) -> tuple[Iterable[str], Callable[[str, str], list[Any]]
         _exact(random.standard_normal(s) / 8) for s in ((count, width, 2, features), (count, features, width))
     )
 
-    def run(name: str, dtype: str) -> list[Any]:
+    def run(name: Any, dtype: str) -> list[Any]:
         cast = [w.astype(dtype) for w in (x, router, gate_up, down)]
         call = lambda x, *weights: moe(x, MoEWeights(*weights), top_k=count, implementation=name)[0]  # noqa: E731
         return [jax.jit(call)(*cast)]

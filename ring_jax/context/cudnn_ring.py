@@ -18,7 +18,7 @@ from ring_jax.flash.backends import CUDNN
 from ring_jax.flash.block import Block
 from ring_jax.flash.kv import seq_axis
 from ring_jax.flash.merge import merge_partials
-from ring_jax.flash.operands import Bounds, Partial, RowGradients
+from ring_jax.flash.operands import Bounds, Gradients, Partial, RowGradients
 from ring_jax.layout import Contiguous, Index, Layout, Zigzag
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def backward(
     rows: RowGradients,
     source: Index,
     own: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> Gradients:
     """(dq, dkv) of one hop."""
     if own:
         return block.backend.backward(query, kv, bounds, rows, block.options)

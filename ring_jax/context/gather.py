@@ -22,7 +22,7 @@ from ring_jax import _hardware
 from ring_jax.context.shard import Shard
 from ring_jax.flash.block import Block, differentiable
 from ring_jax.flash.kv import HeadSlice, halve_heads, seq_axis
-from ring_jax.flash.operands import Bounds, Partial, RowGradients
+from ring_jax.flash.operands import Bounds, Gradients, Partial, RowGradients
 
 T = TypeVar("T")
 Slices = list[tuple[HeadSlice | None, jax.Array]]  # of kv by heads; None: all of them
@@ -86,7 +86,7 @@ def _forward(
 
 def _gradients(
     block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
-) -> tuple[jax.Array, jax.Array]:
+) -> Gradients:
     """dq and dkv, float32. The rank's own keys come at both ends if they can be halved, else last: to sum what belongs to the
     others takes twice as long as to gather their keys."""
     backward, options = block.backend.backward, block.options

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ring_jax.context.shard import Shard, rotate
 from ring_jax.flash.block import Block, differentiable
 from ring_jax.flash.merge import merge_partials
-from ring_jax.flash.operands import Bounds, Partial, RowGradients
+from ring_jax.flash.operands import Bounds, Gradients, Partial, RowGradients
 from ring_jax.layout import Index
 
 
@@ -51,7 +51,7 @@ def _forward(
 
 def _gradients(
     block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
-) -> tuple[jax.Array, jax.Array]:
+) -> Gradients:
     head_size = query.shape[-1]
 
     def hop(

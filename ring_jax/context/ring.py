@@ -18,7 +18,7 @@ from ring_jax.context import cudnn_ring
 from ring_jax.context.shard import Shard, rotate
 from ring_jax.flash.block import Block, differentiable
 from ring_jax.flash.kv import halve_heads
-from ring_jax.flash.operands import Bounds, Partial, RowGradients
+from ring_jax.flash.operands import Bounds, Gradients, Partial, RowGradients
 from ring_jax.layout import Index
 
 
@@ -43,7 +43,7 @@ def _forward(
 
 def _gradients(
     block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
-) -> tuple[jax.Array, jax.Array]:
+) -> Gradients:
     in_halves = block.backend.fixed_mask == "causal"
     both_ends = shard.ranks > 1 and block.backend.can_split_heads(query, kv)
 

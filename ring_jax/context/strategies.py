@@ -11,8 +11,9 @@ gradient function. To add one: write that function, register it in
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
+from ring_jax._arrays import Shaped
 from ring_jax._checks import check_choice
 from ring_jax._hardware import HOPPER, Hardware
 from ring_jax._mesh import Axis
@@ -68,8 +69,8 @@ def choose(
     strategy: StrategyName,
     implementation: Implementation | None,
     keys: Shard,
-    query: Any,
-    kv: Any,
+    query: Shaped,
+    kv: Shaped,
     options: BlockOptions,
     fixed_mask: FixedMask | None = None,
 ) -> Choice:
@@ -95,7 +96,7 @@ def choose(
     return Choice(strategy, Block(backend, options), f"{strategy}: {reason}; block {backend.name}")
 
 
-def _block_mask(strategy: StrategyName, keys: Shard, query: Any, fixed_mask: FixedMask | None) -> FixedMask | None:
+def _block_mask(strategy: StrategyName, keys: Shard, query: Shaped, fixed_mask: FixedMask | None) -> FixedMask | None:
     """The mask that every block of a strategy sees, where the whole call's is `fixed_mask`."""
     if fixed_mask != "causal":
         return fixed_mask

@@ -28,11 +28,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ring_jax._arrays import Shaped
 from ring_jax._checks import Sizes, check_array, check_choice, check_flag
 from ring_jax.flash import cudnn, reference, xla
 from ring_jax.flash.fallbacks import complete_backward, complete_forward
 from ring_jax.flash.hopper import backward_launch, forward_launch, support
-from ring_jax.flash.operands import BlockOptions, Partial
+from ring_jax.flash.operands import BlockOptions, Gradients, Partial
 
 FixedMask = Literal["full", "causal"]
 Implementation = Literal["reference", "xla", "mosaic", "cudnn"]
@@ -42,12 +43,12 @@ Implementation = Literal["reference", "xla", "mosaic", "cudnn"]
 class Backend:
     name: str
     forward: Callable[..., Partial]
-    backward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., Gradients]
     # Rings of up to this many ranks are unrolled. A kernel is one small op, so unrolling is cheap and lets XLA overlap
     # freely; a block made of XLA loops is large to compile, and CPUs keep all hops' buffers when they are unrolled.
     unroll: int = 2
     # Why it cannot run these inputs here, or None. Takes (query, kv, options).
-    unsupported_reason: Callable[[Any, Any, BlockOptions], str | None] = lambda query, kv, options: None
+    unsupported_reason: Callable[[Shaped, Shaped, BlockOptions], str | None] = lambda query, kv, options: None
     # The mask that it takes the bounds to be ("causal": from the first position), or None where it reads them.
     fixed_mask: FixedMask | None = None
     # Whether gradients repeat bit by bit, if that is asked for.
@@ -57,7 +58,7 @@ class Backend:
 
 
 def _plain(
-    name: str, forward: Callable[..., Partial], backward: Callable[..., tuple[jax.Array, jax.Array]], **properties: Any
+    name: str, forward: Callable[..., Partial], backward: Callable[..., Gradients], **properties: Any
 ) -> Backend:
     """A backend of functions that compute one plain block."""
     return Backend(name, complete_forward(forward), complete_backward(backward), **properties)
@@ -93,7 +94,7 @@ PREFERENCE: tuple[Implementation, ...] = ("mosaic", "cudnn", "xla")
 
 
 def unsupported_reason(
-    name: Implementation, query: Any, kv: Any, options: BlockOptions, fixed_mask: FixedMask | None = None
+    name: Implementation, query: Shaped, kv: Shaped, options: BlockOptions, fixed_mask: FixedMask | None = None
 ) -> str | None:
     """Why the backend `name` cannot run these inputs under such a mask here, or None; arguments as in `select`."""
     backend = BACKENDS[name]
@@ -110,8 +111,8 @@ def unsupported_reason(
 
 def select(
     implementation: Implementation | None,
-    query: Any,
-    kv: Any,
+    query: Shaped,
+    kv: Shaped,
     options: BlockOptions,
     fixed_mask: FixedMask | None = None,
 ) -> Backend:

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ring_jax.flash.backends import Backend
 from ring_jax.flash.merge import carry_gradient, partial_dtype
-from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
+from ring_jax.flash.operands import BlockOptions, Bounds, Gradients, Partial, RowGradients
 
 OUT_NAME, LSE_NAME = "ring_jax_out", "ring_jax_lse"
 
@@ -43,7 +43,7 @@ class Block:
 
 
 def differentiable(
-    forward: Callable[..., Partial], gradients: Callable[..., Partial], *, tie: Literal["query", "kv"] | None = None
+    forward: Callable[..., Partial], gradients: Callable[..., Gradients], *, tie: Literal["query", "kv"] | None = None
 ) -> Callable[..., Partial]:
     """attend(block, place, query, kv, bounds, carry) -> (out, lse), from its two halves.
 
@@ -103,7 +103,7 @@ def _forward(
 
 def _gradients(
     block: Block, place: None, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
-) -> tuple[jax.Array, jax.Array]:
+) -> Gradients:
     return block.backend.backward(query, kv, bounds, rows, block.options)
 
 

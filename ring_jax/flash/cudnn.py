@@ -19,18 +19,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from ring_jax._arrays import Shaped
 from ring_jax._device import target
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.kv import pack, unpack
 from ring_jax.flash.merge import merge_partials
-from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
+from ring_jax.flash.operands import BlockOptions, Bounds, Gradients, Partial, RowGradients
 
 # Stands for dO where dO is zero and delta is not: so small that dP and dV do not notice.
 _TINY = 2.0**-60
 _BTNH = 0
 
 
-def unsupported_reason(query: Any, kv: Any, options: BlockOptions) -> str | None:
+def unsupported_reason(query: Shaped, kv: Shaped, options: BlockOptions) -> str | None:
     """Why cuDNN cannot run these inputs here, or None."""
     if options.logits_soft_cap is not None:
         return "cuDNN has no soft cap for logits"
@@ -79,7 +80,7 @@ def forward(
 
 def backward(
     query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, options: BlockOptions, *, causal: bool
-) -> tuple[jax.Array, jax.Array]:
+) -> Gradients:
     """See `flash.backends`; the bounds must say what `causal` says."""
     axes = varying_axes(query, kv, bounds, rows)
     key, value = unpack(kv, query.shape[-1])

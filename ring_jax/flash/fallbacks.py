@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash import kv_segments
 from ring_jax.flash.kv import HeadSlice
-from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
+from ring_jax.flash.operands import BlockOptions, Bounds, Gradients, Partial, RowGradients
 
 
 def complete_forward(one: Callable[..., Partial]) -> Callable[..., Partial]:
@@ -53,7 +53,7 @@ def complete_forward(one: Callable[..., Partial]) -> Callable[..., Partial]:
     return forward
 
 
-def complete_backward(one: Callable[..., Partial]) -> Callable[..., Partial]:
+def complete_backward(one: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """`one(query, kv, bounds, rows, options)` as the backward function of a backend."""
 
     def backward(
@@ -65,7 +65,7 @@ def complete_backward(one: Callable[..., Partial]) -> Callable[..., Partial]:
         *,
         dq: jax.Array | None = None,
         heads: HeadSlice | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Gradients:
         def plain(
             query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, dq: jax.Array | None
         ) -> tuple[jax.Array, jax.Array]:

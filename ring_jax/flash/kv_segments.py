@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.kv import fold_segments, value_size
 from ring_jax.flash.merge import partial_dtype
-from ring_jax.flash.operands import Bounds, Partial, RowGradients
+from ring_jax.flash.operands import Bounds, Gradients, Partial, RowGradients
 
 _UNROLLED = 2
 
@@ -51,13 +51,13 @@ def forward(
 
 
 def backward(
-    one: Callable[..., Partial],
+    one: Callable[..., Gradients],
     query: jax.Array,
     kv: jax.Array,
     bounds: Bounds,
     rows: RowGradients,
     dq: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> Gradients:
     """(dq, dkv): the sum over the segments and `dq`, and the segments' own, stacked like kv.
 
     one(query, kv, bounds, rows, dq) gives those of one segment.

@@ -10,9 +10,10 @@ import jax
 
 from ring_jax._checks import check_flag, check_number
 
-Partial = tuple[
-    jax.Array, jax.Array
-]  # (out, lse): attention to some of the keys, which a block resumes or a merge joins
+# (out, lse): attention to some of the keys, which a block resumes or a merge joins.
+Partial = tuple[jax.Array, jax.Array]
+# (dq, dkv), float32.
+Gradients = tuple[jax.Array, jax.Array]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from ring_jax.flash.kv import pack, unpack
 from ring_jax.flash.merge import merge_partials, partial_dtype
-from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
+from ring_jax.flash.operands import BlockOptions, Bounds, Gradients, Partial, RowGradients
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -61,9 +61,7 @@ def forward(
     return out.astype(out_dtype or out.dtype), lse
 
 
-def backward(
-    query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, options: BlockOptions
-) -> tuple[jax.Array, jax.Array]:
+def backward(query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, options: BlockOptions) -> Gradients:
     """Gradients of one block from the final LSE and delta = rowsum(dO . O) - dLSE; see `flash.backends`."""
     key, value = unpack(kv, query.shape[-1])
     s, visible = _logits(query, key, bounds, options)

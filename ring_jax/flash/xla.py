@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.kv import pack, seq_axis, unpack, value_size
 from ring_jax.flash.merge import partial_dtype
-from ring_jax.flash.operands import BlockOptions, Bounds, Partial, RowGradients
+from ring_jax.flash.operands import BlockOptions, Bounds, Gradients, Partial, RowGradients
 
 _BLOCK_Q = 512
 _BLOCK_K = 512
@@ -151,9 +151,7 @@ def forward(
     return _untile(out, T), _untile(lse, T)
 
 
-def backward(
-    query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, options: BlockOptions
-) -> tuple[jax.Array, jax.Array]:
+def backward(query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, options: BlockOptions) -> Gradients:
     """Gradients of one block from the final LSE and delta = rowsum(dO . O) - dLSE; see `flash.backends`."""
     B, T, N, H = query.shape
     K = kv.shape[-2]

@@ -11,10 +11,11 @@ it cannot run, and add it to `BACKENDS` and to `PREFERENCE`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import jax
 
+from ring_jax._arrays import Shaped
 from ring_jax._checks import check_choice
 from ring_jax._device import target
 from ring_jax.moe.blocks import Blocks, block_size
@@ -22,38 +23,47 @@ from ring_jax.moe.experts import blocks_per_step, run_experts
 from ring_jax.moe.hopper import backend as hopper
 from ring_jax.mosaic import compat
 
+Implementation = Literal["mosaic", "xla"]
+
 
 @dataclass(frozen=True)
 class Backend:
     name: str
     run: Callable[..., jax.Array]
     # Why it cannot run these arrays here, or None. Takes (x, gate_up, down).
-    unsupported_reason: Callable[[Any, Any, Any], str | None] = lambda x, gate_up, down: None
+    unsupported_reason: Callable[[Shaped, Shaped, Shaped], str | None] = lambda x, gate_up, down: None
 
 
-def _xla(x, gate_up, down, weights, experts, total: int) -> jax.Array:
+def _xla(
+    x: jax.Array, gate_up: jax.Array, down: jax.Array, weights: jax.Array, experts: jax.Array, total: int
+) -> jax.Array:
     step = blocks_per_step(gate_up, target().platform)
     blocks = Blocks.of(experts, gate_up.shape[0], block_size(x.shape[0], experts.shape[1], total), step)
     return run_experts(x, gate_up, down, weights, blocks, step)
 
 
-def _mosaic(x, gate_up, down, weights, experts, total: int) -> jax.Array:
+def _mosaic(
+    x: jax.Array, gate_up: jax.Array, down: jax.Array, weights: jax.Array, experts: jax.Array, total: int
+) -> jax.Array:
     return hopper.run_experts(x, gate_up, down, weights, experts, total=total)
 
 
-def _mosaic_reason(x, gate_up, down) -> str | None:
+def _mosaic_reason(x: Shaped, gate_up: Shaped, down: Shaped) -> str | None:
     if not compat.INTERPRET_AVAILABLE:
         return f"needs jax 0.11 or later, this is {jax.__version__}"
     return hopper.unsupported_reason(x, gate_up, down)
 
 
-BACKENDS = {"mosaic": Backend("mosaic", _mosaic, _mosaic_reason), "xla": Backend("xla", _xla)}
+BACKENDS: dict[Implementation, Backend] = {
+    "mosaic": Backend("mosaic", _mosaic, _mosaic_reason),
+    "xla": Backend("xla", _xla),
+}
 
 # What implementation=None tries, best first; the last runs anything.
-PREFERENCE = ("mosaic", "xla")
+PREFERENCE: tuple[Implementation, ...] = ("mosaic", "xla")
 
 
-def select(implementation: str | None, x: Any, gate_up: Any, down: Any) -> Backend:
+def select(implementation: Implementation | None, x: Shaped, gate_up: Shaped, down: Shaped) -> Backend:
     """The backend that `implementation` names, or the best that runs here for None.
 
     Raises:

@@ -65,7 +65,7 @@ class Blocks:
         order = jnp.pad(order, (0, size))
         return cls(order, expert, first, rows, last_block[-1], size, per_token)
 
-    def chunk(self, index, length: int, tokens: int) -> Chunk:
+    def chunk(self, index: jax.Array, length: int, tokens: int) -> Chunk:
         """Blocks index * length ... of tokens 0 ... `tokens` - 1."""
         experts, first, rows = (
             lax.dynamic_slice_in_dim(x, index * length, length) for x in (self.experts, self.first, self.rows)

@@ -15,7 +15,7 @@ GPUs, not on CPUs. The room for C T rows is bounded by sending long sequences sl
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jax import lax
@@ -31,6 +31,7 @@ WAYS = ("gather", "ragged")
 _ROWS = 2**17
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """Tokens to the experts' ranks and sums back. With `tensor`, features of each expert are spread over that axis."""
 
@@ -88,10 +89,10 @@ class Here:
     axis: Axis | None = None
     tensor: Axis | None = None
 
-    def send(self, x):
+    def send(self, x: jax.Array) -> jax.Array:
         return pcast_to(x, self._axes)
 
-    def combine(self, y):
+    def combine(self, y: jax.Array) -> jax.Array:
         return lax.psum(pcast_to(y, self._axes), self._axes) if self._axes else y
 
     @property
@@ -106,11 +107,11 @@ class Gathered:
     axis: Axis
     tensor: Axis | None = None
 
-    def send(self, x):
+    def send(self, x: jax.Array) -> jax.Array:
         # Cast first: the gradient's sum over the tensor axis then comes after its scatter, on fewer rows.
         x = pcast_to(x, (*axis_names(self.axis), *axis_names(self.tensor)))
         return lax.all_gather(x, self.axis, axis=0, tiled=True)
 
-    def combine(self, y):
+    def combine(self, y: jax.Array) -> jax.Array:
         y = lax.psum_scatter(pcast_to(y, axis_names(self.axis)), self.axis, scatter_dimension=0, tiled=True)
         return Here(tensor=self.tensor).combine(y)

@@ -13,13 +13,18 @@ on CPUs; on GPUs several, as batched products, since a step there costs a synchr
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from ring_jax._vma import align
 from ring_jax.moe.blocks import Blocks, Chunk
+
+T = TypeVar("T")
 
 # On GPUs, the weights of the blocks of one step are copied to lie together: so many bytes of them.
 _WEIGHT_BYTES = 256 * 2**20
@@ -34,7 +39,9 @@ def blocks_per_step(gate_up: jax.Array, platform: str) -> int:
     return min(max(_WEIGHT_BYTES // max(expert_bytes, 1), 1), _MOST_BLOCKS)
 
 
-def run_experts(x, gate_up, down, weights, blocks: Blocks, step: int):
+def run_experts(
+    x: jax.Array, gate_up: jax.Array, down: jax.Array, weights: jax.Array, blocks: Blocks, step: int
+) -> jax.Array:
     """Weighted sums of the experts' outputs.
 
     Args:
@@ -52,8 +59,8 @@ def run_experts(x, gate_up, down, weights, blocks: Blocks, step: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(step, x, gate_up, down, weights, blocks):
-    def body(index, y):
+def _run(step: int, x: jax.Array, gate_up: jax.Array, down: jax.Array, weights: jax.Array, blocks: Blocks) -> jax.Array:
+    def body(index: jax.Array, y: jax.Array) -> jax.Array:
         chunk = blocks.chunk(index, step, x.shape[0])
         rows, w = _rows(x, chunk.tokens), _rows(weights.reshape(-1), chunk.assignments)
         gate, up = _gate_and_up(rows, _pick(gate_up, chunk), w.dtype)
@@ -64,15 +71,15 @@ def _run(step, x, gate_up, down, weights, blocks):
     return _loop(blocks, step, body, _zeros_like(x, weights.dtype))
 
 
-def _forward(step, *operands):
+def _forward(step: int, *operands: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     return _run(step, *operands), operands
 
 
-def _backward(step, operands, dy):
+def _backward(step: int, operands: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
     x, gate_up, down, weights, blocks = operands
     wide = weights.dtype
 
-    def body(index, sums):
+    def body(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         dx, dgate_up, ddown, dweights = sums
         chunk = blocks.chunk(index, step, x.shape[0])
         rows, w = _rows(x, chunk.tokens), _rows(weights.reshape(-1), chunk.assignments)[..., None]
@@ -106,47 +113,47 @@ def _backward(step, operands, dy):
 _run.defvjp(_forward, _backward)
 
 
-def _loop(blocks: Blocks, step: int, body, carry):
+def _loop(blocks: Blocks, step: int, body: Callable[[jax.Array, T], T], carry: T) -> T:
     steps = blocks.experts.shape[0] // step
     if steps <= 1:
         return body(jnp.zeros((), jnp.int32), carry) if steps else carry
     return lax.fori_loop(jnp.zeros((), jnp.int32), -(-blocks.count // step), body, carry)
 
 
-def _product(equation, a, b, dtype):
+def _product(equation: str, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=dtype)
 
 
-def _gate_and_up(rows, kernel, dtype):
+def _gate_and_up(rows: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
     return jnp.split(_product("cbd,cdf->cbf", rows, kernel, dtype), 2, axis=-1)
 
 
-def _rows(x, index):
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """Entries of x along its first axis, zero beyond the end: what padding holds reaches nothing."""
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-def _pick(kernels, chunk: Chunk):
+def _pick(kernels: jax.Array, chunk: Chunk) -> jax.Array:
     """The kernels [c, ...] of a chunk's experts."""
     if chunk.experts.shape[0] == 1:
         return lax.dynamic_index_in_dim(kernels, chunk.experts[0], keepdims=True)
     return kernels.at[chunk.experts].get(mode="promise_in_bounds")
 
 
-def _add_rows(y, chunk: Chunk, out):
+def _add_rows(y: jax.Array, chunk: Chunk, out: jax.Array) -> jax.Array:
     # Block by block: the tokens of one expert differ, so no two rows collide and the order of sums is fixed.
     for tokens, rows in zip(chunk.tokens, out, strict=True):
         y = y.at[tokens].add(rows, mode="drop", unique_indices=True)
     return y
 
 
-def _add_entries(y, chunk: Chunk, out):
+def _add_entries(y: jax.Array, chunk: Chunk, out: jax.Array) -> jax.Array:
     for assignments, entries in zip(chunk.assignments, out, strict=True):
         y = y.at[assignments].add(entries, mode="drop", unique_indices=True)
     return y
 
 
-def _add_experts(sums, chunk: Chunk, out):
+def _add_experts(sums: jax.Array, chunk: Chunk, out: jax.Array) -> jax.Array:
     for j in range(out.shape[0]):
         expert = chunk.experts[j]
         here = lax.dynamic_index_in_dim(sums, expert, keepdims=False)
@@ -154,5 +161,5 @@ def _add_experts(sums, chunk: Chunk, out):
     return sums
 
 
-def _zeros_like(x, dtype):
+def _zeros_like(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.zeros_like(x, dtype=dtype)

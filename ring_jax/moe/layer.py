@@ -1,6 +1,7 @@
 """The mixture of experts of one layer: checks, routing, exchange, products."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from ring_jax._checks import Sizes, check_array, check_choice, check_flag, check_instance, check_mesh_axes
 from ring_jax._device import target
 from ring_jax._mesh import Axis, axis_names
-from ring_jax.moe.backends import BACKENDS, select
+from ring_jax.moe.backends import BACKENDS, Implementation, select
 from ring_jax.moe.exchange import WAYS, Exchange, Gathered, Here, choose_way, slices
 from ring_jax.moe.ragged import Ragged
 from ring_jax.moe.router import RouterStats, Routing, check_top_k, route
@@ -43,7 +44,7 @@ def moe(
     tensor_axis: Axis | None = None,
     valid: Bool[Array, " T"] | None = None,
     exchange: str | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "T D"], RouterStats]:
     """Each token through the k experts that the router picks for it; no token is ever dropped.
 
@@ -113,17 +114,25 @@ def moe(
     return y.astype(x.dtype), stats
 
 
-def _run_spread(x, routing: Routing, weights: MoEWeights, axis: Axis, tensor: Axis | None, way: str, implementation):
+def _run_spread(
+    x: jax.Array,
+    routing: Routing,
+    weights: MoEWeights,
+    axis: Axis,
+    tensor: Axis | None,
+    way: str,
+    implementation: Implementation | None,
+) -> jax.Array:
     """Tokens differ between the ranks of `axis`; long sequences go slice by slice."""
 
-    def exchange(experts) -> Exchange:
+    def exchange(experts: jax.Array) -> Exchange:
         return Ragged.of(experts, weights.gate_up.shape[0], axis, tensor) if way == "ragged" else Gathered(axis, tensor)
 
     parts = slices(x.shape[0], lax.axis_size(axis))
     if parts == 1:
         return _run(x, routing.experts, routing.weights, weights, axis, exchange, implementation)
 
-    def cut(a, fill=0):
+    def cut(a: jax.Array, fill: int = 0) -> jax.Array:
         size = -(-x.shape[0] // parts)
         a = jnp.pad(a, ((0, size * parts - a.shape[0]), (0, 0)), constant_values=fill)
         return a.reshape(parts, size, -1)
@@ -136,7 +145,15 @@ def _run_spread(x, routing: Routing, weights: MoEWeights, axis: Axis, tensor: Ax
     return lax.map(lambda piece: part(*piece), pieces).reshape(-1, x.shape[1])[: x.shape[0]]
 
 
-def _run(x, experts, factors, weights: MoEWeights, axis: Axis | None, make_exchange, implementation: str | None):
+def _run(
+    x: jax.Array,
+    experts: jax.Array,
+    factors: jax.Array,
+    weights: MoEWeights,
+    axis: Axis | None,
+    make_exchange: Callable[[jax.Array], Exchange],
+    implementation: Implementation | None,
+) -> jax.Array:
     """Sums of the experts' outputs, float32 [T, D], for int32 [T, k] experts (E: none) and their factors."""
     count, total = weights.gate_up.shape[0], weights.router.shape[1]
     exchange = make_exchange(experts)
@@ -151,7 +168,7 @@ def _run(x, experts, factors, weights: MoEWeights, axis: Axis | None, make_excha
     return exchange.combine(select(implementation, *arrays).run(*arrays, factors, experts, total))
 
 
-def _check(x, weights: MoEWeights, top_k: int, ranks: int, valid) -> None:
+def _check(x: Array, weights: MoEWeights, top_k: int, ranks: int, valid: jax.Array | None) -> None:
     check_instance("weights", weights, MoEWeights, "a ring_jax.moe.MoEWeights")
     sizes = Sizes()
     check_array("x", x, "T D", sizes, advice="flatten batch and sequence first")

@@ -86,29 +86,31 @@ class Ragged:
         ranks = lax.axis_size(axis)
         return cls(axis, Route.of(jnp.minimum(experts // count, ranks), ranks, axis), tensor)
 
-    def send(self, x):
+    def send(self, x: jax.Array) -> jax.Array:
         x, route = align(pcast_to(x, (*axis_names(self.axis), *axis_names(self.tensor))), self.route)
         return _send(self.axis, x, route)
 
-    def combine(self, y):
+    def combine(self, y: jax.Array) -> jax.Array:
         y, route = align(y, self.route)
         return Here(tensor=self.tensor).combine(_combine(self.axis, y, route))
 
 
-def _travel(x, length: int, axis: Axis, start, size, lands, from_size):
+def _travel(
+    x: jax.Array, length: int, axis: Axis, start: jax.Array, size: jax.Array, lands: jax.Array, from_size: jax.Array
+) -> jax.Array:
     (room, x) = align(jnp.zeros((length, *x.shape[1:]), x.dtype), x)
     return lax.ragged_all_to_all(x, room, start, size, lands, from_size, axis_name=axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send(axis, x, route: Route):
+def _send(axis: Axis, x: jax.Array, route: Route) -> jax.Array:
     rows = x.at[route.tokens].get(mode="fill", fill_value=0)
     length = x.shape[0] * route.start.shape[0]
     return _travel(rows, length, axis, route.start, route.size, route.lands, route.from_size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(axis, y, route: Route):
+def _combine(axis: Axis, y: jax.Array, route: Route) -> jax.Array:
     length = route.tokens.shape[0]
     back = _travel(y, length, axis, route.from_start, route.from_size, route.returns, route.size)
     wide = jnp.float64 if y.dtype == jnp.float64 else jnp.float32

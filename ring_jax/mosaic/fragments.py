@@ -6,6 +6,7 @@ can be interpreted, so in interpret mode these are plain loads and stores. `stor
 reference also reads what was there.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ def load_transposed(smem: Any) -> jax.Array:
     @plgpu.inline_mgpu(
         arg_types=(_SMEM,), return_type=plgpu.ShapeDtypeStruct((columns, rows), smem.dtype, layout=_WGMMA)
     )
-    def load(_, smem):
+    def load(_: Any, smem: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
         pair = ir.VectorType.get((2,), ir.MemRefType(smem.type).element_type)
         result = llvm.StructType.get_literal([i32] * 4)
@@ -62,9 +63,9 @@ def store_transposed(smem: Any, x: jax.Array) -> None:
     _store(smem, x, ".trans", _column_addresses)
 
 
-def _store(smem, x, form: str, addresses) -> None:
+def _store(smem: Any, x: jax.Array, form: str, addresses: Callable[[Any, int], list[ir.Value]]) -> None:
     @plgpu.inline_mgpu(arg_types=(_SMEM, _WGMMA))
-    def write(_, smem, x):
+    def write(_: Any, smem: Any, x: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
         registers = [llvm.bitcast(i32, pair) for pair in x.registers.flat]
         for i, address in enumerate(addresses(smem, x.shape[1])):

@@ -44,7 +44,7 @@ def update(
     return _update_p.bind(*operands, *updated, call=call, updated=len(updated), shapes=shapes)
 
 
-def _run(*arrays, call, updated, **_):
+def _run(*arrays: jax.Array, call: Callable[..., Any], updated: int, **_: Any) -> list[jax.Array]:
     operands, written = arrays[: len(arrays) - updated], arrays[len(arrays) - updated :]
     # In a loop, XLA would take the slices of a stack that go in, and the writes to one that come out, into one fusion
     # with the kernel, and forgets there that a result is an operand's buffer. It does not look through barriers.
@@ -62,29 +62,31 @@ _update_p.def_impl(lambda *arrays, **params: jax.jit(lambda *x: _update_p.bind(*
 
 
 @_update_p.def_abstract_eval
-def _abstract_eval(*arrays, shapes, **_):
+def _abstract_eval(
+    *arrays: jax.core.ShapedArray, shapes: Sequence[tuple[tuple[int, ...], Any]], **_: Any
+) -> list[jax.core.ShapedArray]:
     axes = frozenset().union(*(x.manual_axis_type.varying for x in arrays))
     kind = type(arrays[0].manual_axis_type)(varying=axes)
     mesh = arrays[0].sharding.mesh
 
-    def result(shape, dtype):
+    def result(shape: tuple[int, ...], dtype: Any) -> jax.core.ShapedArray:
         sharding = NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))
         return jax.core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=kind)
 
     return [result(shape, dtype) for shape, dtype in shapes]
 
 
-def _lower(ctx, *arrays, **params):
+def _lower(ctx: Any, *arrays: Any, **params: Any) -> Any:
     plain = [[jax.core.ShapedArray(x.shape, x.dtype) for x in avals] for avals in (ctx.avals_in, ctx.avals_out)]
     ctx = ctx.replace(avals_in=plain[0], avals_out=plain[1])
     return mlir.lower_fun(_run, multiple_results=True)(ctx, *arrays, **params)
 
 
-def _batch(arrays, axes, **params):
+def _batch(arrays: Sequence[jax.Array], axes: Sequence[int | None], **params: Any) -> tuple[list[jax.Array], list[int]]:
     """One after the other: what a batch of kernels would share lies within each of them."""
     mapped = [jnp.moveaxis(x, axis, 0) for x, axis in zip(arrays, axes, strict=True) if axis is not None]
 
-    def one(mapped):
+    def one(mapped: list[jax.Array]) -> list[jax.Array]:
         rest = iter(mapped)
         return _update_p.bind(
             *(x if axis is None else next(rest) for x, axis in zip(arrays, axes, strict=True)), **params

@@ -27,7 +27,7 @@ def _named_barrier(operation: str, warpgroup: jax.Array) -> None:
     """bar.sync / bar.arrive of two warpgroups: cheaper than an mbarrier. Mosaic itself uses the low barrier numbers."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    def barrier(_, number):
+    def barrier(_: Any, number: Any) -> None:
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
             [number.registers[()]],

@@ -71,14 +71,14 @@ def start_products(*products: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         arg_types=tuple(_WGMMA if isinstance(x, jax.Array) else _SMEM for x in operands),
         return_type=tuple(_float32(*shape) for shape in shapes),
     )
-    def issue(_, *operands):
+    def issue(_: Any, *operands: Any) -> Any:
         rest = iter(operands)
         return _issue([tuple(None if x is None else next(rest) for x in product) for product in products], transposed)
 
     return issue(*operands)
 
 
-def _product(acc, a, b, transposed) -> jax.Array:
+def _product(acc: jax.Array | None, a: Any, b: Any, transposed: bool) -> jax.Array:
     a = a if isinstance(a, jax.Array) else a[...]
     product = lax.dot(a, b[...].T if transposed else b[...], preferred_element_type=jnp.float32)
     return product if acc is None else acc + product
@@ -90,7 +90,7 @@ def wait(pending: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         return arrays
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA,) * len(arrays), return_type=tuple(_float32(*x.shape) for x in arrays))
-    def await_group(_, *arrays):
+    def await_group(_: Any, *arrays: Any) -> Any:
         tied = [register for x in arrays for register in _registers(x)]
         registers = _asm(f"wgmma.wait_group.sync.aligned {pending};", tied=tied, outputs=0, inputs=[])
         return _arrays(registers, [x.shape for x in arrays])
@@ -108,7 +108,7 @@ def hold_back(l: jax.Array, smem: Any) -> None:
         return
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, _SMEM))
-    def conditional_store(_, l, smem):
+    def conditional_store(_: Any, l: Any, smem: Any) -> None:
         total, *others = _registers(l)
         for register in others:
             total = arith.addf(total, register)
@@ -140,7 +140,7 @@ def mask(scores: jax.Array, low: jax.Array | None, high: jax.Array, hidden: floa
     bounds = (high,) if low is None else (low, high)
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, *[rows] * len(bounds)), return_type=_float32(*scores.shape))
-    def select(_, scores, *bounds):
+    def select(_: Any, scores: Any, *bounds: Any) -> Any:
         f32 = ir.F32Type.get()
         lane = arith.andi(mgpu.thread_idx(), _index(3))
         first_column = arith.muli(lane, _index(2))
@@ -168,7 +168,7 @@ def rescale(acc: jax.Array, alpha: jax.Array) -> jax.Array:
         return acc * alpha[:, None]
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, plgpu.Layout.WGMMA.reduce(1)), return_type=_float32(*acc.shape))
-    def multiply(_, acc, alpha):
+    def multiply(_: Any, acc: Any, alpha: Any) -> Any:
         f32 = ir.F32Type.get()
         i32 = ir.IntegerType.get_signless(32)
         registers = _registers(acc)
@@ -203,7 +203,7 @@ def rounded(p: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
         arg_types=(_WGMMA,),
         return_type=(plgpu.ShapeDtypeStruct(p.shape, dtype, layout=_WGMMA), _float32(*p.shape)),
     )
-    def convert(_, p):
+    def convert(_: Any, p: Any) -> Any:
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
         half = ir.BF16Type.get() if bfloat16 else ir.F16Type.get()
         pair_type = ir.VectorType.get((2,), half)
@@ -228,7 +228,7 @@ def _float32(rows: int, columns: int) -> Any:
     return plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=_WGMMA)
 
 
-def _issue(products, transposed) -> tuple[Any, ...]:
+def _issue(products: list[tuple[Any, ...]], transposed: list[bool]) -> tuple[Any, ...]:
     """Emits the products (acc or None, a, b), each its own wgmma group; the float32 arrays in flight."""
     shapes = [_result_shape(*product, turned) for product, turned in zip(products, transposed, strict=True)]
     fresh = [i for i, product in enumerate(products) if product[0] is None]
@@ -279,7 +279,7 @@ def _issue(products, transposed) -> tuple[Any, ...]:
     return tuple(results[order.index(i)] for i in range(len(products)))
 
 
-def _result_shape(acc, a, b, transposed) -> tuple[int, int]:
+def _result_shape(acc: Any, a: Any, b: Any, transposed: bool) -> tuple[int, int]:
     if acc is not None:
         return tuple(acc.shape)
     rows = a.shape[0] if isinstance(a, mgpu.FragmentedArray) else _logical_shape(a)[0]
@@ -300,7 +300,7 @@ def _descriptor(ref: ir.Value, *, leading: int, stride: int) -> ir.Value:
     """Shared-memory matrix descriptor: bytes between tiles of 64 columns (leading) and between tiles of 8 rows (stride)."""
     i64 = ir.IntegerType.get_signless(64)
 
-    def constant(value):
+    def constant(value: int) -> ir.Value:
         return llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, value)).result
 
     address = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))

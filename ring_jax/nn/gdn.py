@@ -279,7 +279,7 @@ def gated_rms_norm(
 
 
 def split_fused_projections(
-    qkvz: Float[Array, "D F"], ba: Float[Array, "D 2N"], heads: Heads
+    qkvz: Float[Array, "D F"], ba: Float[Array, "D ba"], heads: Heads
 ) -> tuple[Float[Array, "D qkv"], Float[Array, "D z"], Float[Array, "D N"], Float[Array, "D N"]]:
     """Qwen3-Next's fused kernels as Qwen3.5's separate ones: (in_proj_qkv, in_proj_z, in_proj_b, in_proj_a).
 

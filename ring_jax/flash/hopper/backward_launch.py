@@ -46,7 +46,7 @@ from ring_jax.flash.hopper.backward_common import (
 from ring_jax.flash.hopper.backward_dkv import dkv as dkv_kernel
 from ring_jax.flash.hopper.backward_dq import dq as dq_kernel
 from ring_jax.flash.kv import HeadSlice, check_heads, fold_segments, value_size
-from ring_jax.flash.operands import BlockOptions, Bounds, RowGradients
+from ring_jax.flash.operands import BlockOptions, Bounds, Gradients, RowGradients
 from ring_jax.mosaic import compat, in_place
 
 # Thread blocks that keep all multiprocessors evenly busy.
@@ -64,7 +64,7 @@ def backward(
     dq: jax.Array | None = None,
     heads: HeadSlice | None = None,
     config: BackwardConfig | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> Gradients:
     """Gradients of one attention block from the final LSE; the contract of `flash.backends`.
 
     Args:
@@ -108,7 +108,16 @@ class _Operands(NamedTuple):
     bounds: jax.Array
 
 
-def _prepare(query, kv, bounds, rows, options, dq, heads, config):
+def _prepare(
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    rows: RowGradients,
+    options: BlockOptions,
+    dq: jax.Array | None,
+    heads: HeadSlice | None,
+    config: BackwardConfig | None,
+) -> tuple[Problem, tuple[jax.Array, ...], Bounds, jax.Array | None]:
     """(what is static, the kernels' operands, bounds, dq): segments folded into the batch, sizes padded to what TMA and wgmma
     take."""
     kv, bounds, segments = fold_segments(kv, bounds)
@@ -139,7 +148,9 @@ def _prepare(query, kv, bounds, rows, options, dq, heads, config):
     return problem, operands, Bounds(start, end), dq
 
 
-def _launch(problem, operands: _Operands, bounds: Bounds, dq, *, some_heads: bool):
+def _launch(
+    problem: Problem, operands: _Operands, bounds: Bounds, dq: jax.Array | None, *, some_heads: bool
+) -> Gradients:
     """(dq, dkv) of padded sizes. With `some_heads` dq also holds heads that are not worked on here."""
     table = _dkv_table(problem, *bounds)
     if dq is None and (problem.fused or some_heads):
@@ -154,6 +165,7 @@ def _launch(problem, operands: _Operands, bounds: Bounds, dq, *, some_heads: boo
     else:
         part = dq_kernel(problem, *operands_dq)
         if some_heads:  # of the others it is undefined
+            assert dq is not None
             mine = slice(problem.first_head, problem.first_head + problem.N)
             dq = dq.at[:, :, mine].add(part[:, :, mine])
         else:
@@ -162,7 +174,9 @@ def _launch(problem, operands: _Operands, bounds: Bounds, dq, *, some_heads: boo
     return dq, dkv_kernel(problem, *operands, table, into)
 
 
-def _cut(problem, dq, dkv, query_shape, kv_shape, Hv: int):
+def _cut(
+    problem: Problem, dq: jax.Array, dkv: jax.Array, query_shape: tuple[int, ...], kv_shape: tuple[int, ...], Hv: int
+) -> Gradients:
     """dq and dkv without padding, in the shapes that the caller knows."""
     H, S = query_shape[-1], kv_shape[-3]
     dkv = dkv[:, :S]
@@ -174,7 +188,7 @@ def _cut(problem, dq, dkv, query_shape, kv_shape, Hv: int):
     return dq[:, : query_shape[1], :, :H], dkv.reshape(kv_shape)
 
 
-def _pad_kv(kv, H: int, Hv: int):
+def _pad_kv(kv: jax.Array, H: int, Hv: int) -> jax.Array:
     """kv with head sizes that are multiples of 64."""
     if kv.ndim == 5:
         return pad_to(kv, -1, round_up(H, _HEAD_MULTIPLE))
@@ -190,7 +204,7 @@ def _adds_in_memory() -> bool:
     return in_place.AVAILABLE and not compat.interpreting()
 
 
-def _split(problem, fused: bool) -> int:
+def _split(problem: Problem, fused: bool) -> int:
     """Among how many programs to split the query heads of a KV tile.
 
     One program that walks over all of them is long: short shards would leave multiprocessors without work, or wait for
@@ -211,7 +225,7 @@ def splits(group: int, fused: bool) -> list[int]:
     return [n for n in range(1, group + 1) if group % n == 0 and (fused or n <= 2)]
 
 
-def _zeros_to_share(problem, kv, dq):
+def _zeros_to_share(problem: Problem, kv: jax.Array, dq: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
     """(dq, what programs that share a KV tile add to, or None). The zeros come after dq, which differs from call to call: zeros
     that calls have in common would be made once and copied for each."""
     if problem.split == 1:
@@ -223,7 +237,9 @@ def _zeros_to_share(problem, kv, dq):
 # What is cheap and done once, in XLA.
 
 
-def _prepare_rows(problem, key_start, key_end, lse, delta):
+def _prepare_rows(
+    problem: Problem, key_start: jax.Array, key_end: jax.Array, lse: jax.Array, delta: jax.Array
+) -> Gradients:
     """Per-row values as TMA wants them: sequence last, padded to whole tiles.
 
     Returns stats [B, N, 2, T'] float32 (LSE in base 2, delta) and bounds [P B, 2, T'] int32. A row without any key in the
@@ -241,7 +257,7 @@ def _prepare_rows(problem, key_start, key_end, lse, delta):
     return stats, bounds
 
 
-def _edges(key_start, key_end, tile):
+def _edges(key_start: jax.Array, key_end: jax.Array, tile: int) -> tuple[jax.Array, ...]:
     """Bounds of the first and the last row of every tile of rows: four arrays [P B, tiles]. Bounds do not decrease along
     the rows, so these are the extremes of the tile, and a tile costs no reduction."""
     length = key_start.shape[1]
@@ -250,7 +266,7 @@ def _edges(key_start, key_end, tile):
     return start[:, ::tile], start[:, tile - 1 :: tile], end[:, ::tile], end[:, tile - 1 :: tile]
 
 
-def _dq_table(problem, key_start, key_end):
+def _dq_table(problem: Problem, key_start: jax.Array, key_end: jax.Array) -> jax.Array:
     """[P B, query tiles, 4] int32: the KV tiles [first, last) that a query tile visits, and [u, v) that need no mask."""
     block = problem.config.block_kv_dq
     first_start, last_start, first_end, last_end = _edges(key_start, key_end, problem.config.warpgroups_dq * ROWS)
@@ -261,7 +277,7 @@ def _dq_table(problem, key_start, key_end):
     return jnp.stack([first, last, u, v], axis=-1).astype(jnp.int32)
 
 
-def _dq_visits(problem, table):
+def _dq_visits(problem: Problem, table: jax.Array) -> jax.Array:
     """[B, query tiles, 1 + P, 5] int32 of keys in segments: KV tiles and visits in all, then of each visit its row of the
     `_dq_table` and its segment. A query tile visits the segments of which it sees keys."""
     P = problem.segments
@@ -278,7 +294,7 @@ def _dq_visits(problem, table):
     return jnp.moveaxis(jnp.concatenate([totals[None], rows]), 0, 2)
 
 
-def _dkv_table(problem, key_start, key_end):
+def _dkv_table(problem: Problem, key_start: jax.Array, key_end: jax.Array) -> jax.Array:
     """[P B, KV tiles, 4] int32, of the query tiles: how many end before a KV tile, start before its end, do not reach its
     end, start before it. `backward_common.span_of` makes of them what the kernel visits. One reduction in all."""
     block = keys_of_a_program(problem.H, problem.Hv)

@@ -38,7 +38,7 @@ class ForwardConfig:
     multiprocessors: int = HOPPER.multiprocessors
     kv_bytes_in_flight: int = 24 * 2**20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.block_kv % 16 or not 16 <= self.block_kv <= 256:
             raise ValueError(f"{self.block_kv=} must be a multiple of 16, at most 256")
         if self.stages < 2:

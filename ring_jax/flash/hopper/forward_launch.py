@@ -8,6 +8,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from ring_jax._arrays import pad_to, round_up
 from ring_jax._vma import pcast_to, varying_axes
@@ -86,7 +87,9 @@ def _head_sizes(query: jax.Array, kv: jax.Array) -> tuple[int, int]:
     return query.shape[-1], value_size(kv, query.shape[-1])
 
 
-def _padded(query, kv, bounds, carry, config):
+def _padded(
+    query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None, config: ForwardConfig
+) -> tuple[jax.Array, jax.Array, Bounds, Partial | None]:
     """The arrays as TMA can read them; copies only where a length is no multiple of 8, or a head size none of 64."""
     head_size, value_size = _head_sizes(query, kv)
     key_columns, value_columns = round_up(head_size, 64), round_up(value_size, 64)
@@ -103,11 +106,11 @@ def _padded(query, kv, bounds, carry, config):
     return query, kv, bounds, carry
 
 
-def _rows(query, config) -> int:
+def _rows(query: jax.Array, config: ForwardConfig) -> int:
     return max(round_up(query.shape[1], 8), config.block_q)
 
 
-def _padded_rows(partial, query, kv, config):
+def _padded_rows(partial: Partial | None, query: jax.Array, kv: jax.Array, config: ForwardConfig) -> Partial | None:
     """(out, lse) padded like the queries."""
     if partial is None:
         return None
@@ -116,7 +119,7 @@ def _padded_rows(partial, query, kv, config):
     return pad_to(pad_to(out, 3, columns), 1, rows), pad_to(lse, 1, rows)
 
 
-def _in_place(query_len, carry, out_dtype, config) -> bool:
+def _in_place(query_len: int, carry: Partial | None, out_dtype: DTypeLike, config: ForwardConfig) -> bool:
     """Whether the carry's buffers can be the results'. A last tile that slides back would resume its rows twice."""
     return (
         carry is not None
@@ -126,7 +129,16 @@ def _in_place(query_len, carry, out_dtype, config) -> bool:
     )
 
 
-def _problem(query, kv, carry, options, config, out_dtype, segments, heads) -> Problem:
+def _problem(
+    query: jax.Array,
+    kv: jax.Array,
+    carry: Partial | None,
+    options: BlockOptions,
+    config: ForwardConfig,
+    out_dtype: DTypeLike,
+    segments: int,
+    heads: HeadSlice | None,
+) -> Problem:
     batch, query_len, query_heads, head_size = query.shape
     kv_heads, value_size = kv.shape[-2], _head_sizes(query, kv)[1]
     first, total = heads or (0, kv_heads)
@@ -154,7 +166,15 @@ def _problem(query, kv, carry, options, config, out_dtype, segments, heads) -> P
     )
 
 
-def _launch(problem: Problem, query, kv, bounds, carry, out_dtype, into) -> Partial:
+def _launch(
+    problem: Problem,
+    query: jax.Array,
+    kv: jax.Array,
+    bounds: Bounds,
+    carry: Partial | None,
+    out_dtype: DTypeLike,
+    into: Partial | None,
+) -> Partial:
     config = problem.config
     operands = (query, kv, *bounds, *(carry or ()))
     rows = query.shape[:3]
@@ -169,7 +189,7 @@ def _launch(problem: Problem, query, kv, bounds, carry, out_dtype, into) -> Part
     if problem.packed:
         operands = (query, kv.reshape(-1, *kv.shape[2:]), *operands[2:])
 
-    def ring(arrivals=1):
+    def ring(arrivals: int = 1) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages)
 
     scratch = dict(
@@ -192,7 +212,7 @@ def _launch(problem: Problem, query, kv, bounds, carry, out_dtype, into) -> Part
             carry_free=plgpu.Barrier(num_arrivals=config.warpgroups),
         )
 
-    def body(*refs, **scratch_refs):
+    def body(*refs: Any, **scratch_refs: Any) -> None:
         forward_kernel.kernel(problem, *refs, **scratch_refs)
 
     call = compat.kernel(

@@ -1,10 +1,9 @@
 """What the Hopper kernels can run: devices, dtypes and sizes."""
 
-from typing import Any
-
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
+from ring_jax._arrays import Shaped
 from ring_jax.flash.hopper.backward_common import keys_of_a_program
 from ring_jax.flash.hopper.backward_launch import splits
 from ring_jax.flash.kv import HeadSlice, value_size
@@ -16,12 +15,12 @@ from ring_jax.mosaic.device import hopper_reason
 _ONE_EACH = 128
 
 
-def unsupported_reason(query: Any, kv: Any, options: BlockOptions) -> str | None:
+def unsupported_reason(query: Shaped, kv: Shaped, options: BlockOptions) -> str | None:
     """Why the kernels cannot run these inputs here, or None."""
     return hopper_reason() or operand_reason(query, kv, options)
 
 
-def operand_reason(query: Any, kv: Any, options: BlockOptions, heads: HeadSlice | None = None) -> str | None:
+def operand_reason(query: Shaped, kv: Shaped, options: BlockOptions, heads: HeadSlice | None = None) -> str | None:
     """Why the kernels cannot take these operands on any device, or None."""
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, got {query.dtype}"
@@ -40,7 +39,7 @@ def operand_reason(query: Any, kv: Any, options: BlockOptions, heads: HeadSlice 
     return None
 
 
-def can_split_heads(query: Any, kv: Any) -> bool:
+def can_split_heads(query: Shaped, kv: Shaped) -> bool:
     """Whether half of the KV heads of one block are programs enough for the multiprocessors."""
     if not in_place.AVAILABLE:
         return False

@@ -1,11 +1,13 @@
 """The experts of a layer on Hopper GPUs: what the kernels take, and the weighted sums of what they give."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._arrays import Shaped
 from ring_jax._vma import align
 from ring_jax.moe.hopper.config import ExpertsConfig, experts_config, outer_config, product_config
 from ring_jax.moe.hopper.outer_kernel import outer_product
@@ -18,12 +20,12 @@ from ring_jax.mosaic.device import hopper_reason
 _ASSIGNMENTS = 2**19
 
 
-def unsupported_reason(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> str | None:
+def unsupported_reason(x: Shaped, gate_up: Shaped, down: Shaped) -> str | None:
     """Why `run_experts` cannot run these arrays on the device that is being compiled for, or None."""
     return hopper_reason() or unsupported_arrays(x, gate_up, down)
 
 
-def unsupported_arrays(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> str | None:
+def unsupported_arrays(x: Shaped, gate_up: Shaped, down: Shaped) -> str | None:
     """Why no Hopper GPU could run these arrays, or None."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, got {x.dtype}"
@@ -38,7 +40,15 @@ def unsupported_arrays(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> str
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(config: ExpertsConfig, recompute: bool, x, gate_up, down, weights, experts):
+def _run(
+    config: ExpertsConfig,
+    recompute: bool,
+    x: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+) -> jax.Array:
     make = Plan.of_one_token if x.shape[0] == 1 else Plan.of
     plan = make(experts, gate_up.shape[0], config.rows)
     hidden = rows_product(x, gate_up, plan, config.up, gather=True)
@@ -46,7 +56,15 @@ def _run(config: ExpertsConfig, recompute: bool, x, gate_up, down, weights, expe
     return weighted_sum(rows, weights, _here(experts, gate_up))
 
 
-def _forward(config, recompute, x, gate_up, down, weights, experts):
+def _forward(
+    config: ExpertsConfig,
+    recompute: bool,
+    x: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+) -> tuple[jax.Array, tuple[Any, ...]]:
     operands = x, gate_up, down, weights, experts
     if recompute:
         return _run(config, recompute, *operands), (operands, None)
@@ -57,13 +75,23 @@ def _forward(config, recompute, x, gate_up, down, weights, experts):
         return weighted_sum(rows, weights, _here(experts, gate_up)), (operands, kept)
 
 
-def _backward(config, recompute, residuals, dy):
+def _backward(
+    config: ExpertsConfig, recompute: bool, residuals: tuple[Any, ...], dy: jax.Array
+) -> tuple[jax.Array | None, ...]:
     operands, kept = residuals
     with jax.enable_x64(False):
         return _gradients(*operands, kept, dy)
 
 
-def _gradients(x, gate_up, down, weights, experts, kept, dy):
+def _gradients(
+    x: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    kept: jax.Array | None,
+    dy: jax.Array,
+) -> tuple[jax.Array | None, ...]:
     dtype, wide = x.dtype, weights.dtype
     dout = dy.astype(dtype)
     both, features, width = (product_config(n) for n in (gate_up.shape[2], down.shape[1], x.shape[1]))
@@ -96,7 +124,7 @@ def _gradients(x, gate_up, down, weights, experts, kept, dy):
 _run.defvjp(_forward, _backward)
 
 
-def _here(experts, gate_up):
+def _here(experts: jax.Array, gate_up: jax.Array) -> jax.Array:
     return (experts >= 0) & (experts < gate_up.shape[0])
 
 
@@ -118,16 +146,16 @@ def weighted_sum(rows: jax.Array, weights: jax.Array, here: jax.Array) -> jax.Ar
 
 
 def run_experts(
-    x,
-    gate_up,
-    down,
-    weights,
-    experts,
+    x: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
     *,
     total: int | None = None,
     recompute: bool = False,
     config: ExpertsConfig | None = None,
-):
+) -> jax.Array:
     """Weighted sums of the experts' outputs.
 
     Args:

@@ -34,7 +34,7 @@ class GroupedConfig:
     swiglu: bool = False
     multiprocessors: int = 132
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.warpgroups not in (1, 2):
             raise ValueError(f"{self.warpgroups=} must be 1 or 2")
         if self.rows % 16 or not 16 <= self.rows <= ROWS * self.warpgroups:
@@ -83,7 +83,7 @@ class ExpertsConfig:
     up: GroupedConfig
     down: GroupedConfig
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.up.rows != self.down.rows:
             raise ValueError(f"rows of a tile must be the same in both, got {self.up.rows=}, {self.down.rows=}")
 

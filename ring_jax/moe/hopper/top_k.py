@@ -5,6 +5,7 @@ in `jax.lax.top_k`.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -13,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ring_jax._arrays import Shaped
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.mosaic import compat
 
@@ -22,7 +24,7 @@ _MOST = 256  # columns, half as many registers
 _WORTHWHILE = 1024
 
 
-def unsupported_reason(x: jax.Array, k: int) -> str | None:
+def unsupported_reason(x: Shaped, k: int) -> str | None:
     """Why `top_k` cannot take x [T, E], or None."""
     if x.dtype != jnp.float32:
         return f"needs float32, got {x.dtype}"
@@ -33,7 +35,7 @@ def unsupported_reason(x: jax.Array, k: int) -> str | None:
     return None
 
 
-def worthwhile(x: jax.Array, k: int) -> bool:
+def worthwhile(x: Shaped, k: int) -> bool:
     """Whether `top_k` takes x and is faster than `lax.top_k`."""
     return unsupported_reason(x, k) is None and x.shape[0] >= _WORTHWHILE
 
@@ -52,7 +54,7 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     padded = max(rows, _ROWS)
     x = jnp.pad(x, ((0, padded - rows), (0, 0)))
 
-    def body(x_ref, values_ref, columns_ref):
+    def body(x_ref: Any, values_ref: Any, columns_ref: Any) -> None:
         # The last rows slide back, and are done twice.
         row = jnp.minimum(lax.axis_index("block") * _ROWS, padded - _ROWS)
         rest = compat.load(x_ref.at[pl.ds(row, _ROWS)], plgpu.Layout.WGMMA)
@@ -84,7 +86,9 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 @top_k.defjvp
-def _derivative(k, primals, tangents):
+def _derivative(
+    k: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, Any]]:
     (x,), (dx,) = primals, tangents
     values, columns = top_k(x, k)
     return (values, columns), (jnp.take_along_axis(dx, columns, axis=1), np.zeros(columns.shape, jax.dtypes.float0))
