@@ -47,9 +47,11 @@ __all__ = [
     "models",
     "moe",
     "nn",
+    "plan",
+    "plot",
 ]
 
-_PACKAGES = ("data", "distributed", "inference", "models", "moe", "nn")
+_PACKAGES = ("data", "distributed", "inference", "models", "moe", "nn", "plan", "plot")
 
 
 def __getattr__(name: str) -> Any:

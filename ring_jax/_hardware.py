@@ -24,9 +24,10 @@ class Hardware:
         hop_share: of a block's rate that is left where the work comes in blocks of a ring; of a gather's two blocks.
         float32_flops: of float32 products at highest precision (no TF32).
         gdn_chunk_seconds: of 64 tokens in the gated delta rule's forward kernel, head size 128: half a value head a multiprocessor;
-            a whole one.
+            a whole one. None: XLA's loops run instead.
         gdn_prepare_seconds: of one token and value head, before that.
-        gdn_backward: forward + backward over forward, of the gated delta rule.
+        gdn_backward: backward over forward, of the gated delta rule's kernels. None: XLA's loops, which run the forward again.
+        gdn_loops: seconds of 64 tokens in XLA's loops, and more for each value head: forward, forward + backward.
         expert_flops: of routed experts' products, forward; with backward.
         memory_bytes_per_s: the vendor's figure.
         stream_share: of it that element-wise kernels and copies reach; weight_share: that products of few rows reach.
@@ -49,9 +50,10 @@ class Hardware:
     hop_seconds: tuple[float, float]
     hop_share: tuple[float, float]
     float32_flops: float
-    gdn_chunk_seconds: tuple[float, float]
+    gdn_chunk_seconds: tuple[float, float] | None
     gdn_prepare_seconds: float
-    gdn_backward: float
+    gdn_backward: float | None
+    gdn_loops: tuple[tuple[float, float], tuple[float, float]]
     expert_flops: tuple[float, float]
     memory_bytes_per_s: float
     stream_share: float
@@ -85,7 +87,8 @@ H200 = Hardware(
     float32_flops=4.0e13,
     gdn_chunk_seconds=(1.27e-6, 1.9e-6),
     gdn_prepare_seconds=1.43e-10,
-    gdn_backward=4.5,  # what is asked of the kernels; XLA's loops take 95 ms where the forward kernel takes 0.8
+    gdn_backward=None,
+    gdn_loops=((2.36e-5, 8.1e-7), (9.86e-5, 2.72e-6)),
     expert_flops=(6.1e14, 5.3e14),
     memory_bytes_per_s=4.8e12,
     stream_share=0.7,

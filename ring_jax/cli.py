@@ -29,6 +29,7 @@ COMMANDS = {
     ),
     "launch": ("ring_jax.commands.launch", "run a script, a module or a subcommand in several processes on this host"),
     "bench": ("ring_jax.commands.bench", "time kernels, rings and whole models on this host's GPUs"),
+    "plan": ("ring_jax.commands.plan", "predict time, memory and traffic of a model over a mesh of GPUs"),
     "doctor": ("ring_jax.commands.doctor", "show versions, devices and what runs here; check it against the reference"),
 }
 INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + 13  # what shells report for these signals

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ring_jax import _repr
+from ring_jax import _html, _repr
 from ring_jax._checks import Sizes, check_array, check_axis, check_count, check_instance, describe, is_array
 
 # A position, a rank or an index: a Python int, a NumPy array or a (traced) JAX array of int32.
@@ -152,6 +152,8 @@ class BlockCyclic:
             rank 1: 2-5
         """
         return _repr.draw_layout(self, seq_len, ranks)
+
+    _repr_html_ = _html.of_layout
 
     def _permute_blocks(self, x: jax.Array, axis: int, ranks: int, to_natural: bool) -> jax.Array:
         # Blocks move whole: a transpose [C, period, fold] <-> [period, C, fold] and a static

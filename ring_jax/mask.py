@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from ring_jax import _repr
+from ring_jax import _html, _repr
 from ring_jax._checks import (
     INT32,
     as_integers,
@@ -271,6 +271,8 @@ class Mask:
         row = check_count("row", row, 0, rows - 1)
         start, end = (np.asarray(x) for x in self.interval(q_len=q_len, kv_len=kv_len))
         return _repr.draw_mask(start[row], end[row], kv_len)
+
+    _repr_html_ = _html.of_mask
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("start", "end"), meta_fields=("layout", "q_len", "kv_len"))

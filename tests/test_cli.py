@@ -15,7 +15,6 @@ import pytest
 import ring_jax.cli
 from ring_jax.cli import CommandError, main, parser_of
 from ring_jax.commands import generate
-from ring_jax.commands.picture import draw_ranks
 from ring_jax.commands.progress import Progress
 from tests.inference.checkpoint import tiny_checkpoint
 
@@ -274,12 +273,6 @@ def generate_answer(error, **fields):
 
     logits = [np.asarray([1, 2 - error], np.float64)] * 3
     return Answer([1, 2, 3], logits, compile_prefill=1.0, prefill=2.0, decode=1.0, **fields)
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_picture(ranks, tmp_path):
-    draw_ranks(tmp_path / "ranks.png", 100, ranks, (99, 10, "here"))
-    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_generate_refuses_a_prompt_that_is_too_long(checkpoint, capsys):

@@ -254,10 +254,10 @@ def _why_no_faster(ranks: int) -> str:
 
 
 def _draw(png: str, ranks: int, mark: tuple[int, int, str]) -> None:
-    from ring_jax.commands.picture import draw_ranks
+    from ring_jax import plot
 
     try:
-        draw_ranks(png, DEMO_TOKENS, ranks, mark)
+        plot.ranks(DEMO_TOKENS, ranks, mark=mark, path=png)
     except (OSError, ValueError) as error:  # a directory that may not be written, an unknown ending
         print(f"picture   not drawn: {error}")
     else:

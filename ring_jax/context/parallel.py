@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from ring_jax import _repr
+from ring_jax import _html, _repr
 from ring_jax._checks import (
     check_array,
     check_axis,
@@ -65,7 +65,7 @@ class ContextParallel:
     head_axis: Axis | None = None
     mesh: Mesh | None = None
     strategy: StrategyName = "auto"
-    __repr__ = _repr.of_fields
+    __repr__, _repr_html_ = _repr.of_fields, _html.of_context
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", as_layout(self.layout))

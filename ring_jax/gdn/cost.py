@@ -98,8 +98,8 @@ class Cost:
         return moving + rule + self.beside / HOPPER.product_flops
 
 
-def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous") -> dict[str, Cost]:
-    """What each way moves and multiplies for a shape on `ranks` context ranks.
+def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous", gpu: Hardware = HOPPER) -> dict[str, Cost]:
+    """What each way moves and multiplies for a shape on `ranks` context ranks of some GPU.
 
     Example:
         >>> shape = GDNShape(batch=1, length=1 << 20, heads=Heads(16, 32, 128, 128), width=2048, layers=3)
@@ -111,11 +111,12 @@ def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous") -> d
     """
     check_instance("shape", shape, GDNShape, "a ring_jax.gdn.GDNShape")
     check_count("ranks", ranks, 1)
+    check_instance("gpu", gpu, Hardware, "a ring_jax.plan.Hardware")
     layout = as_layout(layout)
     return {
-        "batch": _batch_cost(shape, ranks),
-        "head": _head_cost(shape, ranks),
-        "state": _state_cost(shape, ranks, layout),
+        "batch": _batch_cost(shape, ranks, gpu),
+        "head": _head_cost(shape, ranks, gpu),
+        "state": _state_cost(shape, ranks, layout, gpu),
     }
 
 
@@ -189,8 +190,10 @@ def kernel_seconds(tokens: float, rows: float, heads: Heads, *, outputs: bool = 
     A multiprocessor walks over the chunks of one value head, or of half of one; with few heads a sequence is cut in pieces, whose
     transitions are a pass of their own (docs/kernels/gdn.md).
     """
-    half, whole = gpu.gdn_chunk_seconds
     streams, chunks = rows * heads.value_heads, math.ceil(tokens / CHUNK)
+    if gpu.gdn_chunk_seconds is None:
+        return chunks * (gpu.gdn_loops[0][0] + gpu.gdn_loops[0][1] * streams)
+    half, whole = gpu.gdn_chunk_seconds
     size = heads.key_size * heads.value_size / 128**2
     walk = min(half * math.ceil(2 * streams / gpu.multiprocessors), whole * math.ceil(streams / gpu.multiprocessors))
     pieces = int(gpu.multiprocessors // max(2 * streams, 1))
@@ -199,24 +202,32 @@ def kernel_seconds(tokens: float, rows: float, heads: Heads, *, outputs: bool = 
     return size * chunks * min(walk, passes) + prepared
 
 
+def backward_seconds(tokens: float, rows: float, heads: Heads, gpu: Hardware = HOPPER) -> float:
+    """Time of the rule's gradients over `rows` sequences of `tokens` tokens, what they compute again included."""
+    if gpu.gdn_backward is not None:
+        return gpu.gdn_backward * kernel_seconds(tokens, rows, heads, gpu=gpu)
+    fixed, each = gpu.gdn_loops[1]
+    return math.ceil(tokens / CHUNK) * (fixed + each * rows * heads.value_heads)
+
+
 # XLA's float32 step from one piece of a sequence to the next.
 _PIECE_SECONDS = 1.0e-5
 
 
-def _batch_cost(shape: GDNShape, ranks: int) -> Cost:
+def _batch_cost(shape: GDNShape, ranks: int, gpu: Hardware) -> Cost:
     rows = math.ceil(shape.batch / ranks)
     features_in, features_out = _moved_features(shape)
     received = rows * shape.length * (features_in + features_out) * shape.itemsize * (ranks - 1) / ranks
-    flops, kernel = _rule(shape, rows, shape.length, shape.heads)
+    flops, kernel = _rule(shape, rows, shape.length, shape.heads, gpu)
     padding = (rows - shape.batch / ranks) * shape.length
     # Projections, and an MLP of three times the width (Qwen3.5's), of the layers that run on padding too.
     layer = shape.width * (shape.heads.features + 2 * shape.heads.parts[2]) + 9 * shape.width**2
     return Cost(received, flops, 2 if ranks > 1 else 0, None, kernel, 2 * padding * layer * shape.layers)
 
 
-def _rule(shape: GDNShape, rows: float, tokens: float, heads: Heads) -> tuple[float, float]:
+def _rule(shape: GDNShape, rows: float, tokens: float, heads: Heads, gpu: Hardware) -> tuple[float, float]:
     """FLOPs of the rule over rows of so many tokens, and seconds in the kernel; of all layers."""
-    return shape.layers * rule_flops(rows * tokens, heads), shape.layers * kernel_seconds(tokens, rows, heads)
+    return shape.layers * rule_flops(rows * tokens, heads), shape.layers * kernel_seconds(tokens, rows, heads, gpu=gpu)
 
 
 def _moved_features(shape: GDNShape) -> tuple[float, float]:
@@ -227,7 +238,7 @@ def _moved_features(shape: GDNShape) -> tuple[float, float]:
     return shape.heads.features + decay_and_beta, shape.heads.parts[2]
 
 
-def _head_cost(shape: GDNShape, ranks: int) -> Cost:
+def _head_cost(shape: GDNShape, ranks: int, gpu: Hardware) -> Cost:
     heads, others = shape.heads, (ranks - 1) / ranks
     indivisible = [n for n in (heads.key_heads, heads.value_heads) if n % ranks]
     obstacle = f"{indivisible[0]} heads do not divide over {ranks} ranks" if indivisible else None
@@ -240,15 +251,15 @@ def _head_cost(shape: GDNShape, ranks: int) -> Cost:
     tokens = shape.batch * shape.length
     received = shape.layers * tokens * features * shape.itemsize * others
     flops = shape.layers * rule_flops(tokens, heads) / ranks
-    kernel = 0.0 if obstacle else _rule(shape, shape.batch, shape.length, heads.share(ranks))[1]
+    kernel = 0.0 if obstacle else _rule(shape, shape.batch, shape.length, heads.share(ranks), gpu)[1]
     return Cost(received, flops, 2 * shape.layers if ranks > 1 else 0, obstacle, kernel)
 
 
-def _state_cost(shape: GDNShape, ranks: int, layout: Layout) -> Cost:
+def _state_cost(shape: GDNShape, ranks: int, layout: Layout, gpu: Hardware) -> Cost:
     heads = shape.heads
     tokens = shape.batch * shape.length / ranks
     if ranks == 1:
-        flops, kernel = _rule(shape, shape.batch, shape.length, heads)
+        flops, kernel = _rule(shape, shape.batch, shape.length, heads, gpu)
         return Cost(0.0, flops, 0, None, kernel)
     zigzag = layout != Contiguous()
     served = not zigzag or layout == Zigzag() or getattr(layout, "block", None) == shape.length // (2 * ranks) > 0
@@ -268,6 +279,6 @@ def _state_cost(shape: GDNShape, ranks: int, layout: Layout) -> Cost:
     received = shape.layers * (passed + halo + update)
     twice = rule_flops(tokens, heads) + rule_flops(tokens, heads, extra=heads.key_size, outputs=False)
     chunk, rows = shape.length / (ranks * folds), shape.batch * folds
-    kernel = kernel_seconds(chunk, rows, heads) + kernel_seconds(chunk, rows, heads, outputs=False)
+    kernel = sum(kernel_seconds(chunk, rows, heads, outputs=outputs, gpu=gpu) for outputs in (True, False))
     count = shape.layers * (collectives + folds * hops)
     return Cost(received, shape.layers * twice, count, obstacle, shape.layers * kernel)

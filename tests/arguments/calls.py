@@ -12,6 +12,7 @@ from flax import nnx
 
 import ring_jax
 from ring_jax import distributed, gdn, layout, moe, nn
+from ring_jax._hardware import HOPPER
 from ring_jax.gdn import cost
 from tests.arguments.engine import Call
 from tests.arguments.kinds import (
@@ -573,8 +574,8 @@ def rules() -> list[Call]:
         Call(gdn.GDNShape, shape, counts | {"itemsize": Count(1), "heads": Instance()}),
         Call(
             gdn.costs,
-            {"shape": made, "ranks": 2, "layout": "zigzag"},
-            {"shape": Instance(), "ranks": RANKS, "layout": LayoutLike()},
+            {"shape": made, "ranks": 2, "layout": "zigzag", "gpu": HOPPER},
+            {"shape": Instance(), "ranks": RANKS, "layout": LayoutLike(), "gpu": Instance()},
         ),
         Call(
             gdn.choose_way,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ring_jax import _repr
+from ring_jax import _html, _repr
 from ring_jax.gdn import GDNCache
 from ring_jax.models.qwen3_5.sharding import Sharding
 
@@ -36,7 +36,7 @@ class Cache:
     gdn: GDNCache
     lengths: Int[Array, " B"]
     count: Int[Array, ""]
-    __repr__ = _repr.of_fields
+    __repr__, _repr_html_ = _repr.of_fields, _html.of_arrays
 
     @property
     def room(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ring_jax import _repr
+from ring_jax import _html, _repr
 from ring_jax._checks import (
     INT32,
     check_choice,
@@ -111,7 +111,7 @@ class Config:
     tie_embeddings: bool = False
     layer_types: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
-    __repr__ = _repr.of_fields
+    __repr__, _repr_html_ = _repr.of_fields, _html.of_config
 
     def __post_init__(self):
         self._check_values()
