@@ -1,7 +1,12 @@
 """Small array helpers that several parts share."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+# For kernels, whose exponentials are powers of two.
+LOG2E = math.log2(math.e)
 
 # What has a shape and a dtype, and perhaps no values.
 Shaped = jax.Array | jax.ShapeDtypeStruct

@@ -4,7 +4,6 @@ Forward and backward are two functions without rules of their own. The rule save
 gets delta = rowsum(dO . O) - dLSE of each row, and the carry's cotangents follow from the LSE alone.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,11 +53,7 @@ def differentiable(
             ranks with what the forward sent, and keeps all of it alive.
     """
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-    def attend(
-        block: Block, place: Any, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
-    ) -> Partial:
-        return forward(block, place, query, kv, bounds, carry)
+    attend = jax.custom_vjp(forward, nondiff_argnums=(0, 1))
 
     def rule(
         block: Block, place: Any, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None

@@ -3,7 +3,6 @@
 The algorithm and its symbols are in `backward_launch`.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -12,11 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ring_jax._arrays import LOG2E
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat
 
-LOG2E = math.log2(math.e)
 ROWS = 64  # one warpgroup's wgmma rows
 WGS = 2  # compute warpgroups
 STAGE_COLUMNS = 32  # float32 columns per step of the epilogue: one 128-byte swizzle

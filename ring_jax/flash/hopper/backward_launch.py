@@ -30,12 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ring_jax._arrays import pad_to, round_up
+from ring_jax._arrays import LOG2E, pad_to, round_up
 from ring_jax._hardware import HOPPER
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.hopper import backward_fused
 from ring_jax.flash.hopper.backward_common import (
-    LOG2E,
     ROWS,
     WGS,
     BackwardConfig,

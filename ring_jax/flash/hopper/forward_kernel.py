@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ring_jax._arrays import LOG2E
 from ring_jax.flash.hopper.config import ForwardConfig
 from ring_jax.flash.hopper.schedule import Problem, segment_steps_of, steps_of, work_item
 from ring_jax.mosaic import compat, pipeline, wgmma
@@ -39,7 +40,6 @@ from ring_jax.mosaic.pipeline import ring_slot
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
-_LOG2E = math.log2(math.e)
 _LN2 = math.log(2.0)
 _NO_KEY_YET = -1e30
 _LAZY_BITS = 8.0  # P then reaches 2^8, far below what float16 holds
@@ -200,11 +200,11 @@ def _softmax(problem: Problem, scores, window, m, l):
     `window()` gives [first, last) of the visible columns of each row; None where all are visible.
     """
     if problem.options.logits_soft_cap is None:
-        factor = problem.options.scale * _LOG2E
+        factor = problem.options.scale * LOG2E
     else:
         # tanh(x) = 1 - 2 / (1 + e^2x): the hardware's tanh is good to 11 bits only, times the cap.
-        factor = problem.options.logits_soft_cap * _LOG2E
-        e2x = jnp.exp2(scores * (2 * _LOG2E * problem.options.scale / problem.options.logits_soft_cap))
+        factor = problem.options.logits_soft_cap * LOG2E
+        e2x = jnp.exp2(scores * (2 * LOG2E * problem.options.scale / problem.options.logits_soft_cap))
         scores = 1.0 - 2.0 / (1.0 + e2x)
     if window is not None:
         scores = wgmma.mask(scores, *window())
@@ -309,7 +309,7 @@ def _resume(problem: Problem, lse_ref, staged, acc, m, l):
     out = compat.load(out_smem, _TILE)
     plgpu.barrier_arrive(free)
     empty = lse <= _NO_KEY_YET  # so that a NaN stays one
-    m_carry = jnp.where(empty, _NO_KEY_YET, lse * _LOG2E)
+    m_carry = jnp.where(empty, _NO_KEY_YET, lse * LOG2E)
     top = jnp.maximum(m, m_carry)
     factor, share = jnp.exp2(m - top), jnp.where(empty, 0.0, jnp.exp2(m_carry - top))
     out = jnp.where(_across(empty, problem.value_size), 0.0, out)
@@ -327,7 +327,7 @@ def _initial(problem: Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
     lse = compat.load(lse_ref, _ROWS)
     empty = lse <= _NO_KEY_YET  # so that a NaN stays one
     # m is finite at all times: a NaN goes on in l and out.
-    m = jnp.where(empty | (lse != lse), _NO_KEY_YET, lse * _LOG2E)
+    m = jnp.where(empty | (lse != lse), _NO_KEY_YET, lse * LOG2E)
     # An eighth in each of the eight columns: their sum is l = 1.
     l = _across(jnp.where(empty, 0.0, jnp.where(lse != lse, lse, 0.125)), 8)
     out = compat.load(out_ref, _TILE)

@@ -1,6 +1,7 @@
 """The Hopper forward kernel as a function of arrays: what it takes, padding, and the launch. See `forward_kernel`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -212,11 +213,8 @@ def _launch(
             carry_free=plgpu.Barrier(num_arrivals=config.warpgroups),
         )
 
-    def body(*refs: Any, **scratch_refs: Any) -> None:
-        forward_kernel.kernel(problem, *refs, **scratch_refs)
-
     call = compat.kernel(
-        body,
+        functools.partial(forward_kernel.kernel, problem),
         name="flash_attention_forward",
         out_type=out_type,
         scratch=scratch,

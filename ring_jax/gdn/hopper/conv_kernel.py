@@ -19,7 +19,6 @@ registers over the tile and written once per program, in float32.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ring_jax._arrays import LOG2E
 from ring_jax.mosaic import compat
 
 THREADS = 128
@@ -37,8 +37,6 @@ NORM_EPSILON = 1e-6
 FLAG_CONTINUES, FLAG_STARTS, FLAG_FIRST, FLAG_PADDING = range(4)  # FIRST: the first document, which the tail precedes
 AHEAD = 16  # tokens that a flag looks at; times FLAG_AHEAD it is set where any of them has one
 FLAG_AHEAD = 4
-
-_LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ def heads_layout(head_size: int, vector: int) -> Any:
 
 def sigmoid(x: jax.Array) -> jax.Array:
     """1 / (1 + exp(-x)) to 3e-7: the square of a reciprocal root is one fast instruction, a quotient is a dozen."""
-    root = lax.rsqrt(1.0 + jnp.exp2(x * -_LOG2E))
+    root = lax.rsqrt(1.0 + jnp.exp2(x * -LOG2E))
     return root * root
 
 

@@ -9,8 +9,6 @@ where `starts` [B, chunks, 64], the place in the chunk at which the document of 
 most j. `prepare` makes them from log decays and strengths, one warp for each value head.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,12 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
+from ring_jax._arrays import LOG2E
 from ring_jax.gdn.hopper.config import CHUNK
 from ring_jax.gdn.segments import document_index
 from ring_jax.mosaic import compat
 from ring_jax.mosaic.fragments import constant
-
-_LOG2E = math.log2(math.e)
 
 
 def chunked_rows(log_decay: jax.Array, beta: jax.Array) -> jax.Array:
@@ -49,7 +46,7 @@ def document_starts(segment_ids: jax.Array) -> jax.Array:
 
 def gate_rows(rows: jax.Array, starts: jax.Array | None) -> jax.Array:
     """`gates` [..., 4, 64] of `chunked_rows` [..., 2, 64] and starts [..., 64], of one rank."""
-    total = jnp.cumsum(rows[..., 0, :] * _LOG2E, axis=-1)
+    total = jnp.cumsum(rows[..., 0, :] * LOG2E, axis=-1)
     from_start, to_end = jnp.exp2(total), jnp.exp2(total[..., -1:] - total)
     if starts is not None:
         from_start = jnp.where(starts < 0, from_start, 0.0)
@@ -86,7 +83,7 @@ def _scan(head, rows, gates, starts=None) -> None:
     offset = arith.shli(lane, constant(3))
     rows = arith.addi(arith.addi(rows, offset), arith.muli(head, constant(2 * CHUNK * 4)))
     gates = arith.addi(arith.addi(gates, offset), arith.muli(head, constant(4 * CHUNK * 4)))
-    zero, log2e = (arith.constant(f32, ir.FloatAttr.get(f32, x)) for x in (0.0, _LOG2E))
+    zero, log2e = (arith.constant(f32, ir.FloatAttr.get(f32, x)) for x in (0.0, LOG2E))
     first, second = (arith.mulf(x, log2e) for x in _load_pair(rows, 0, f32))
     beta = _load_pair(rows, CHUNK * 4, f32)
     total = arith.addf(first, second)

@@ -10,6 +10,7 @@ An expert without rows gets zeros.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -81,11 +82,8 @@ def outer_product(
         free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
     )
 
-    def body(*refs, **scratch_refs):
-        kernel(problem, *refs, **scratch_refs)
-
     call = compat.kernel(
-        body,
+        functools.partial(kernel, problem),
         name="grouped_outer",
         out_type=compat.output_like((experts * problem.rows, problem.columns), a.dtype, *operands),
         scratch=scratch,

@@ -14,6 +14,7 @@ through all tiles, and are declared free at first, see `flash.hopper.forward_ker
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -104,11 +105,8 @@ def rows_product(
         free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
     )
 
-    def body(*refs, **scratch_refs):
-        kernel(problem, *refs, **scratch_refs)
-
     call = compat.kernel(
-        body,
+        functools.partial(kernel, problem),
         name="grouped_swiglu" if config.swiglu else "grouped_rows",
         out_type=tuple(
             compat.output_like((plan.order.shape[0], n), a.dtype, *operands)
