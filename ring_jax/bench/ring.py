@@ -8,14 +8,12 @@ ranks could be at best.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import statistics
 import time
-from typing import Any
-from unittest import mock
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +29,8 @@ from ring_jax.context.strategies import STRATEGIES
 from ring_jax.flash import reference
 from ring_jax.flash.kv import pack
 from ring_jax.flash.operands import BlockOptions, Bounds
+
+T = TypeVar("T")
 
 
 def stack(context, is_causal: bool, layers: int, gradients: bool, implementation: str | None = None):
@@ -116,38 +116,38 @@ def milliseconds(f, args, layers: int, repeats: int, queued: int = 3) -> float:
     return 1e3 * statistics.median(times)
 
 
-def _copies(shard: Shard, ranks: int, x: jax.Array, along: int | None = None) -> jax.Array:
-    copies = [x] * ranks
-    return jax.lax.optimization_barrier(jnp.stack(copies) if along is None else jnp.concatenate(copies, along))
+class NoTransfer(Shard):
+    """A rank that keeps what it should send on: results are wrong, times are those of the blocks alone."""
+
+    def shift(self, tree: T) -> T:
+        return tree
 
 
-def _share(shard: Shard, ranks: int, x: jax.Array, along: int | None = None) -> jax.Array:
-    return x[1] if along is None else jnp.split(x, ranks, along)[1]
+class Alone(NoTransfer):
+    """Rank 1 without the others; a gather is a copy, and so costs a little."""
+
+    def rank(self) -> jax.Array:
+        return jax.lax.optimization_barrier(jnp.int32(1))  # not a constant, or XLA would know the bounds
+
+    def gather(self, x: jax.Array, along: int | None = None) -> jax.Array:
+        copies = [x] * self.ranks
+        return jax.lax.optimization_barrier(jnp.stack(copies) if along is None else jnp.concatenate(copies, along))
+
+    def sum_scatter(self, x: jax.Array, along: int | None = None) -> jax.Array:
+        return x[1] if along is None else jnp.split(x, self.ranks, along)[1]
 
 
-@contextlib.contextmanager
-def no_transfer(alone: int | None = None):
-    """Programs traced inside rotate nothing: their results are wrong, their time is that of the blocks alone.
+@dataclasses.dataclass(frozen=True)
+class WithoutTransfer(ring_jax.ContextParallel):
+    """A context whose ranks rotate nothing. With `alone`, one device does what rank 1 of so many would."""
 
-    With `alone`, one device does what rank 1 of so many would; a gather is a copy then, and so costs a little.
-    """
-    jax.clear_caches()  # equal calls share one trace
-    patches: list[tuple[Any, str, Any]] = [(Shard, "shift", lambda self, tree: tree)]
-    if alone:
-        patches += [
-            (ring_jax.ContextParallel, "ranks", lambda self, *_: alone),
-            # Not a constant, or XLA would know the bounds.
-            (Shard, "rank", lambda self: jax.lax.optimization_barrier(jnp.int32(1))),
-            (Shard, "gather", functools.partialmethod(_copies, alone)),
-            (Shard, "sum_scatter", functools.partialmethod(_share, alone)),
-        ]
-    try:
-        with contextlib.ExitStack() as stack:
-            for patch in patches:
-                stack.enter_context(mock.patch.object(*patch))
-            yield
-    finally:
-        jax.clear_caches()
+    alone: int | None = None
+
+    def ranks(self, like: jax.Array | None = None) -> int:
+        return self.alone or super().ranks(like)
+
+    def shard(self, length: int, like: jax.Array | None = None) -> Shard:
+        return (Alone if self.alone else NoTransfer)(self.axis, self.ranks(like), self.layout, length)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -258,16 +258,18 @@ def measure(
     """One row: time per layer, and with --profile what the trace says."""
     alone = ranks if args.alone and ranks > 1 else None
     context = make_context(1 if alone else ranks, strategy)
+    mesh = context.mesh
     shape = length // (alone or 1), args.heads, args.kv_heads, args.head_size, args.layers
     operands = draw(context, *shape)
-    if alone:
-        mesh, context = context.mesh, dataclasses.replace(context, mesh=None)
+    if not transfer:
+        context = WithoutTransfer(
+            "context", layout="zigzag", mesh=None if alone else mesh, strategy=strategy, alone=alone
+        )
     f = stack(context, not full, args.layers, gradients, args.implementation)
     if alone:
         f = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
-    with contextlib.nullcontext() if transfer else no_transfer(alone):
-        ms = milliseconds(f, operands, args.layers, args.repeats)
-        activities = trace.record(functools.partial(f, *operands)) if args.profile else []
+    ms = milliseconds(f, operands, args.layers, args.repeats)
+    activities = trace.record(functools.partial(f, *operands)) if args.profile else []
     flops = 4 * length**2 * args.heads * args.head_size * (1 if full else 0.5) * (3.5 if gradients else 1)
     row = {
         "what": "forward+backward" if gradients else "forward",

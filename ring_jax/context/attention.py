@@ -22,7 +22,6 @@ from ring_jax._checks import (
 from ring_jax._mesh import AnyMesh, Axis, axis_size, run_sharded
 from ring_jax.context.call import Call
 from ring_jax.context.parallel import ContextParallel, mask_specs
-from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import NAMES, StrategyName, check_strategy
 from ring_jax.flash import backends
 from ring_jax.flash.backends import FixedMask, Implementation, with_batch
@@ -247,7 +246,7 @@ def _make_call(
         if not 0 <= given <= length:
             raise ValueError(f"{name}={given} is not in [0, {length}], the length of the array")
     check_strategy(strategy, context.axis)
-    queries, keys = (Shard(context.axis, ranks, context.layout, length) for length in (query_len, key_len))
+    queries, keys = (context.shard(length, query) for length in (query_len, key_len))
     return Call(queries, keys, q_len, kv_len, strategy, implementation, options, None, False)
 
 

@@ -42,11 +42,11 @@ def unrolled(monkeypatch):
 
 @pytest.fixture
 def in_halves(monkeypatch):
-    """A backend "in halves", which takes halves of the heads; its calls, in order."""
+    """A backend in the place of "mosaic" that takes halves of the heads; its calls, in order."""
     jax.clear_caches()  # traces of an equal call would not call it
     asked: list[str] = []
     backend = dataclasses.replace(in_shares(backends.BACKENDS["reference"], asked), unroll=8)
-    monkeypatch.setitem(backends.BACKENDS, "in halves", backend)
+    monkeypatch.setitem(backends.BACKENDS, "mosaic", backend)
     return asked
 
 
@@ -102,33 +102,31 @@ def test_kinds_and_numbers(strategy, forward, backward, data, unrolled):
 def test_halves_of_the_heads_travel_one_after_the_other(strategy, forward, backward, in_halves):
     mesh = make_mesh(context=C)
     context = ContextParallel("context", layout="zigzag", mesh=mesh, strategy=strategy)
-    compiled = programs(context, mesh, implementation="in halves")
+    compiled = programs(context, mesh, implementation="mosaic")
     assert (count(compiled[0]), count(compiled[1])) == (forward, backward)
 
 
 @pytest.mark.parametrize(
-    "strategy, order, barriers",
+    "strategy, order",
     [
-        # The rank's own keys at both ends. Barriers: ahead of the forward's first permute, of every other hop, of the last
-        # own keys, and one on the cotangent.
-        ("ring", ["f"] * C + ["b0"] + ["b"] * (C - 1) + ["b2"], 2 * (C - 1) + 3),
-        # Forward own, then the others' halves. Barriers ahead of each second collective, and one on the cotangent.
-        ("all_gather", ["f", "f0", "f2", "b0", "b0", "b2", "b2"], 4),
+        # The rank's own keys at both ends.
+        ("ring", ["f"] * C + ["b0"] + ["b"] * (C - 1) + ["b2"]),
+        # Forward own, then the others' halves.
+        ("all_gather", ["f", "f0", "f2", "b0", "b0", "b2", "b2"]),
     ],
 )
-def test_order_of_the_halves(strategy, order, barriers, in_halves):
+def test_order_of_the_halves(strategy, order, in_halves):
     context = ContextParallel("context", layout="zigzag", mesh=make_mesh(context=C), strategy=strategy)
     q, kv = (jax.ShapeDtypeStruct((B, S, n, H), jnp.float32) for n in (N, K))
 
     def gradients(q, k, v, d):
-        attend = functools.partial(ring_jax.ring_attention, is_causal=True, context=context, implementation="in halves")
+        attend = functools.partial(ring_jax.ring_attention, is_causal=True, context=context, implementation="mosaic")
         return jax.vjp(attend, q, k, v)[1](d)
 
     in_halves.clear()
-    lowered = jax.jit(gradients).lower(q, kv, kv, q)
+    jax.eval_shape(gradients, q, kv, kv, q)
     # custom_vjp traces its primal function for the shapes, too.
     assert in_halves[-len(order) :] == order
-    assert lowered.as_text().count("stablehlo.optimization_barrier") == barriers
 
 
 def test_the_ring_rotates_one_packed_array(unrolled):
@@ -140,18 +138,17 @@ def test_the_ring_rotates_one_packed_array(unrolled):
     assert set(collectives(forward)) == set(collectives(backward)) == {("collective-permute", packed)}
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="XLA's CPU compiler of jax 0.10 drops barriers before it merges"
+)
 def test_backward_rotates_again_instead_of_keeping_every_hop(unrolled):
     """In one program with the forward, barriers keep XLA from merging the two rotations of KV (and all KV alive)."""
     mesh = make_mesh(context=C)
     context = ContextParallel("context", layout="zigzag", mesh=mesh, strategy="ring")
     x = jax.ShapeDtypeStruct((B, S, K, H), jnp.float32, sharding=NamedSharding(mesh, P(None, "context")))
     loss = lambda q, k, v: jnp.sum(ring_jax.ring_attention(q, k, v, is_causal=True, context=context) ** 2)  # noqa: E731
-    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x)
-    # One barrier ahead of every hop but the first, forward and backward, one ahead of the rank's own keys in the backward,
-    # one ahead of the first permute, and one that ties KV to the cotangent.
-    assert lowered.as_text().count("stablehlo.optimization_barrier") == 2 * (C - 1) + 3
-    if jax.__version_info__ >= (0, 11):  # XLA's CPU compiler of jax 0.10 drops barriers before it merges
-        assert count(lowered.compile()) == {"collective-permute": (C - 1) + (2 * C - 2)}
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+    assert count(compiled) == {"collective-permute": (C - 1) + (2 * C - 2)}
 
 
 def test_head_axis_needs_no_further_collective():

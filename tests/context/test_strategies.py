@@ -78,13 +78,13 @@ def test_halves_of_the_heads_at_a_time(ranks, strategy, kv_heads, short, monkeyp
     """Of a backend that takes shares of the heads: a rank's own keys at both ends, and of short shards halves gathered in
     turn."""
     jax.clear_caches()
-    monkeypatch.setitem(backends.BACKENDS, "in halves", in_shares(backends.BACKENDS["reference"]))
+    monkeypatch.setitem(backends.BACKENDS, "mosaic", in_shares(backends.BACKENDS["reference"]))
     monkeypatch.setattr(gather, "_gathers_in_halves", lambda *_: short)
     x = inputs(B, S, S, 2 * kv_heads, kv_heads, H=8)
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=make_mesh(context=ranks), strategy=strategy)
     for mask in (ring_jax.causal(), ring_jax.Mask()):
         start, end = (np.broadcast_to(b, (B, S)) for b in mask.interval(q_len=S, kv_len=S))
-        got = run(x, start, end, context=context, implementation="in halves")
+        got = run(x, start, end, context=context, implementation="mosaic")
         oracle.assert_close(got, expected(x, start, end), TOLERANCE)
 
 
