@@ -13,7 +13,7 @@ import ring_jax.nn
 from ring_jax import Contiguous, Striped, Zigzag, causal, documents, lengths, prefix, window
 from ring_jax.gdn import Heads
 from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
-from ring_jax.models.qwen3_5.passes import Output
+from ring_jax.models.qwen3_5.forward import Output
 from ring_jax.moe import RouterStats
 
 TINY = Config(

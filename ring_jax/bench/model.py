@@ -117,12 +117,10 @@ class Programs:
 
     def __init__(self, model: Qwen3_5):
         self.model = model
-        graph, state = nnx.split(model)
-        self.params = nnx.to_pure_dict(state)  # plain dicts: calls with them cost the host least
-        built = lambda params: nnx.merge(graph, nnx.State(params))  # noqa: E731
-        self.prefill = jax.jit(lambda p, tokens: _first(built(p)(tokens, logits="last", cache_room=ROOM)))
-        self.decode = jax.jit(lambda p, token, cache: _greedy(built(p).decode(token, cache)), donate_argnums=2)
-        self.gradient = jax.jit(jax.value_and_grad(lambda p, tokens: built(p).loss(tokens)))
+        program, self.params = model.split()  # plain dicts: calls with them cost the host least
+        self.prefill = jax.jit(lambda p, tokens: _first(program(p, tokens, logits="last", cache_room=ROOM)))
+        self.decode = jax.jit(lambda p, token, cache: _greedy(program.decode(p, token, cache)), donate_argnums=2)
+        self.gradient = jax.jit(jax.value_and_grad(lambda p, tokens: program.loss(p, tokens)))
 
 
 ROOM = 1024

@@ -142,9 +142,8 @@ class Session:
             raise CommandError(
                 f"a prompt of {len(ids):,} tokens and {max_new_tokens:,} new ones exceed the model's {limit:,} positions"
             )
-        graph, state = nnx.split(self.model)
-        params, key = nnx.to_pure_dict(state), jax.random.key(self.settings.seed)
-        prompt, static = jnp.asarray([ids], jnp.int32), (graph, self.settings.sampling)
+        (program, params), key = self.model.split(), jax.random.key(self.settings.seed)
+        prompt, static = jnp.asarray([ids], jnp.int32), (program, self.settings.sampling)
         answer = Answer(weights=sum(_on_device(x, self.devices[0]) for x in jax.tree.leaves(params)))
         with progress.step("compile", f"prefill {self.where}") as step:
             prefill = _prefill.lower(*static, max_new_tokens, params, prompt, key).compile()
@@ -186,14 +185,14 @@ class Session:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(graph, sampling: Sampling, room: int, params, tokens, key):
-    out = nnx.merge(graph, nnx.State(params))(tokens, logits="last", cache_room=room)
+def _prefill(program, sampling: Sampling, room: int, params, tokens, key):
+    out = program(params, tokens, logits="last", cache_room=room)
     return sample(out.logits, key, sampling), out.logits, out.cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def _decode(graph, sampling: Sampling, params, token, cache, key):
-    logits, cache = nnx.merge(graph, nnx.State(params)).decode(token, cache)
+def _decode(program, sampling: Sampling, params, token, cache, key):
+    logits, cache = program.decode(params, token, cache)
     return sample(logits, key, sampling), logits, cache
 
 

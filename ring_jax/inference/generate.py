@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ring_jax._checks import check_callable, check_count, check_instance, describe, is_array
 from ring_jax._mesh import axis_size
@@ -141,13 +140,12 @@ def _steps(
         ranks = axis_size(model.sharding.resolve_mesh(), model.sharding.batch)
         prompts = [*prompts, *([np.zeros(1, np.int32)] * (-len(prompts) % ranks))]
     tokens, lengths = _batch(prompts, model.config.max_positions - max_new_tokens)
-    graph, state = nnx.split(model)
-    params, key = nnx.to_pure_dict(state), jax.random.key(seed)
-    last, cache = _prefill(graph, sampling, max_new_tokens, params, tokens, lengths, key)
+    (program, params), key = model.split(), jax.random.key(seed)
+    last, cache = _prefill(program, sampling, max_new_tokens, params, tokens, lengths, key)
     running = [True] * rows
     for step in range(max_new_tokens):
         if step:
-            last, cache = _step(graph, sampling, params, last, cache, jax.random.fold_in(key, step))
+            last, cache = _step(program, sampling, params, last, cache, jax.random.fold_in(key, step))
         found: list[int | None] = [
             int(t) if alive else None for t, alive in zip(np.asarray(last)[:rows], running, strict=True)
         ]
@@ -205,14 +203,14 @@ def _stop_ids(stop_ids: Any, vocabulary: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(graph, sampling: Sampling, room: int, params, tokens, lengths, key):
-    out = nnx.merge(graph, nnx.State(params))(tokens, lengths=lengths, logits="last", cache_room=room)
+def _prefill(program, sampling: Sampling, room: int, params, tokens, lengths, key):
+    out = program(params, tokens, lengths=lengths, logits="last", cache_room=room)
     return sample(out.logits, key, sampling), out.cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def _step(graph, sampling: Sampling, params, tokens, cache, key):
-    logits, cache = nnx.merge(graph, nnx.State(params)).decode(tokens, cache)
+def _step(program, sampling: Sampling, params, tokens, cache, key):
+    logits, cache = program.decode(params, tokens, cache)
     return sample(logits, key, sampling), cache
 
 

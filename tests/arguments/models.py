@@ -94,6 +94,8 @@ def models() -> list[Call]:
         {"embed": state["embed"]},
     )
     full = cache()
+    made = jax.eval_shape(lambda: model()(jnp.ones((B, S), jnp.int32), return_new=True).new)
+    past = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), made)
     return [
         Call(
             qwen3_5.Config,
@@ -157,12 +159,6 @@ def models() -> list[Call]:
             sharding.check,
         ),
         Call(
-            qwen3_5.Sharding.param_specs,
-            {"config": config, "mesh": None},
-            {"config": Instance(), "mesh": maybe(Instance())},
-            sharding.param_specs,
-        ),
-        Call(
             cls,
             {"config": config, "rngs": None, "dtype": "bfloat16", "param_dtype": None, "sharding": None, "remat": None}
             | {"implementation": None},
@@ -178,13 +174,17 @@ def models() -> list[Call]:
         ),
         Call(
             cls.__call__,
-            batch | {"logits": "all", "cache_room": 4, "return_hidden": False, "return_stats": False},
+            batch
+            | {"logits": "all", "cache_room": 4, "return_hidden": False, "return_stats": False}
+            | {"past": None, "return_new": False},
             batch_kinds
             | {
                 "logits": Choice(),
                 "cache_room": maybe(Count(1)),
                 "return_hidden": Flag(),
                 "return_stats": Flag(),
+                "past": maybe(Instance()),
+                "return_new": Flag(),
             },
             model(),
             conflicts=(
@@ -203,6 +203,24 @@ def models() -> list[Call]:
             batch | packed,
             {"segment_ids": maybe(Arr("signed", (0, 1)))},
             model(),
+        ),
+        Call(
+            cls.__call__,
+            {"tokens": ints(B, 3), "past": past, "lengths": ints(B, value=2), "return_new": True},
+            {"past": maybe(Instance()), "lengths": maybe(Arr("integer", (0,))), "return_new": Flag()},
+            model(),
+            conflicts=(
+                ({"cache_room": 2}, "without a past"),
+                ({"segment_ids": ints(B, 3), "lengths": None, "return_new": False}, "segment_ids"),
+                ({"tokens": ints(B + 1, 3), "lengths": None}, "past.lengths"),
+                ({"tokens": ints(B, 17), "lengths": None}, "positions"),
+            ),
+        ),
+        Call(
+            qwen3_5.Chunks.then,
+            {"new": past},
+            {"new": Instance()},
+            past.then,
         ),
         Call(
             cls.loss,

@@ -364,7 +364,7 @@ def test_a_whole_model_changes_its_mesh(tmp_path, kind):
         if shape:
             mesh = mesh_of(*shape, kind=kind)
             context = ring_jax.ContextParallel("context", layout="zigzag", head_axis="tensor", mesh=mesh)
-            specs = Sharding(context, weights="context", expert="context").param_specs(config)
+            specs = model.param_specs(Sharding(context, weights="context", expert="context"), mesh)
             params = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs)
         model.set_parameters(jax.tree.map(jax.device_put, params))
         return model, nnx.Optimizer(model, optax.sgd(1e-3, momentum=0.9), wrt=nnx.Param)

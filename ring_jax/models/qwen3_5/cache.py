@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from ring_jax import _html, _repr
 from ring_jax.gdn import GDNCache
+from ring_jax.layout import Layout, Striped
+from ring_jax.models.qwen3_5.past import Chunk, Chunks, gdn_specs
 from ring_jax.models.qwen3_5.sharding import Sharding
 
 
@@ -48,6 +50,12 @@ class Cache:
         """Keys and values of the prompt by group, full-attention layer of the group, and kind."""
         return self.prompt_kv.reshape(self.gdn.state.shape[0], -1, 2, *self.prompt_kv.shape[1:])
 
+    def past(self, layout: Layout) -> Chunks:
+        """The cache as the past of a pass, whose prompt lies in `layout`."""
+        counts = jnp.broadcast_to(self.count, self.lengths.shape)
+        chunks = Chunk(self.prompt_kv, self.lengths, layout), Chunk(self.new_kv, counts, Striped())
+        return Chunks(chunks, self.gdn, self.positions)
+
     @property
     def positions(self) -> jax.Array:
         """Position of each row's next token, int32 [B]."""
@@ -56,10 +64,8 @@ class Cache:
 
 def cache_specs(sharding: Sharding) -> Any:
     """PartitionSpecs of a `Cache`."""
-    batch, tensor = sharding.batch, sharding.tensor
-    keys = P(None, batch, sharding.sequence, tensor)
-    gdn = GDNCache(P(None, None, batch, tensor), P(None, None, batch, None, tensor), P(None, None, batch))  # type: ignore[arg-type]
-    return Cache(keys, keys, gdn, P(batch), P())  # type: ignore[arg-type]
+    keys, row = P(None, sharding.batch, sharding.sequence, sharding.tensor), P(sharding.batch)
+    return Cache(keys, keys, gdn_specs(sharding), row, P())  # type: ignore[arg-type]
 
 
 def append(cache: Cache, kv: Float[Array, "M B 1 K H"], rank, ranks: int) -> Array:

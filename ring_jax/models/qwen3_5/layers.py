@@ -1,4 +1,5 @@
-"""The layers of Qwen3.5, written as for one device: what of them needs the mesh is in `local.py`.
+"""The layers of Qwen3.5, written as for one device: what of them needs the mesh is in `collectives.py`
+and `pass_.py`.
 
 Sources: transformers' `modeling_qwen3_5.py`, `modeling_qwen3_5_moe.py`, `modeling_qwen3_next.py`; Qiu et al., Gated Attention
 (arXiv:2505.06708).
@@ -18,9 +19,10 @@ from jaxtyping import Array
 from ring_jax import gdn
 from ring_jax.gdn.checks import widened
 from ring_jax.gdn.mixer import MixerWeights, mix, projects_own_heads
+from ring_jax.models.qwen3_5.collectives import Collectives
 from ring_jax.models.qwen3_5.config import FULL, Config
-from ring_jax.models.qwen3_5.initial import stacked
-from ring_jax.models.qwen3_5.local import Local
+from ring_jax.models.qwen3_5.init import stacked
+from ring_jax.models.qwen3_5.pass_ import Pass
 from ring_jax.models.qwen3_5.sharding import (
     EXPERTS,
     FEATURES,
@@ -55,10 +57,12 @@ class Layer(nnx.Module):
         self.post_norm = make((width,), (WHOLE,), "zeros", dtype)
         self.mlp = (MLP if config.experts is None else SparseMLP)(config, make, dtype)
 
-    def __call__(self, x: Array, mixer_cache: Any, here: Local, partition: Any, valid: Array | None):
-        """(x, what the mixer leaves in the cache, router statistics or None)."""
+    def __call__(self, x: Array, past: Any, here: Pass, valid: Array | None):
+        """(x, what the mixer leaves for later passes, router statistics or None).
+
+        past: of a GDN layer its cache, of full attention its number among those of the model."""
         config = self.config
-        mixed, left = self.mixer(norm(x, self.input_norm, config), mixer_cache, here, partition)
+        mixed, left = self.mixer(norm(x, self.input_norm, config), past, here)
         x = x + mixed
         y, stats = self.mlp(norm(x, self.post_norm, config), here, valid)
         return x + y, left, stats
@@ -81,16 +85,16 @@ class FullAttention(nnx.Module):
         self.q_norm = make((size,), (WHOLE,), "zeros", dtype)
         self.k_norm = make((size,), (WHOLE,), "zeros", dtype)
 
-    def __call__(self, x_btd: Array, cache: Any, here: Any, partition: Any = None) -> tuple[Array, Array]:
+    def __call__(self, x_btd: Array, layer: Any, here: Pass) -> tuple[Array, tuple[Array, Array]]:
         config, size = self.config, self.config.head_dim
         queries, k, v = _by_head(here.product(x_btd, self.in_proj[...]), (self.queries, size, size))
         q, gate = jnp.split(queries.reshape(*x_btd.shape[:2], -1, 2 * size), 2, axis=-1)
         rope = functools.partial(apply_rope, theta=config.rope_theta, rotary_fraction=config.rotary_fraction)
         q = rope(norm(q, self.q_norm, config), here.positions)
         k = rope(norm(k, self.k_norm, config), here.positions)
-        out_btnh, left = here.attend(q, k, v, cache)
+        out_btnh = here.attend(q, k, v, layer)
         gated = (out_btnh * jax.nn.sigmoid(gate)).reshape(*x_btd.shape[:2], -1)
-        return here.sum_tensor(here.product(gated, self.o[...])), left
+        return here.sum_tensor(here.product(gated, self.o[...])), (k, v)
 
 
 class GatedDeltaNet(nnx.Module):
@@ -115,8 +119,8 @@ class GatedDeltaNet(nnx.Module):
         self.norm = make((heads.value_size,), (WHOLE,), "ones", jnp.float32)
         self.o = make((values, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
 
-    def __call__(self, x_btd: Array, cache: Any, here: Local, partition: gdn.Partition) -> tuple[Array, gdn.GDNCache]:
-        width, heads = x_btd.shape[-1], self.config.linear.share(here.tensor_ranks)
+    def __call__(self, x_btd: Array, cache: gdn.GDNCache | None, here: Pass) -> tuple[Array, gdn.GDNCache]:
+        partition, width, heads = here.partition, x_btd.shape[-1], self.config.linear.share(here.tensor_ranks)
         conv = jnp.concatenate([self.conv_q[...], self.conv_k[...], self.conv_v[...]], axis=-1)
         weights: Any = functools.partial(
             MixerWeights, conv=conv, a_log=self.A_log[...], dt_bias=self.dt_bias[...], heads=heads
@@ -143,7 +147,7 @@ class MLP(nnx.Module):
         self.gate_up = make((width, 2, size), (REDUCED, WHOLE, FEATURES), "pairs", dtype)
         self.down = make((size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
 
-    def __call__(self, x_btd: Array, here: Local, valid: Array | None) -> tuple[Array, None]:
+    def __call__(self, x_btd: Array, here: Collectives, valid: Array | None) -> tuple[Array, None]:
         return here.sum_tensor(_swiglu(x_btd, self.gate_up[...], self.down[...], here)), None
 
 
@@ -162,7 +166,7 @@ class SparseMLP(nnx.Module):
         self.shared_down = make((experts.shared_size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
         self.shared_gate = make((width,), (WHOLE,), "vector", dtype)
 
-    def __call__(self, x_btd: Array, here: Local, valid: Array | None) -> tuple[Array, RouterStats]:
+    def __call__(self, x_btd: Array, here: Collectives, valid: Array | None) -> tuple[Array, RouterStats]:
         width, experts, dtype = x_btd.shape[-1], self.experts, x_btd.dtype
         gate_up = here.weight(self.gate_up[...].astype(dtype), 1, width, x_btd, expert=True)
         down = here.weight(self.down[...].astype(dtype), 1, gate_up.shape[-1], x_btd, expert=True)
@@ -188,7 +192,7 @@ def _by_head(x, sizes: tuple[int, ...]):
     return jnp.split(x, list(itertools.accumulate(sizes[:-1])), axis=-1)
 
 
-def _swiglu(x, gate_up, down, here: Local):
+def _swiglu(x, gate_up, down, here: Collectives):
     gate, up = jnp.split(here.product(x, gate_up.reshape(gate_up.shape[0], -1)), 2, axis=-1)
     return here.product(jax.nn.silu(gate) * up, down)
 

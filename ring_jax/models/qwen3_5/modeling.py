@@ -7,9 +7,10 @@ repetition of that pattern each, and a scan walks the groups: a program has the 
 In decode a loop walks them, so that nothing but reading the weights takes time.
 
 The whole model is one `shard_map`, manual over every mesh axis. Tokens enter in natural order and are laid out once;
-full attention runs as ring attention, runs of GDN layers as `ring_jax.gdn.run` spreads them; everything else acts on
-tokens one by one. Here is what users call; `passes.py` is one pass over all layers, `layers.py` the layers, written as for
-one device, `local.py` what of them needs the mesh.
+full attention runs as ring attention, runs of GDN layers under a partition of `ring_jax.gdn`; everything else acts on
+tokens one by one. Here is what users call; `program.py` the same as functions of the parameters, `forward.py` one pass over all
+layers, `pass_.py` how its tokens lie, `past.py` what came before them, `layers.py` the layers, written as for one device,
+`collectives.py` what of them needs the mesh.
 
 Sources: transformers' `modeling_qwen3_5.py`, `modeling_qwen3_5_moe.py`, `modeling_qwen3_next.py` for the mathematics;
 Yang et al., Gated Delta Networks (arXiv:2412.06464); Qiu et al., Gated Attention (arXiv:2505.06708).
@@ -17,47 +18,28 @@ Yang et al., Gated Delta Networks (arXiv:2412.06464); Qiu et al., Gated Attentio
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ring_jax import _repr
-from ring_jax._checks import (
-    Sizes,
-    check_array,
-    check_choice,
-    check_count,
-    check_dtype,
-    check_flag,
-    check_instance,
-    check_path,
-    concrete,
-    to_int32,
-)
-from ring_jax._mesh import HashablePartial, axis_size, reshard_explicit, run_sharded
+from ring_jax._checks import check_array, check_choice, check_dtype, check_instance, check_path
 from ring_jax.flash.backends import check_options
-from ring_jax.gdn import GDNCache, segments
-from ring_jax.mask import check_segment_ids
 from ring_jax.models.hf import Companions
 from ring_jax.models.publish import located
-from ring_jax.models.qwen3_5 import passes
-from ring_jax.models.qwen3_5.cache import Cache, cache_specs
-from ring_jax.models.qwen3_5.config import FULL, Config
-from ring_jax.models.qwen3_5.initial import initialise, param
+from ring_jax.models.qwen3_5.cache import Cache
+from ring_jax.models.qwen3_5.config import Config
+from ring_jax.models.qwen3_5.forward import Output
+from ring_jax.models.qwen3_5.init import initialise, param
 from ring_jax.models.qwen3_5.layers import Group
-from ring_jax.models.qwen3_5.passes import Ask, Output
+from ring_jax.models.qwen3_5.past import Past
+from ring_jax.models.qwen3_5.program import Program
 from ring_jax.models.qwen3_5.sharding import REDUCED, VOCABULARY, WHOLE, Sharding
-from ring_jax.moe import RouterStats
 
 REMAT = ("full", "attention")
-LOGITS = ("all", "last", "none")
 
 
 class Qwen3_5(nnx.Module):
@@ -128,8 +110,12 @@ class Qwen3_5(nnx.Module):
         cache_room: int | None = None,
         return_hidden: bool = False,
         return_stats: bool = False,
+        past: Past | None = None,
+        return_new: bool = False,
     ) -> Output:
-        """One pass over whole sequences, in natural order, of any length.
+        """One pass over new tokens, in natural order, of any length: whole texts, or what comes after a past.
+
+        A prompt can be cut anywhere: `out = model(tokens, past=past, return_new=True); past = past.then(out.new)`.
 
         Args:
             tokens: int32 [B, S], of the vocabulary. Others raise where they are known; under jit all results of their
@@ -141,29 +127,26 @@ class Qwen3_5(nnx.Module):
                 then (`lengths`): padding on the left, which only segment ids can say, leaves no cache.
             return_hidden: return what every layer hands on.
             return_stats: return the routers' statistics, for `ring_jax.moe.load_balance_loss`.
+            past: what came before each row's tokens, of any lengths, such as `Chunks`. Rows may then have no new token (`lengths` of
+                0), which leaves them as they are. One token a row is decoded: it is the same on all context ranks.
+            return_new: return what the pass leaves for those after it, its keys where it computed them.
 
         Raises:
             ValueError: arguments that do not fit together, or more tokens than the model has positions.
         """
-        if cache_room is not None:
-            cache_room = check_count("cache_room", cache_room, 1)
-        self._check_inputs(tokens, lengths, segment_ids, cache_room or 0)
-        check_choice("logits", logits, LOGITS)
-        check_flag("return_hidden", return_hidden)
-        check_flag("return_stats", return_stats)
-        if segment_ids is not None and (logits == "last" or cache_room is not None):
-            raise ValueError(
-                "packed documents (segment_ids) have no one last token: no logits='last', no cache_room; prompts of several lengths "
-                "are padded on the right and say so by lengths="
-            )
-        if return_stats and self.config.experts is None:
-            raise ValueError("return_stats: this model has no experts")
-        tokens = jnp.asarray(tokens)
-        lengths, segment_ids = (None if x is None else jnp.asarray(x) for x in (lengths, segment_ids))
-        ask = Ask(logits, cache_room, return_hidden, return_stats, tokens.shape[1])
-        specs = None if self.sharding is None else self._output_specs(ask, self.sharding)
-        out = self._run_prompt(passes.forward, specs, ask, tokens, lengths, segment_ids, None)
-        return out if self.sharding is None else _cut(out, tokens.shape[1], self.sharding)
+        program, params = self.split()
+        return program(
+            params,
+            tokens,
+            past=past,
+            lengths=lengths,
+            segment_ids=segment_ids,
+            logits=logits,
+            cache_room=cache_room,
+            return_hidden=return_hidden,
+            return_stats=return_stats,
+            return_new=return_new,
+        )
 
     def loss(
         self,
@@ -185,22 +168,9 @@ class Qwen3_5(nnx.Module):
             weights: float [B, S], weight of predicting the token at that place (place 0 predicts nothing).
             chunk: tokens of a rank whose logits exist at a time.
         """
-        from ring_jax.models.qwen3_5.training import local_loss, next_tokens
-
-        check_count("chunk", chunk, 1)
-        self._check_inputs(tokens, lengths, segment_ids)
-        if weights is not None:
-            check_array("weights", weights, "B S", dict(zip("BS", tokens.shape, strict=True)), advice="as the tokens")
-        arrays: list[Any] = [None if x is None else jnp.asarray(x) for x in (tokens, lengths, segment_ids, weights)]
-        if self.sharding is not None:  # the next token may lie on another rank: tokens are small, so all have them
-            arrays = [
-                None if x is None else reshard_explicit(x, self.sharding.resolve_mesh(), P(self.sharding.batch))
-                for x in arrays
-            ]
-        tokens, lengths, segment_ids, weights = arrays
-        ask = Ask("none", None, False, self.config.experts is not None, tokens.shape[1], chunk)
-        labels = next_tokens(tokens, lengths, segment_ids, weights)
-        return self._run_prompt(local_loss, P(), ask, tokens, lengths, segment_ids, labels)
+        program, params = self.split()
+        options: Any = {"lengths": lengths, "segment_ids": segment_ids, "weights": weights, "chunk": chunk}
+        return program.loss(params, tokens, **options)
 
     def decode(self, tokens: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """One more token for each row.
@@ -216,151 +186,21 @@ class Qwen3_5(nnx.Module):
             ValueError: no room left, where the count is known; under jit the host has to count (a step beyond the room
             overwrites nothing, but its own token is forgotten).
         """
-        self._check_cache(cache)
-        check_array(
-            "tokens", tokens, "B", {"B": cache.lengths.shape[0]}, kind="integer", advice="one a row of the cache"
-        )
-        self._check_has_parameters()
-        self._check_vocabulary(tokens, None, None)
-        tokens = jnp.asarray(tokens)
-        known = concrete(cache.count)
-        if known is not None and known >= cache.room:
-            raise ValueError(
-                f"the cache had room for {cache.room} new tokens and holds {known}: ask for more cache_room"
-            )
-        graph, params = self._split()
-        if self.sharding is None:
-            logits, new, states = _run_here(HashablePartial(passes.decode, (graph,)), params, tokens, cache)
-        else:
-            mesh, rows, caches = self.sharding.resolve_mesh(), P(self.sharding.batch), cache_specs(self.sharding)
-            in_specs, out_specs = (
-                (self.param_specs(self.sharding, mesh), rows, caches),
-                (rows, caches.new_kv, caches.gdn),
-            )
-            operands = (params, tokens, cache)
-            logits, new, states = run_sharded(
-                HashablePartial(passes.decode, (graph,)), mesh, in_specs, out_specs, operands
-            )
-        return logits, dataclasses.replace(cache, new_kv=new, gdn=states, count=cache.count + 1)
+        program, params = self.split()
+        return program.decode(params, tokens, cache)
 
-    def _run_prompt(self, local, out_specs, ask: Ask, tokens, lengths, segment_ids, labels):
-        """`local` on every rank's share of the prompts, laid out by itself."""
-        length = tokens.shape[1]
-        if lengths is not None:
-            lengths = to_int32(jnp.clip(lengths, 0, length))  # traced ones: no row is longer than the tokens
-        graph, params = self._split()
-        if self.sharding is None:
-            return _run_here(HashablePartial(local, (graph, ask)), params, tokens, lengths, segment_ids, labels)
-        sharding, mesh = self.sharding, self.sharding.resolve_mesh()
-        rows, sequence = P(sharding.batch), P(sharding.batch, sharding.sequence)
-        pad = sharding.context.padded_length(length, tokens) - length
-        tokens, labels = _pad_end((tokens, labels), pad)
-        if segment_ids is not None:
-            segment_ids = _pad_end(segment_ids, pad, segments.PADDING)
-        in_specs = (
-            self.param_specs(sharding, mesh),
-            sequence,
-            None if lengths is None else rows,
-            None if segment_ids is None else rows,  # masks need the whole
-            None if labels is None else (sequence, sequence),
-        )
-        operands = (params, tokens, lengths, segment_ids, labels)
-        return run_sharded(HashablePartial(local, (graph, ask)), mesh, in_specs, out_specs, operands)
+    def split(self) -> tuple[Program, dict[str, Any]]:
+        """(what is static in the model, its parameters): functions to jit, which take the parameters.
 
-    def _check_inputs(self, tokens, lengths, segment_ids, room: int = 0) -> None:
-        """Raises for shapes and values that do not fit; values only where they are known now."""
-        sizes = Sizes()
-        check_array("tokens", tokens, "B S", sizes, kind="integer")
-        if 0 in tokens.shape:
-            raise ValueError(f"tokens must hold at least one token, got shape {tokens.shape}")
-        batch, length = tokens.shape
-        if length + room > self.config.max_positions:
-            raise ValueError(
-                f"{length} tokens and room for {room} more exceed the model's {self.config.max_positions} positions"
-            )
-        if lengths is not None and segment_ids is not None:
-            raise ValueError("give lengths or segment_ids, not both: padding has negative segment ids")
-        if segment_ids is not None:
-            check_array("segment_ids", segment_ids, "B S", sizes, kind="signed", advice="as the tokens")
-            check_segment_ids(segment_ids)
-        if lengths is not None:
-            check_array("lengths", lengths, "B", sizes, kind="integer")
-            known = concrete(lengths)
-            if known is not None and not ((known >= 1) & (known <= length)).all():
-                raise ValueError(f"lengths must be from 1 to {length} (the tokens' S), got {known.tolist()}")
-        if self.sharding is not None:
-            if self.sharding.context.is_manual:
-                raise ValueError("the model is a shard_map of its own: call it outside of yours, on global arrays")
-            ranks = axis_size(self.sharding.resolve_mesh(), self.sharding.batch)
-            if batch % ranks:
-                raise ValueError(
-                    f"a batch of {batch} does not divide over batch_axis={self.sharding.batch!r} of size {ranks}: pad the "
-                    "batch, or leave batch_axis out"
-                )
-        self._check_has_parameters()
-        self._check_vocabulary(tokens, lengths, segment_ids)
-
-    def _check_has_parameters(self) -> None:
-        if isinstance(self.embed.get_value(), jax.ShapeDtypeStruct):
-            raise ValueError(
-                "this model has no parameters yet (rngs=None): load some with set_parameters or from_pretrained"
-            )
-
-    def _check_vocabulary(self, tokens, lengths, segment_ids) -> None:
-        """Raises for ids that are known now and outside of the vocabulary; `passes.encode` makes NaN of the others."""
-        ids = concrete(tokens)
-        if ids is None:
-            return
-        outside = (ids < 0) | (ids >= self.config.vocab_size)
-        if not outside.any():
-            return
-        known_lengths, known_ids = concrete(lengths), concrete(segment_ids)
-        if (lengths is not None and known_lengths is None) or (segment_ids is not None and known_ids is None):
-            return  # which tokens are padding is not known yet
-        if known_lengths is not None:
-            outside &= np.arange(ids.shape[1]) < known_lengths[:, None]
-        if known_ids is not None:
-            outside &= known_ids >= 0
-        if outside.any():
-            raise ValueError(
-                f"tokens must be in [0, {self.config.vocab_size - 1}], the model's vocabulary, got {ids[outside][0]}: do "
-                "tokenizer and checkpoint belong together? Padding is marked by lengths or negative segment_ids, and "
-                "what is not to be learned by weights"
-            )
-
-    def _check_cache(self, cache: Cache) -> None:
-        check_instance("cache", cache, Cache, "a ring_jax.models.qwen3_5.Cache, of model(..., cache_room=...)")
-        config = self.config
-        kinds = 2 * config.layer_types.count(FULL)  # keys and values
-        sizes = {"M": kinds, "K": config.num_kv_heads, "H": config.head_dim}
-        check_array("cache.prompt_kv", cache.prompt_kv, "M B S K H", sizes, advice="a cache belongs to its model")
-        check_array("cache.new_kv", cache.new_kv, "M B R K H", sizes)
-        check_array("cache.lengths", cache.lengths, "B", sizes, kind="integer")
-        check_array("cache.count", cache.count, "", kind="integer")
-        check_instance("cache.gdn", cache.gdn, GDNCache, "a ring_jax.gdn.GDNCache")
-        for name in ("state", "tail"):
-            check_array(f"cache.gdn.{name}", getattr(cache.gdn, name))
-
-    def _output_specs(self, ask: Ask, sharding: Sharding) -> Any:
-        vocabulary = self._vocabulary_axis(sharding.resolve_mesh())
-        logits = {"all": P(sharding.batch, sharding.sequence, vocabulary), "last": P(sharding.batch), "none": None}
-        specs: Any = Output  # a tree of specs in the place of arrays
-        return specs(
-            logits[ask.logits],
-            None if ask.cache_room is None else cache_specs(sharding),
-            P(None, sharding.batch, sharding.sequence) if ask.hidden else None,
-            jax.tree.map(lambda _: P(), RouterStats(0, 0, 0)) if ask.stats else None,  # type: ignore[arg-type]
-        )
-
-    def _vocabulary_axis(self, mesh) -> Any:
-        assert self.sharding is not None
-        return self.sharding.spec((self.config.vocab_size,), (VOCABULARY,), mesh)[0]
+        Example:
+            >>> from ring_jax.data import passkey
+            >>> program, params = Qwen3_5.from_pretrained(passkey.MODEL).split()
+            >>> jax.jit(program)(params, jnp.asarray([[72, 101]])).logits.shape
+            (1, 2, 264)
+        """
+        return Program.of(self), nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
     # -- parameters ------------------------------------------------------------------------------
-
-    def _split(self):
-        graph, state = nnx.split(self)
-        return graph, nnx.to_pure_dict(state)
 
     def param_specs(self, sharding: Sharding, mesh: Any) -> dict[str, Any]:
         """PartitionSpec of every parameter, in the tree of `nnx.to_pure_dict(nnx.state(model))`."""
@@ -475,35 +315,3 @@ class Qwen3_5(nnx.Module):
         if wrong or surplus:
             raise ValueError(f"parameters missing or of another shape: {wrong}; unexpected: {surplus}")
         nnx.update(self, nnx.State(values))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run_here(local: HashablePartial, *operands):
-    """Without a mesh, jitted like the sharded form: eager calls would take seconds, operation by operation."""
-    return local(*operands)
-
-
-# -- around the pass -----------------------------------------------------------------------------
-
-
-def _pad_end(tree, pad: int, value: int = 0):
-    if pad == 0:
-        return tree
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad)), constant_values=value), tree)
-
-
-def _cut(out: Output, length: int, sharding: Sharding) -> Output:
-    """Without the padding of the layout."""
-    mesh = sharding.resolve_mesh()
-
-    def cut(x, axis: int):
-        if x is None or x.shape[axis] == length:
-            return x
-        if length % axis_size(mesh, sharding.sequence):  # no longer divides: Explicit meshes want that said
-            spec: list[Any] = [None] * x.ndim
-            spec[axis - 1] = sharding.batch
-            x = reshard_explicit(x, mesh, P(*spec))
-        return jax.lax.slice_in_dim(x, 0, length, axis=axis)
-
-    logits = out.logits if out.logits is None or out.logits.ndim == 2 else cut(out.logits, 1)
-    return dataclasses.replace(out, logits=logits, hidden=cut(out.hidden, 2))

@@ -49,7 +49,7 @@ def load(
             ``model.safetensors.index.json``. Names of text-only models and of the multimodal wrapper are understood;
             tensors of the vision and MTP parts are skipped.
         config: sizes of the model; every tensor is checked against them.
-        specs: PartitionSpecs in the model's tree, as `Sharding.param_specs` gives them; None for the default device.
+        specs: PartitionSpecs in the model's tree, as `Qwen3_5.param_specs` gives them; None for the default device.
         mesh: the mesh of `specs`.
         dtype: of the parameters, except those that stay float32 (``A_log`` and the norm of GDN layers); None takes
             the dtype of the checkpoint's embedding.

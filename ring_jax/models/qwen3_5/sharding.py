@@ -176,14 +176,6 @@ class Sharding:
                 "give the devices to the context axis"
             )
 
-    def param_specs(self, config: Config, mesh: Any = None) -> dict[str, Any]:
-        """PartitionSpecs of all parameters of a `Config`, in the model's tree."""
-        from ring_jax.models.qwen3_5.modeling import Qwen3_5
-
-        check_instance("config", config, Config, "a ring_jax.models.qwen3_5.Config")
-        mesh = self.resolve_mesh() if mesh is None else mesh
-        return Qwen3_5(config, rngs=None).param_specs(self, mesh)
-
 
 def _check_mesh(mesh: Any) -> None:
     check_instance("mesh", mesh, (Mesh, AbstractMesh), "a jax.sharding.Mesh")

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
+from ring_jax.models.qwen3_5.checks import check_inputs
 from tests.arguments.calls import context
 from tests.arguments.models import SIZES, V
 
@@ -77,7 +78,7 @@ def test_traced_ids_give_nan_in_their_row_and_nothing_in_padding(which, padding,
         assert np.isnan(found[1, 2:4]).all() and np.isnan(other), token
         np.testing.assert_array_equal(found[0], right[0])
         tokens = with_id(token, place=4)
-        model._check_inputs(tokens, **{"lengths": None, "segment_ids": None} | known)
+        check_inputs(*model.split(), tokens, **{"lengths": None, "segment_ids": None} | known)
         found, other = run(np.where(ids < 0, tokens, with_id(0)))
         np.testing.assert_array_equal(found[ids >= 0], right[ids >= 0])
         assert other == loss

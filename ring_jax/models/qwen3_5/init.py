@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-
-if TYPE_CHECKING:
-    from ring_jax.models.qwen3_5.modeling import Qwen3_5
 
 
 def param(shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param:
@@ -23,8 +20,8 @@ def stacked(groups: int, shape: tuple[int, ...], axes: tuple[str | None, ...], i
     return param((groups, *shape), (None, *axes), init, dtype)
 
 
-def initialise(model: Qwen3_5, key) -> None:
-    """Random parameters, made where they lie. The same for any mesh."""
+def initialise(model: Any, key) -> None:
+    """Random parameters of a `Qwen3_5`, made where they lie. The same for any mesh."""
     found = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(found, is_leaf=lambda x: isinstance(x, nnx.Variable))
     kinds = tuple((leaf.get_value().shape, leaf.get_value().dtype, leaf.init) for leaf in leaves)

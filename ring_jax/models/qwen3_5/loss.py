@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from ring_jax._vma import pcast_to
+from ring_jax.models.qwen3_5.forward import Wanted, scan_layers
 from ring_jax.models.qwen3_5.layers import norm
-from ring_jax.models.qwen3_5.passes import Ask, encode, head
+from ring_jax.models.qwen3_5.pass_ import Pass, embed, lay_out
+from ring_jax.models.qwen3_5.structure import Structure, head
 from ring_jax.moe import load_balance_loss
 
 
@@ -31,17 +35,35 @@ def _chunked(x, chunk: int):
     return x.reshape(-1, chunk, *x.shape[1:])
 
 
-def local_loss(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) -> jax.Array:
-    """Mean cross entropy over all ranks, logits formed chunk by chunk."""
-    model = nnx.merge(graph, nnx.State(params))
-    here, x, left = encode(model, tokens, lengths, segment_ids, ask)
-    if model.sharding is not None:
-        labels = tuple(model.sharding.context.to_layout(y) for y in labels)
-    targets, weights = (y.reshape(-1) for y in labels)
-    x = norm(x, model.final_norm, model.config).reshape(-1, x.shape[-1])
-    chunk = min(ask.chunk, x.shape[0])
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Mean cross entropy over all ranks, logits formed `chunk` tokens at a time. Hashable."""
+
+    model: Structure
+    seq_len: int
+    chunk: int
+
+    def __repr__(self) -> str:  # jax's messages show it
+        return f"loss of {self.model!r}"
+
+    def __call__(self, params: Any, tokens, lengths, segment_ids, labels) -> jax.Array:
+        model, wanted = self.model, Wanted(stats=self.model.config.experts is not None)
+        tokens, here = lay_out(model, tokens, lengths, segment_ids, None, self.seq_len)
+        x, left = scan_layers(model, params, embed(model, params, here, tokens), here, wanted)
+        if model.sharding is not None:
+            labels = tuple(model.sharding.context.to_layout(y) for y in labels)
+        x = norm(x, params["final_norm"], model.config).reshape(-1, x.shape[-1])
+        targets, weights = (y.reshape(-1) for y in labels)
+        loss = _cross_entropy(x, head(params), targets, weights, here, self.chunk)
+        if left.stats is not None:
+            loss = loss + model.config.experts.aux_loss * load_balance_loss(left.stats)  # type: ignore[union-attr]
+        return loss
+
+
+def _cross_entropy(x, kernel, targets, weights, here: Pass, chunk: int) -> jax.Array:
+    chunk = min(chunk, x.shape[0])
     x, targets, weights = (_chunked(y, chunk) for y in (x, targets, weights))
-    kernel = here.weight(head(model), 0, x.shape[-1], x)
+    kernel = here.weight(kernel, 0, x.shape[-1], x)
 
     @jax.checkpoint
     def chunk_loss(total, operands):
@@ -54,8 +76,4 @@ def local_loss(params, tokens, lengths, segment_ids, labels, graph, ask: Ask) ->
     count = pcast_to(jnp.sum(weights), axes)
     if axes:
         total, count = jax.lax.psum((total, count), axes)
-    loss = total / jnp.where(count == 0, 1, count)
-    if left.stats is not None:
-        experts = model.config.experts
-        loss = loss + experts.aux_loss * load_balance_loss(left.stats)
-    return loss
+    return total / jnp.where(count == 0, 1, count)

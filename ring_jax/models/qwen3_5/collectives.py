@@ -15,22 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_jax import gdn
 from ring_jax._device import target
 from ring_jax._mesh import axis_names
 from ring_jax._vma import pcast_to, varying_axes
-from ring_jax.context import ring_attention
-from ring_jax.context.decode import attend_parts, merge_ranks
-from ring_jax.context.shard import Shard
-from ring_jax.flash import flash_attention
-from ring_jax.mask import ResolvedMask
 from ring_jax.models.qwen3_5.sharding import Sharding
 
 _FEW = 8  # rows of a product
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Local:
+class Collectives:
     """The mesh as one rank sees it."""
 
     sharding: Sharding | None
@@ -168,75 +162,3 @@ def _matmul(x, w, dtype):
     few = jnp.pad(x.reshape(rows, -1), ((0, _FEW - rows), (0, 0)))
     few = lax.optimization_barrier(few)  # or XLA takes the padding away
     return jnp.matmul(few, w, preferred_element_type=dtype)[:rows].reshape(*x.shape[:-1], -1)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prompt(Local):
-    """Whole sequences, laid out over the context axis: many new tokens, nothing before them.
-
-    Fields:
-        positions: int32 [T here] or [B, T here], for RoPE. order: int32 [T here], the place in the sequence.
-        mask: what full attention sees, resolved once for all layers: without a mesh a pair of key bounds [B, S].
-        segment_ids: int32 [B, T here] in layout order, negative for padding; None where every token is real.
-        partition: how GDN layers split the tokens here, made once for all of them.
-        implementation: of the flash block.
-    """
-
-    positions: jax.Array
-    order: jax.Array
-    mask: ResolvedMask | tuple[jax.Array, jax.Array]
-    segment_ids: jax.Array | None
-    partition: gdn.Partition
-    implementation: Any
-
-    def attend(self, query, key, value, cache: None) -> tuple[jax.Array, jax.Array]:
-        """(out, packed key and value to cache), each for the tokens here."""
-        if self.sharding is None:
-            assert isinstance(self.mask, tuple)
-            out: Any = flash_attention(query, key, value, *self.mask, implementation=self.implementation)[0]
-        else:
-            assert isinstance(self.mask, ResolvedMask)
-            options: Any = {"implementation": self.implementation}
-            context = self.sharding.context
-            out = ring_attention(query, key, value, mask=self.mask, context=context, **options)
-        return out.astype(query.dtype), jnp.stack([key, value])
-
-    @property
-    def valid(self) -> jax.Array | None:
-        """Which tokens here are real, bool [B, T here]; None where all are."""
-        return None if self.segment_ids is None else self.segment_ids >= 0
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Step(Local):
-    """One new token for each row, the same on all context ranks, after a prompt whose keys lie where they lay.
-
-    Fields:
-        positions: int32 [B, 1].
-        prompt: how the prompt's keys lie; None without a mesh.
-        lengths: int32 [B], tokens of each prompt.
-        count: int32 [], tokens decoded so far: new token j lies on rank j mod C, slot j // C.
-    """
-
-    positions: jax.Array
-    prompt: Shard | None
-    lengths: jax.Array
-    count: jax.Array
-
-    def attend(self, query, key, value, cache) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """cache: (keys, values) of the prompt, and of the new tokens. Returned are the token's own; the first rank counts
-        them, so that the token sees itself once."""
-        prompt, new = cache
-        rank, ranks = (self.prompt.rank(), self.prompt.ranks) if self.prompt is not None else (0, 1)
-        seen = self.lengths
-        if self.prompt is not None:
-            seen = self.prompt.layout.count_below(seen, rank, self.prompt.length, ranks)
-        later = jnp.broadcast_to((self.count - rank + ranks - 1) // ranks, self.lengths.shape)
-        itself = jnp.broadcast_to(jnp.asarray(rank == 0, jnp.int32), self.lengths.shape)
-        out, lse = attend_parts(query, [(*prompt, seen), (*new, later), (key, value, itself)])
-        if self.prompt is not None:
-            out, _ = merge_ranks(out, lse, self.prompt.axis)
-        return out.astype(query.dtype), (key, value)
-
-    def token_axes(self, *, rows_only: bool = False) -> tuple[str, ...]:
-        return super().token_axes(rows_only=True)
