@@ -10,6 +10,7 @@ BENCHES = {
     "experts": ("ring_jax.bench.experts", "the experts of a layer beside XLA's loop and grouped products, on one GPU"),
     "gdn": ("ring_jax.bench.gdn", "the gated delta rule, its convolution and decode step, on one GPU or over ranks"),
     "model": ("ring_jax.bench.model", "prefill, decode and training of a whole model, and what the GPU could do"),
+    "paged": ("ring_jax.bench.paged", "decode attention to paged keys, against the bytes of the keys, on one GPU"),
     "ring": ("ring_jax.bench.ring", "context-parallel attention in a jitted stack of layers, over all GPUs"),
 }
 

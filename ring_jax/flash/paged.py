@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from ring_jax._checks import Sizes, check_array, check_choice, check_count, is_array, to_int32
 from ring_jax.flash import few, reference
+from ring_jax.flash.hopper import paged_launch
 from ring_jax.flash.kv import pack
 from ring_jax.flash.operands import BlockOptions, Bounds, Partial
 
@@ -77,7 +78,7 @@ def paged_attention(
         query: [R, T, N, H]; T is 1 or a few, N a multiple of K.
         pages: keys and values of all layers, [..., 2, P, p, K, H], in the dtype of the query.
         table: page ids, int [R, n]: key s of row r is slot s mod p of page table[r, s // p]. Only the first
-            ceil(lengths / p) ids of a row are read. Keys of a page that is not there (an id below 0 or from P up) are not seen.
+            ceil(lengths / p) ids of a row are read. A row ends before a page that is not there (an id below 0 or from P up).
         lengths: int [R], at most n p (more are as many), 0 for a row that sees nothing.
         layer: which layer's pages, counted over all leading axes of `pages` together; clipped to those that are there
             where it is traced.
@@ -117,7 +118,7 @@ def paged_attention(
     if 0 in query.shape or 0 in table.shape or 0 in pages.shape:
         return jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     table, lengths = jnp.asarray(to_int32(table)), jnp.asarray(to_int32(lengths))
-    lengths = jnp.clip(lengths, 0, table.shape[1] * pages.shape[-3])
+    lengths = jnp.clip(lengths, 0, _pages_there(table, pages.shape[-4]) * pages.shape[-3])
     layer = _layer_index(layer, math.prod(pages.shape[:-5]))
     return _run(backend, options, query, pages, table, lengths, layer)
 
@@ -134,7 +135,7 @@ def _reference(query, pages, table, lengths, layer, options: BlockOptions) -> Pa
     carry = jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     for i in range(table.shape[1]):
         page = pages[:, jnp.clip(table[:, i], 0, P - 1)]
-        seen = jnp.where(_is_page(table[:, i], P), jnp.clip(lengths - i * p, 0, p), 0)
+        seen = jnp.clip(lengths - i * p, 0, p)
         slots = jnp.arange(p, dtype=jnp.int32)[None] < seen[:, None]
         page = jnp.where(slots[None, ..., None, None], page, 0)
         end = jnp.broadcast_to(seen[:, None], query.shape[:2])
@@ -145,9 +146,7 @@ def _reference(query, pages, table, lengths, layer, options: BlockOptions) -> Pa
 
 def _xla(query, pages, table, lengths, layer, options: BlockOptions) -> Partial:
     kv = gather_pages(pages, table, layer)
-    P, p = pages.shape[-4:-2]
     seen = jnp.arange(kv.shape[2], dtype=jnp.int32)[None] < lengths[:, None]
-    seen &= jnp.repeat(_is_page(table, P), p, axis=1)
     value = jnp.where(seen[..., None, None], kv[1], 0)  # 0 x NaN is NaN
     return few.attend_parts(query, [(kv[0], value, seen)], scale=options.scale, logits_soft_cap=options.logits_soft_cap)
 
@@ -155,17 +154,21 @@ def _xla(query, pages, table, lengths, layer, options: BlockOptions) -> Partial:
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """forward(query, pages, table, lengths, layer, options) -> (out, lse), of checked operands that are not empty, lengths within
-    the table, all indices int32."""
+    the pages that are there, all indices int32."""
 
     forward: Callable[..., Partial]
     # Why it cannot run these inputs here, or None.
     unsupported_reason: Callable[[Any, Any, BlockOptions], str | None] = lambda query, pages, options: None
 
 
-BACKENDS = {"reference": Backend(_reference), "xla": Backend(_xla)}
+BACKENDS = {
+    "reference": Backend(_reference),
+    "xla": Backend(_xla),
+    "mosaic": Backend(paged_launch.forward, paged_launch.unsupported_reason),
+}
 
 # What implementation=None tries, best first; the last runs anything.
-PREFERENCE = ("xla",)
+PREFERENCE = ("mosaic", "xla")
 
 
 def select(implementation: str | None, query: Any, pages: Any, options: BlockOptions) -> Backend:
@@ -196,6 +199,12 @@ def _check_pages(pages, table) -> tuple[int, ...]:
 
 def _is_page(ids, pages: int):
     return (ids >= 0) & (ids < pages)
+
+
+def _pages_there(table, pages: int) -> jax.Array:
+    """How many pages each row has before one that is not there."""
+    gaps = jnp.where(_is_page(table, pages), table.shape[1], jnp.arange(table.shape[1], dtype=jnp.int32)[None])
+    return jnp.min(gaps, axis=1)
 
 
 def _layer_index(layer, layers: int) -> jax.Array:

@@ -194,7 +194,7 @@ def _fold(x: jax.Array, combine) -> jax.Array:
     return columns[0]
 
 
-def _softmax(problem: Problem, scores, window, m, l):
+def softmax(problem: Problem, scores, window, m, l):
     """One online-softmax step: (P in float32, m', l'); l is kept as [64, 8] partial sums.
 
     `window()` gives [first, last) of the visible columns of each row; None where all are visible.
@@ -262,7 +262,7 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         pass_turn()
         (scores,) = wgmma.wait(1, scores)
         plgpu.barrier_arrive(k_free.at[slot])
-        p, m_new, l = _softmax(problem, scores, window, m, l)
+        p, m_new, l = softmax(problem, scores, window, m, l)
         wgmma.hold_back(l, q_smem)
         acc, p = wgmma.wait(0, acc, p)
         plgpu.barrier_arrive(v_free.at[previous])
@@ -271,7 +271,7 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
     def in_turn(step, state, window=None):
         # Holds the turn from P V of one step to Q K of the next, and gives it up for the softmax.
         acc, m, l = state
-        p, m_new, l = _softmax(problem, scores_of(step, pass_turn), window, m, l)
+        p, m_new, l = softmax(problem, scores_of(step, pass_turn), window, m, l)
         acc = rescale(acc, m, m_new)
         wgmma.hold_back(l, q_smem)
         take_turn()
@@ -280,7 +280,7 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
     plgpu.barrier_wait(q_full.at[warpgroup])
     state: tuple[jax.Array, ...]
     if config.overlap:
-        p, m_new, l = _softmax(problem, scores_of(0), first_window(), m, l)
+        p, m_new, l = softmax(problem, scores_of(0), first_window(), m, l)
         if problem.carry and not problem.stages_carry:
             acc = rescale(acc, m, m_new)
         state, body, first, masked_end = (acc, m_new, l, p.astype(dtype)), overlapped, 1, jnp.maximum(steps.masked, 1)
