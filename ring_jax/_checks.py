@@ -9,15 +9,17 @@ import functools
 import math
 import operator
 import os
-from collections.abc import Iterable, MutableMapping
+import warnings
+from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Kind = Literal["floating", "integer", "signed", "bool", "any"]
 
 INT32 = np.iinfo(np.int32)
@@ -317,3 +319,22 @@ def _of_axes(axes: str | None) -> str:
 
 def _advice(advice: str) -> str:
     return f"; {advice}" if advice else ""
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Lets callers say keyword arguments by the names of before, `old="new"`, with a DeprecationWarning. None is not handed on:
+    what it meant is the default now."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **options: P.kwargs) -> T:
+            for old in names.keys() & options.keys():
+                warnings.warn(f"{old}= is called {names[old]}= now", DeprecationWarning, stacklevel=2)
+                value = options.pop(old)
+                if value is not None:
+                    options[names[old]] = value
+            return function(*args, **options)
+
+        return call
+
+    return decorate

@@ -49,7 +49,7 @@ def test_one_device(batch, heads):
 def test_gated_delta_rule(way, batch, heads):
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=make_mesh(context=2))
     x = jnp.ones((batch, 16, heads, 8))
-    out, state = ring_jax.gated_delta_rule(x, x, x, -x[..., 0], x[..., 0], context=context, way=way)
+    out, state = ring_jax.gated_delta_rule(x, x, x, -x[..., 0], x[..., 0], context=context, strategy=way)
     assert out.shape == x.shape and state.shape == (batch, heads, 8, 8)
 
 
@@ -59,7 +59,7 @@ def test_layers(way):
     from flax import nnx
 
     x = jnp.ones((0, 16, 12))
-    layer = ring_jax.nn.GatedDeltaNet(12, 2, 2, 8, 8, context=context, way=way or "auto", rngs=nnx.Rngs(0))
+    layer = ring_jax.nn.GatedDeltaNet(12, 2, 2, 8, 8, context=context, strategy=way or "auto", rngs=nnx.Rngs(0))
     y, cache = layer(x)
     assert y.shape == x.shape and cache.state.shape == (0, 2, 8, 8)
     assert ring_jax.nn.Attention(12, 2, context=context, rngs=nnx.Rngs(0))(x).shape == x.shape

@@ -75,7 +75,7 @@ def test_delta_rule_and_convolution_over_ranks(way):
     def run(ids):
         xs = jax.tree.map(context.to_layout, (inputs, *arrays[:5]))
         ids = context.to_layout(ids, fill=-1)
-        found, _ = ring_jax.gdn.run(layer, None, xs, context=context, way=way, segment_ids=ids)
+        found, _ = ring_jax.gdn.run(layer, None, xs, context=context, strategy=way, segment_ids=ids)
         return jax.tree.map(lambda x: context.from_layout(x, 8), found)
 
     for name, (ids, plain) in CASES.items():
@@ -100,7 +100,7 @@ def test_padding_of_to_layout_is_padding():
     by_length = {"segment_ids": context.to_layout(ids), "seq_len": 9}
     for way in ("state", "batch"):
         for options in (by_fill, by_length):
-            out, found = ring_jax.gated_delta_rule(*laid, context=context, way=way, **options)
+            out, found = ring_jax.gated_delta_rule(*laid, context=context, strategy=way, **options)
             assert relative(found, state) < 5e-6
             assert relative(context.from_layout(out, 9), want) < 5e-6
     padded = [np.pad(x, [(0, 0), (0, 3)] + [(0, 0)] * (x.ndim - 2), constant_values=-1.0) for x in arrays[:5]]

@@ -99,7 +99,7 @@ def test_attention(strategy, dtype):
 def test_gated_delta_rule(ranks, way, dtype):
     """`state` gathers all pairs up to four ranks and scans beyond."""
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=make_mesh(context=ranks))
-    rule = functools.partial(ring_jax.gated_delta_rule, context=context, way=way)
+    rule = functools.partial(ring_jax.gated_delta_rule, context=context, strategy=way)
     each = [operands(i, 2, 32, 4, 4, 8, 8)[:5] for i in range(MAPPED)]
     check(rule, [np.stack(x) for x in zip(*each, strict=True)], dtype)
 
@@ -124,7 +124,7 @@ def test_gdn_layers(way, dtype):
         return out, (state, tail)
 
     def run(x, kernel, conv):
-        return gdn.run(layer, (kernel, conv), x, context=context, way=way, segment_ids=jnp.asarray(ids))
+        return gdn.run(layer, (kernel, conv), x, context=context, strategy=way, segment_ids=jnp.asarray(ids))
 
     check(run, [x, *(np.stack([w] * MAPPED) for w in (kernel, conv))], dtype)
 

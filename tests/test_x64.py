@@ -52,7 +52,7 @@ def test_gated_delta_rule(way):
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=make_mesh(context=2))
     laid = [context.to_layout(jnp.asarray(x)) for x in arrays[:5]]
     out, state = ring_jax.gated_delta_rule(
-        *laid, initial_state=arrays[5], segment_ids=context.to_layout(jnp.asarray(ids)), context=context, way=way
+        *laid, initial_state=arrays[5], segment_ids=context.to_layout(jnp.asarray(ids)), context=context, strategy=way
     )
     want = numpy_rule(*arrays, segment_ids=ids)
     assert relative(context.from_layout(out), want[0]) < 1e-12 and relative(state, want[1]) < 1e-12

@@ -28,7 +28,7 @@ from ring_jax.bench.gdn_cases import Case, Part
 from ring_jax.bench.model import PEAKS
 from ring_jax.bench.ring import milliseconds
 from ring_jax.gdn import gated_delta_rule
-from ring_jax.gdn.cost import WAYS
+from ring_jax.gdn.cost import STRATEGIES
 from ring_jax.mosaic.device import hopper_reason
 
 SHAPES = ["1x32768x32", "1x32768x64", "1x8192x32", "4x8192x32"]
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="C", help="GPUs to spread a sequence over, instead of the parts"
     )
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="over ranks (default: all)")
+    parser.add_argument(
+        "--ways", nargs="+", default=list(STRATEGIES), choices=STRATEGIES, help="over ranks (default: all)"
+    )
     parser.add_argument("--layers", type=int, default=8, metavar="L", help="of the stack over ranks (default: 8)")
     parser.add_argument("--peer", choices=["fla"], help="time this package's forward, too")
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not compare with float64 first")
@@ -164,7 +166,7 @@ def time_way(case: Case, ranks: int, way: str, args: argparse.Namespace) -> tupl
     @jax.jit
     def stack(q, k, v, g, b):
         def layer(v, _):
-            rule = gated_delta_rule(q, k, v, g, b, context=context, way=way, implementation=args.implementation)
+            rule = gated_delta_rule(q, k, v, g, b, context=context, strategy=way, implementation=args.implementation)
             return rule[0], None
 
         return jax.lax.scan(layer, v, length=args.layers)[0]
@@ -180,7 +182,7 @@ def check_way(case: Case, ranks: int, way: str, dtype: Any) -> float:
     def spread(*operands):
         length = operands[0].shape[1]
         laid = (context.to_layout(x) for x in operands)
-        out, state = gated_delta_rule(*laid, context=context, way=way, seq_len=length)
+        out, state = gated_delta_rule(*laid, context=context, strategy=way, seq_len=length)
         return context.from_layout(out, length), state
 
     heads = ring_jax.gdn.Heads(2 * ranks, 4 * ranks, case.heads.key_size, case.heads.value_size)

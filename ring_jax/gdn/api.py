@@ -2,15 +2,16 @@
 
 from jaxtyping import Array, Float, Float32, Int
 
-from ring_jax._checks import check_choice
+from ring_jax._checks import check_choice, renamed_arguments
 from ring_jax.context.parallel import ContextParallel
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import check_operands, check_segments
-from ring_jax.gdn.cost import WAYS
+from ring_jax.gdn.cost import STRATEGIES
 from ring_jax.gdn.rule import check_options, delta_rule
 from ring_jax.gdn.sharded import rule_over_ranks
 
 
+@renamed_arguments(way="strategy")
 def gated_delta_rule(
     query: Float[Array, "B T K dk"],
     key: Float[Array, "B T K dk"],
@@ -23,7 +24,7 @@ def gated_delta_rule(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     context: ContextParallel | None = None,
-    way: str = "auto",
+    strategy: str = "auto",
     seq_len: int | None = None,
 ) -> tuple[Float[Array, "B T N dv"], Float32[Array, "B N dk dv"]]:
     """Linear attention with a decaying state that is corrected, not only added to (gated delta rule).
@@ -48,7 +49,7 @@ def gated_delta_rule(
             "recurrent" (one or a few tokens) or "reference" (token by token, for tests); None takes the best that runs here.
         context: the mesh axes and the layout that the arrays lie in, for a sequence that is spread over ranks; the
             state is then the same on all context ranks, before and after.
-        way: with a context: "batch", "head", "state" or "auto" (see `ring_jax.gdn.sharded`, also for running whole
+        strategy: with a context: "batch", "head", "state" or "auto" (see `ring_jax.gdn.sharded`, also for running whole
             layers so).
         seq_len: real length where `to_layout` padded; the rest is padding, whatever it holds. Not needed for arrays whose
             padding is zeros, as `to_layout` leaves it, without segment ids: zeros leave the state untouched.
@@ -60,7 +61,7 @@ def gated_delta_rule(
 
     Raises:
         TypeError: what is no array, number or name.
-        ValueError: shapes or dtypes that do not fit, an unknown implementation, a way without a context or one that the
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, a strategy without a context or one that the
             layout or the number of heads does not allow, a positive log_decay (of NumPy: a device's is not read).
 
     Example:
@@ -73,13 +74,15 @@ def gated_delta_rule(
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (arXiv 2412.06464); Qwen3-Next and Qwen3.5 use it so.
     """
     scale = check_options(scale, implementation)
-    check_choice("way", way, ("auto", *WAYS))
+    check_choice("strategy", strategy, ("auto", *STRATEGIES))
     operands = query, key, value, log_decay, beta
     options = {"initial_state": initial_state, "scale": scale, "implementation": implementation}
     if context is not None:
-        return rule_over_ranks(operands, context=context, way=way, segment_ids=segment_ids, seq_len=seq_len, **options)
-    if way != "auto":
-        raise ValueError(f"way={way!r} is how a sequence is spread over ranks: it needs a context")
+        return rule_over_ranks(
+            operands, context=context, strategy=strategy, segment_ids=segment_ids, seq_len=seq_len, **options
+        )
+    if strategy != "auto":
+        raise ValueError(f"strategy={strategy!r} is how a sequence is spread over ranks: it needs a context")
     if seq_len is not None:
         check_operands(*operands, initial_state, segment_ids, natural=False)
         batch, time = key.shape[:2]

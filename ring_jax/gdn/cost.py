@@ -1,4 +1,4 @@
-"""What each way to spread the gated delta rule over ranks moves and multiplies, and which one `auto` takes.
+"""What each strategy to spread the gated delta rule over ranks moves and multiplies, and which one `auto` takes.
 
 Bytes are those that one rank receives, FLOPs those that one rank executes (2 for each multiply-add), for one forward
 pass of a run of layers: the mixers only, without projections. `batch` also gives every rank whole rows of whatever
@@ -16,7 +16,7 @@ from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.state_scan import GATHER_RANKS
 from ring_jax.layout import Contiguous, Layout, Zigzag, as_layout
 
-WAYS = ("batch", "head", "state")  # to spread a sequence over ranks, see `ring_jax.gdn.partition`
+STRATEGIES = ("batch", "head", "state")  # to spread a sequence over ranks, see `ring_jax.gdn.partition`
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class GDNShape:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one way, for one rank and one forward pass.
+    """Of one strategy, for one rank and one forward pass.
 
     Fields:
         bytes, flops, collectives: received, executed, started.
@@ -99,7 +99,7 @@ class Cost:
 
 
 def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous", gpu: Hardware = HOPPER) -> dict[str, Cost]:
-    """What each way moves and multiplies for a shape on `ranks` context ranks of some GPU.
+    """What each strategy moves and multiplies for a shape on `ranks` context ranks of some GPU.
 
     Example:
         >>> shape = GDNShape(batch=1, length=1 << 20, heads=Heads(16, 32, 128, 128), width=2048, layers=3)
@@ -120,13 +120,13 @@ def costs(shape: GDNShape, ranks: int, layout: Layout | str = "contiguous", gpu:
     }
 
 
-def choose_way(
+def choose_strategy(
     shape: GDNShape,
     ranks: int,
     layout: Layout | str = "contiguous",
     rates: Rates = Rates(),  # noqa: B008
 ) -> tuple[str, str]:
-    """The way that `auto` takes, and why: the least `Cost.seconds` among those that can run.
+    """The strategy that `auto` takes, and why: the least `Cost.seconds` among those that can run.
 
     In words: `batch` where rows divide over the ranks and links are fast; else `state` (twice the FLOPs of the rule, next to no
     bytes), or `head` for short rows where heads divide; `batch` for few rows, which it leaves whole on a few ranks, only where a
@@ -135,23 +135,23 @@ def choose_way(
     Example:
         >>> heads = Heads(16, 32, 128, 128)
         >>> one_row = GDNShape(batch=1, length=1 << 20, heads=heads, width=2048, layers=3)
-        >>> choose_way(one_row, 8)[0], choose_way(one_row, 32)[0], choose_way(one_row, 8, rates=BETWEEN_HOSTS)[0]
+        >>> choose_strategy(one_row, 8)[0], choose_strategy(one_row, 32)[0], choose_strategy(one_row, 8, rates=BETWEEN_HOSTS)[0]
         ('state', 'state', 'state')
-        >>> choose_way(GDNShape(batch=64, length=8192, heads=heads, width=2048, layers=3), 4)[0]
+        >>> choose_strategy(GDNShape(batch=64, length=8192, heads=heads, width=2048, layers=3), 4)[0]
         'batch'
     """
     found = costs(shape, ranks, layout)
-    able = {way: cost for way, cost in found.items() if cost.obstacle is None}
+    able = {name: cost for name, cost in found.items() if cost.obstacle is None}
     # Memory of a rank would not fall with their number.
     if len(able) > 1 and math.ceil(shape.batch / ranks) * ranks > _PADDED * shape.batch:
         del able["batch"]
-    way = min(able, key=lambda name: able[name].seconds(rates))
+    best = min(able, key=lambda name: able[name].seconds(rates))
     words = []
     for name, cost in found.items():
         padded = f" and {cost.beside / 1e9:.4g} for padding" if cost.beside else ""
         figures = f"{cost.bytes / 2**20:.4g} MiB, {cost.flops / 1e9:.4g} GFLOP{padded}, about {cost.seconds(rates) * 1e3:.3g} ms"
         words.append(f"{name}: {cost.obstacle or figures}")
-    return way, "; ".join(words)
+    return best, "; ".join(words)
 
 
 def gathers_input(heads: Heads, width: int, ranks: int) -> bool:

@@ -37,7 +37,7 @@ from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.gdn import segments
 from ring_jax.gdn.checks import check_operands, check_segments
 from ring_jax.gdn.conv import causal_convolution, check_convolution
-from ring_jax.gdn.cost import WAYS, GDNShape, choose_way
+from ring_jax.gdn.cost import STRATEGIES, GDNShape, choose_strategy
 from ring_jax.gdn.rule import delta_rule
 from ring_jax.gdn.state_passing import StatePassing
 from ring_jax.gdn.state_scan import Chunks
@@ -97,7 +97,7 @@ def partition(
     Args:
         context: the mesh axes and the layout; None for one device.
         x: [B, T here, ...] in the order of `context.layout`, of which only the shape is looked at.
-        strategy: "batch", "head", "state", or "auto": the cheapest that can run, by `choose_way`, which needs `shape`.
+        strategy: "batch", "head", "state", or "auto": the cheapest that can run, by `choose_strategy`, which needs `shape`.
         shape: of a run of layers, for "auto" (batch and length are filled in from x).
         segment_ids: int [B, T here] in the order of the layout; negative: padding.
         seq_len: real length, where `to_layout` padded: later positions are padding.
@@ -115,7 +115,7 @@ def partition(
     if x.ndim < 2:
         raise ValueError(f"x must be [B, T, ...], got shape {x.shape}")
     batch, time = x.shape[:2]
-    check_choice("strategy", strategy, ("auto", *WAYS))
+    check_choice("strategy", strategy, ("auto", *STRATEGIES))
     check_instance("shape", shape, GDNShape, "a ring_jax.gdn.GDNShape", optional=True)
     check_segments(segment_ids, batch, time, natural=False)
     if context is None:
@@ -150,10 +150,10 @@ def resolve_strategy(strategy: str, shape: GDNShape | None, batch: int, shard: S
             return "batch"
         if shape is None:
             raise ValueError(
-                f"strategy='auto' weighs bytes against FLOPs: pass shape=GDNShape(...), or name one of {WAYS}"
+                f"strategy='auto' weighs bytes against FLOPs: pass shape=GDNShape(...), or name one of {STRATEGIES}"
             )
         shape = dataclasses.replace(shape, batch=batch, length=shard.length)
-        return choose_way(shape, shard.ranks, shard.layout)[0]
+        return choose_strategy(shape, shard.ranks, shard.layout)[0]
     if strategy == "state":
         Chunks.of(shard)
     return strategy
@@ -286,8 +286,8 @@ class HeadSplit:
         for kind, heads in (("key", key_heads), ("value", value_heads)):
             if heads % self.shard.ranks:
                 raise ValueError(
-                    f"way='head' gives each of {self.shard.ranks} context ranks the same number of heads, got {heads} "
-                    f"{kind} heads: use way='state' (any number of heads), or 'batch'"
+                    f"strategy='head' gives each of {self.shard.ranks} context ranks the same number of heads, got {heads} "
+                    f"{kind} heads: use strategy='state' (any number of heads), or 'batch'"
                 )
 
     def gated_delta_rule(
@@ -308,8 +308,8 @@ class HeadSplit:
         check_convolution(x, weight, tail, self.segment_ids)
         if x.shape[2] % self.shard.ranks:
             raise ValueError(
-                f"way='head' splits the features of a convolution over {self.shard.ranks} ranks, got {x.shape[2]} "
-                "features: use way='state' or 'batch'"
+                f"strategy='head' splits the features of a convolution over {self.shard.ranks} ranks, got {x.shape[2]} "
+                "features: use strategy='state' or 'batch'"
             )
         if tail is not None:
             tail = self.own(tail, 2)

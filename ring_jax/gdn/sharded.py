@@ -16,24 +16,26 @@ from ring_jax._checks import (
     check_count,
     check_instance,
     concrete,
+    renamed_arguments,
 )
 from ring_jax._mesh import axis_size, run_sharded
 from ring_jax.context.parallel import ContextParallel
 from ring_jax.context.shard import Shard
 from ring_jax.gdn.checks import check_operands, check_segments, state_dtype
-from ring_jax.gdn.cost import WAYS, GDNShape
+from ring_jax.gdn.cost import STRATEGIES, GDNShape
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.partition import Partition, partition, resolve_strategy
 from ring_jax.mask import check_segment_ids
 
 
+@renamed_arguments(way="strategy")
 def run(
     layers: Callable[[Any, jax.Array, Any, Partition], tuple[Any, ...]],
     params: Any,
     x: Any,
     *,
     context: ContextParallel,
-    way: str = "auto",
+    strategy: str = "auto",
     shape: GDNShape | None = None,
     caches: Any = None,
     segment_ids: jax.Array | None = None,
@@ -50,7 +52,7 @@ def run(
         x: [B, T, ...] (or a pytree of such) in the order of `context.layout`.
         context: the mesh axes and the layout. Inside a shard_map that is manual over the axis, all arrays are local.
             Heads are not split over `head_axis` here: ranks along it do the same work.
-        way: "batch", "head", "state", or "auto": the cheapest that can run, by `choose_way`, which needs `shape`.
+        strategy: "batch", "head", "state", or "auto": the cheapest that can run, by `choose_strategy`, which needs `shape`.
         shape: of the run, for "auto" (batch and length are filled in from x).
         caches: pytree with the batch first (`GDNCache`s), the same on all context ranks; None to begin.
         segment_ids: int [B, T] in the order of the layout; negative: padding.
@@ -60,7 +62,7 @@ def run(
         y in the order of the layout, and caches after the last valid token, again the same on all context ranks.
 
     Raises:
-        ValueError: the way cannot serve the layout or the number of heads, or the length does not divide.
+        ValueError: the strategy cannot serve the layout or the number of heads, or the length does not divide.
 
     Example:
         >>> import jax, jax.numpy as jnp, ring_jax
@@ -68,13 +70,13 @@ def run(
         >>> cp = ring_jax.ContextParallel("context", mesh=mesh)
         >>> def layers(params, x, caches, partition):  # GDN layers call mix(params, x, cache, partition) here
         ...     return x * params, caches
-        >>> y, cache = run(layers, jnp.float32(2), cp.to_layout(jnp.ones((1, 7, 4))), context=cp, way="state", seq_len=7)
+        >>> y, cache = run(layers, jnp.float32(2), cp.to_layout(jnp.ones((1, 7, 4))), context=cp, strategy="state", seq_len=7)
         >>> y.shape
         (1, 8, 4)
     """
     check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
     check_callable("layers", layers, "a function layers(params, x, caches, partition)")
-    check_choice("way", way, ("auto", *WAYS))
+    check_choice("strategy", strategy, ("auto", *STRATEGIES))
     check_instance("shape", shape, GDNShape, "a ring_jax.gdn.GDNShape", optional=True)
     batch, length = _check_leaves(x, caches)
     leaf = _first_leaf(x)
@@ -86,9 +88,9 @@ def run(
     shard = context.shard(length, leaf)
     _check_known_ids(segment_ids, shard, manual, seq_len)
     rows = batch if manual else _local_rows(batch, context, leaf)
-    way = resolve_strategy(way, shape, rows, shard)
+    strategy = resolve_strategy(strategy, shape, rows, shard)
 
-    local = _Run(layers, context, way, seq_len)
+    local = _Run(layers, context, strategy, seq_len)
     args = (params, x, caches, segment_ids)
     if manual:
         return local(*args)
@@ -128,7 +130,7 @@ class _Rule:
 
 
 def rule_over_ranks(
-    operands, *, context: ContextParallel, way: str, initial_state, segment_ids, seq_len, scale, implementation
+    operands, *, context: ContextParallel, strategy: str, initial_state, segment_ids, seq_len, scale, implementation
 ):
     """`ring_jax.gated_delta_rule(..., context=...)`: see there. Heads may be sharded over `context.head_axis`."""
     query, key, value, log_decay, beta = operands
@@ -152,9 +154,9 @@ def rule_over_ranks(
     heads = Heads(key.shape[2] // split, value.shape[2] // split, key.shape[3], value.shape[3])
     rows = key.shape[0] if manual else _local_rows(key.shape[0], context, query)
     shape = GDNShape(rows, shard.length, heads, conv_width=1, itemsize=value.dtype.itemsize)
-    way = resolve_strategy(way, shape, rows, shard)
+    strategy = resolve_strategy(strategy, shape, rows, shard)
 
-    local = _Run(_Rule(implementation, scale), context, way, seq_len)
+    local = _Run(_Rule(implementation, scale), context, strategy, seq_len)
     args = (None, operands, initial_state, segment_ids)
     if mesh is None:
         return local(*args)

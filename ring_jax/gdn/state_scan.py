@@ -45,9 +45,9 @@ class Chunks:
         chunk = shard.layout.block_size(shard.length, shard.ranks) if isinstance(shard.layout, Zigzag) else 0
         if not contiguous and chunk * 2 * shard.ranks != shard.length:
             raise ValueError(
-                f"way='state' passes one state from each chunk to the next, and layout {shard.layout} cuts {shard.length} "
+                f"strategy='state' passes one state from each chunk to the next, and layout {shard.layout} cuts {shard.length} "
                 f"tokens over {shard.ranks} ranks into other than one or two chunks a rank: use Contiguous() or the "
-                "two-chunk Zigzag(), or way='batch' or 'head'"
+                "two-chunk Zigzag(), or strategy='batch' or 'head'"
             )
         folds = 1 if contiguous else 2
         return cls(shard.axis, shard.ranks, folds, shard.length // (folds * shard.ranks))

@@ -25,7 +25,7 @@ from ring_jax._hardware import HOPPER, Hardware
 from ring_jax._mesh import Axis, axis_names
 from ring_jax._vma import pcast_to
 
-WAYS = ("gather", "ragged")
+STRATEGIES = ("gather", "ragged")
 
 # Rows that a rank makes room for at a time. With 2^17 rows of width 2048, x takes 0.5 GB in bfloat16, y 1 GB.
 _ROWS = 2**17
@@ -44,22 +44,22 @@ class Exchange(Protocol):
         ...
 
 
-def choose_way(way: str | None, ranks: int, per_token: int, platform: str) -> str:
-    """The way that is asked for, or the faster one by `seconds_per_byte`.
+def choose_strategy(strategy: str, ranks: int, per_token: int, platform: str) -> str:
+    """The strategy that is asked for, or the faster one by `seconds_per_byte`.
 
     Raises:
         ValueError: an unknown name.
         NotImplementedError: "ragged" where XLA cannot run it.
     """
-    if way is None:
+    if strategy == "auto":
         cost = seconds_per_byte(ranks, per_token)
         return "ragged" if platform == "gpu" and cost["ragged"] < _GAIN * cost["gather"] else "gather"
-    check_choice("exchange", way, WAYS, optional=True)
-    if way == "ragged" and platform == "cpu":
+    check_choice("strategy", strategy, ("auto", *STRATEGIES))
+    if strategy == "ragged" and platform == "cpu":
         raise NotImplementedError(
-            "exchange='ragged' cannot run here: XLA has no ragged_all_to_all on CPUs; use 'gather'"
+            "strategy='ragged' cannot run here: XLA has no ragged_all_to_all on CPUs; use 'gather'"
         )
-    return way
+    return strategy
 
 
 # The ragged exchange sorts rows and sends their numbers ahead: it must save so much.

@@ -8,11 +8,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ring_jax._checks import Sizes, check_array, check_choice, check_flag, check_instance, check_mesh_axes
+from ring_jax._checks import (
+    Sizes,
+    check_array,
+    check_choice,
+    check_flag,
+    check_instance,
+    check_mesh_axes,
+    renamed_arguments,
+)
 from ring_jax._device import target
 from ring_jax._mesh import Axis, axis_names
 from ring_jax.moe.backends import BACKENDS, Implementation, select
-from ring_jax.moe.exchange import WAYS, Exchange, Gathered, Here, choose_way, slices
+from ring_jax.moe.exchange import STRATEGIES, Exchange, Gathered, Here, choose_strategy, slices
 from ring_jax.moe.ragged import Ragged
 from ring_jax.moe.router import RouterStats, Routing, check_top_k, route
 
@@ -33,6 +41,7 @@ class MoEWeights:
     down: Float[Array, "e F D"]
 
 
+@renamed_arguments(exchange="strategy")
 def moe(
     x: Float[Array, "T D"],
     weights: MoEWeights,
@@ -43,7 +52,7 @@ def moe(
     tokens_spread: bool = True,
     tensor_axis: Axis | None = None,
     valid: Bool[Array, " T"] | None = None,
-    exchange: str | None = None,
+    strategy: str = "auto",
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "T D"], RouterStats]:
     """Each token through the k experts that the router picks for it; no token is ever dropped.
@@ -62,8 +71,8 @@ def moe(
         tokens_spread: whether the ranks of `expert_axis` hold different tokens (training, prefill), as many on each.
             False: the same tokens are on all of them (decode).
         tensor_axis: mesh axis of the experts' features; the same tokens are on all of its ranks.
-        exchange: how different tokens reach the experts: "gather" (all_gather and psum_scatter), "ragged"
-            (ragged_all_to_all, on GPUs); None takes the one that moves fewer bytes (see `ring_jax.moe.exchange`).
+        strategy: how different tokens reach the experts: "gather" (all_gather and psum_scatter), "ragged"
+            (ragged_all_to_all, on GPUs), "auto" takes the one that moves fewer bytes (see `ring_jax.moe.exchange`).
         implementation: of the experts' products, "mosaic" (Hopper kernels) or "xla"; None takes the best that runs here.
         valid: False for padding, which is not routed, gives zeros and is not counted, whatever x holds there.
 
@@ -72,8 +81,8 @@ def moe(
         tokens are); and the router's statistics over the tokens here.
 
     Raises:
-        TypeError, ValueError: shapes or dtypes that do not fit, an unknown exchange, or an axis that is none here.
-        NotImplementedError: exchange="ragged" on CPUs, or a named implementation that cannot run here.
+        TypeError, ValueError: shapes or dtypes that do not fit, an unknown strategy, or an axis that is none here.
+        NotImplementedError: strategy="ragged" on CPUs, or a named implementation that cannot run here.
 
     Example:
         >>> import jax.numpy as jnp
@@ -86,15 +95,15 @@ def moe(
     """
     check_flag("renormalize", renormalize)
     check_flag("tokens_spread", tokens_spread)
-    check_choice("exchange", exchange, WAYS, optional=True)
+    check_choice("strategy", strategy, ("auto", *STRATEGIES))
     expert_axis, ranks = _axis_ranks("expert_axis", expert_axis)
     tensor_axis, _ = _axis_ranks("tensor_axis", tensor_axis)
     shared = set(axis_names(expert_axis)) & set(axis_names(tensor_axis))
     if shared:
         raise ValueError(f"expert_axis and tensor_axis must differ, both name {sorted(shared)}")
-    if exchange is not None and (expert_axis is None or not tokens_spread):
+    if strategy != "auto" and (expert_axis is None or not tokens_spread):
         raise ValueError(
-            f"exchange={exchange!r} moves tokens that differ between ranks: it needs an expert_axis and tokens_spread=True"
+            f"strategy={strategy!r} moves tokens that differ between ranks: it needs an expert_axis and tokens_spread=True"
         )
     _check(x, weights, top_k, ranks, valid)
     check_choice("implementation", implementation, BACKENDS, optional=True)
@@ -109,8 +118,8 @@ def moe(
             here = Here(expert_axis, tensor_axis)
             y = _run(x, routing.experts, routing.weights, weights, expert_axis, lambda experts: here, implementation)
         else:
-            way = choose_way(exchange, ranks, top_k, target().platform)
-            y = _run_spread(x, routing, weights, expert_axis, tensor_axis, way, implementation)
+            chosen = choose_strategy(strategy, ranks, top_k, target().platform)
+            y = _run_spread(x, routing, weights, expert_axis, tensor_axis, chosen, implementation)
     return y.astype(x.dtype), stats
 
 
@@ -120,13 +129,14 @@ def _run_spread(
     weights: MoEWeights,
     axis: Axis,
     tensor: Axis | None,
-    way: str,
+    strategy: str,
     implementation: Implementation | None,
 ) -> jax.Array:
     """Tokens differ between the ranks of `axis`; long sequences go slice by slice."""
 
     def exchange(experts: jax.Array) -> Exchange:
-        return Ragged.of(experts, weights.gate_up.shape[0], axis, tensor) if way == "ragged" else Gathered(axis, tensor)
+        ragged = strategy == "ragged"
+        return Ragged.of(experts, weights.gate_up.shape[0], axis, tensor) if ragged else Gathered(axis, tensor)
 
     parts = slices(x.shape[0], lax.axis_size(axis))
     if parts == 1:

@@ -20,9 +20,10 @@ from ring_jax._checks import (
     check_dtype,
     check_instance,
     check_number,
+    renamed_arguments,
 )
 from ring_jax.gdn.checks import check_segments, state_dtype
-from ring_jax.gdn.cost import WAYS, GDNShape
+from ring_jax.gdn.cost import STRATEGIES, GDNShape
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.mixer import GDNCache, MixerWeights, mix
 from ring_jax.gdn.partition import OneDevice, Partition
@@ -46,7 +47,7 @@ class GatedDeltaNet(nnx.Module):
         y = (w o / rms(o) * silu(x Wz)) Wout
 
     With a context, x is [B, T, D] in the order of the context's layout and the layer spreads itself over its mesh axis
-    (`way`). A run of several layers is better spread as a whole, by `ring_jax.gdn.run`, whose `partition` goes to each
+    (`strategy`). A run of several layers is better spread as a whole, by `ring_jax.gdn.run`, whose `partition` goes to each
     layer's call; the layers' own `context` stays None then. Parameters are the same either way.
 
     Args:
@@ -59,7 +60,7 @@ class GatedDeltaNet(nnx.Module):
         (Qwen3-Next: ``in_proj_qkvz``, ``in_proj_ba``, grouped by key head). The fused form is cut apart at every call;
         to decode fast, convert once with `split_fused_projections`.
       context: the mesh axes and the layout; None for one device.
-      way: with a context, "batch", "head", "state" or "auto".
+      strategy: with a context, "batch", "head", "state" or "auto".
       implementation: of the gated delta rule (default: by length).
       dtype: of the computation (default: that of x). The state, the decay and both norms are float32 in any case.
       param_dtype: of the projections and the convolution. A_log, dt_bias and the norm's weight are float32.
@@ -81,6 +82,7 @@ class GatedDeltaNet(nnx.Module):
     and `Qwen3NextGatedDeltaNet`.
     """
 
+    @renamed_arguments(way="strategy")
     def __init__(
         self,
         features: int,
@@ -93,7 +95,7 @@ class GatedDeltaNet(nnx.Module):
         norm_epsilon: float = 1e-6,
         projections: str = "separate",
         context: ContextParallel | None = None,
-        way: str = "auto",
+        strategy: str = "auto",
         implementation: str | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -110,7 +112,7 @@ class GatedDeltaNet(nnx.Module):
         check_number("norm_epsilon", norm_epsilon, above=0)
         check_choice("projections", projections, PROJECTIONS)
         check_options(None, implementation)
-        check_choice("way", way, ("auto", *WAYS))
+        check_choice("strategy", strategy, ("auto", *STRATEGIES))
         if context is not None:
             from ring_jax.context import ContextParallel
 
@@ -126,7 +128,7 @@ class GatedDeltaNet(nnx.Module):
         self.norm_epsilon = norm_epsilon
         self.projections = projections
         self.context = context
-        self.way = way
+        self.strategy = strategy
         self.implementation = implementation
         self.dtype = dtype
         self.precision = precision
@@ -161,9 +163,10 @@ class GatedDeltaNet(nnx.Module):
         place_parameters(self, context)
 
     def __repr__(self) -> str:
-        way = None if self.context is None else self.way
-        return _repr.of_module(self, features=self.features, heads=self.heads, context=self.context, way=way)
+        strategy = None if self.context is None else self.strategy
+        return _repr.of_module(self, features=self.features, heads=self.heads, context=self.context, strategy=strategy)
 
+    @renamed_arguments(spread="partition")
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -203,7 +206,7 @@ class GatedDeltaNet(nnx.Module):
                 state,
                 x,
                 context=self.context,
-                way=self.way,
+                strategy=self.strategy,
                 shape=self.shape(dtype=self.dtype or x.dtype),
                 caches=cache,
                 segment_ids=segment_ids,
@@ -216,7 +219,7 @@ class GatedDeltaNet(nnx.Module):
         return self._apply(x, cache, OneDevice(segment_ids))
 
     def shape(self, *, layers: int = 1, dtype: Any = jnp.bfloat16) -> GDNShape:
-        """What `ring_jax.gdn.costs` and `run(way="auto")` need to know of a run of `layers` such layers. Batch and
+        """What `ring_jax.gdn.costs` and `run(strategy="auto")` need to know of a run of `layers` such layers. Batch and
         length are zero here; `run` fills them in, `dataclasses.replace` sets them by hand."""
         check_count("layers", layers, 1)
         check_dtype("dtype", dtype)

@@ -469,7 +469,7 @@ def rule_operands() -> dict[str, Any]:
 
 
 def rules() -> list[Call]:
-    good = rule_operands() | {"scale": 0.5, "implementation": "chunked", "way": "auto", "context": None}
+    good = rule_operands() | {"scale": 0.5, "implementation": "chunked", "strategy": "auto", "context": None}
     kinds = {
         "query": Arr(bound=(0, 1, 2, 3)),
         "key": Arr(bound=(0, 1, 2, 3)),
@@ -482,10 +482,10 @@ def rules() -> list[Call]:
         "segment_ids": maybe(Arr("signed", (0, 1))),
         "scale": SCALE,
         "implementation": IMPLEMENTATION,
-        "way": Choice(),
+        "strategy": Choice(),
         "context": maybe(Instance()),
     }
-    spread = good | {"context": context(), "way": "state"}
+    spread = good | {"context": context(), "strategy": "state"}
     shape = {"batch": 1, "length": 64, "heads": HEADS, "width": 8, "conv_width": 4, "layers": 1, "itemsize": 2}
     counts = {"batch": Count(), "length": Count(), "width": Count(), "conv_width": Count(1), "layers": Count(1)}
     made, rates = gdn.GDNShape(**shape), cost.Rates()
@@ -495,7 +495,14 @@ def rules() -> list[Call]:
     layers = lambda params, x, caches, partition: (x, caches)  # noqa: E731
     one = gdn.OneDevice(ints(B, T))
     with_one = {name: x for name, x in rule_operands().items() if name != "segment_ids"}
-    run = {"layers": layers, "params": None, "x": floats(B, T, 3), "context": context(), "way": "state", "shape": made}
+    run = {
+        "layers": layers,
+        "params": None,
+        "x": floats(B, T, 3),
+        "context": context(),
+        "strategy": "state",
+        "shape": made,
+    }
     run |= {"caches": None, "segment_ids": ints(B, T), "seq_len": T}
     return [
         Call(
@@ -503,7 +510,7 @@ def rules() -> list[Call]:
             good,
             kinds,
             conflicts=(
-                ({"way": "state"}, "context"),
+                ({"strategy": "state"}, "context"),
                 ({"value": floats(B, T, 3, 4)}, "heads"),
                 ({"log_decay": floats(B, T, N, value=-1.0, dtype=np.float16)}, "log_decay"),
                 ({"initial_state": floats(B, N, H, 4, dtype=np.float16)}, "initial_state"),
@@ -517,10 +524,10 @@ def rules() -> list[Call]:
             conflicts=(
                 ({"context": None}, "context"),
                 ({"context": context(layout="striped")}, "state"),
-                ({"way": "auto", "context": ring_jax.ContextParallel("context")}, "mesh"),
+                ({"strategy": "auto", "context": ring_jax.ContextParallel("context")}, "mesh"),
                 ({name: x[:, :7] for name, x in rule_operands().items() if name != "initial_state"}, "7"),
             ),
-            aliases={"key": ("shape", "heads"), "value": ("heads",), "context": ("way",)},
+            aliases={"key": ("shape", "heads"), "value": ("heads",), "context": ("strategy",)},
         ),
         Call(
             gdn.run,
@@ -533,14 +540,14 @@ def rules() -> list[Call]:
                     common=False,
                 ),
                 "context": Instance(),
-                "way": Choice(),
+                "strategy": Choice(),
                 "shape": maybe(Instance()),
                 "caches": maybe(Custom(("text", 3, [1]), (floats(3, 2), [floats()]), common=False)),
                 "segment_ids": maybe(Arr("signed", (0, 1))),
                 "seq_len": maybe(Count(0, T)),
             },
             conflicts=(
-                ({"way": "auto", "shape": None}, "shape"),
+                ({"strategy": "auto", "shape": None}, "shape"),
                 ({"context": context(layout="striped")}, "state"),
                 ({"x": floats(B, 7, 3), "segment_ids": None, "seq_len": None}, "7"),
             ),
@@ -578,7 +585,7 @@ def rules() -> list[Call]:
             {"shape": Instance(), "ranks": RANKS, "layout": LayoutLike(), "gpu": Instance()},
         ),
         Call(
-            gdn.choose_way,
+            gdn.choose_strategy,
             {"shape": made, "ranks": 2, "layout": "zigzag", "rates": rates},
             {"shape": Instance(), "ranks": RANKS, "layout": LayoutLike(), "rates": Instance()},
         ),
@@ -619,7 +626,7 @@ def experts() -> list[Call]:
     D, E, F = 4, 6, 3
     weights = {"router": floats(D, E), "gate_up": floats(E, D, 2, F), "down": floats(E, F, D)}
     good = {"x": floats(T, D), **weights, "top_k": 2, "renormalize": True, "expert_axis": None, "tokens_spread": True}
-    good |= {"tensor_axis": None, "valid": np.ones(T, bool), "exchange": None}
+    good |= {"tensor_axis": None, "valid": np.ones(T, bool), "strategy": "auto"}
 
     def run(*, router, gate_up, down, **rest):
         return moe.moe(weights=moe.MoEWeights(router, gate_up, down), **rest)
@@ -627,7 +634,7 @@ def experts() -> list[Call]:
     kinds: dict[str, Any] = {"x": Arr(bound=(1,)), "router": Arr(bound=(0, 1)), "gate_up": Arr(bound=(0, 1, 2, 3))}
     kinds |= {"down": Arr(bound=(0, 1, 2)), "top_k": Count(1, E), "renormalize": Flag(), "expert_axis": maybe(Axes())}
     kinds |= {"tokens_spread": Flag(), "tensor_axis": maybe(Axes()), "valid": maybe(Arr("bool", (0,)))}
-    kinds |= {"exchange": maybe(Choice())}
+    kinds |= {"strategy": Choice()}
     routing = moe.Routing(ints(T, 2), floats(T, 2), floats(T, E))
     stats = moe.RouterStats(floats(E), floats(E), floats())
     return [
@@ -637,7 +644,7 @@ def experts() -> list[Call]:
             kinds,
             run,
             conflicts=(
-                ({"exchange": "gather"}, "exchange"),
+                ({"strategy": "gather"}, "strategy"),
                 ({"expert_axis": "experts"}, "expert_axis"),
                 ({"tensor_axis": "tensor"}, "tensor_axis"),
                 ({"gate_up": floats(3, D, 2, F), "down": floats(3, F, D)}, "experts"),
@@ -699,7 +706,7 @@ def layers() -> list[Call]:
     attention |= {"norm_epsilon": 1e-6, "output_gate": False, "use_bias": False, "strategy": None, "precision": None}
     attention |= {"implementation": None, "dtype": None, "param_dtype": jnp.float32, "kernel_init": None}
     net = {"features": 24, "num_key_heads": K, "num_value_heads": N, "key_head_dim": H, "value_head_dim": 4}
-    net |= {"conv_width": 4, "norm_epsilon": 1e-6, "projections": "separate", "context": None, "way": "auto"}
+    net |= {"conv_width": 4, "norm_epsilon": 1e-6, "projections": "separate", "context": None, "strategy": "auto"}
     net |= {"implementation": None, "dtype": None, "param_dtype": jnp.float32, "precision": None, "kernel_init": None}
     both: dict[str, Any] = {"features": Count(1), "norm_epsilon": Number(above=0), "context": maybe(Instance())}
     both |= {"implementation": IMPLEMENTATION, "dtype": maybe(DType()), "param_dtype": DType()}
@@ -787,7 +794,7 @@ def layers() -> list[Call]:
                 "value_head_dim": Count(1),
                 "conv_width": Count(1),
                 "projections": Choice(),
-                "way": Choice(),
+                "strategy": Choice(),
             },
             conflicts=(({"num_value_heads": 3}, "num_value_heads"),),
             check=functools.partial(make, nn.GatedDeltaNet, net),

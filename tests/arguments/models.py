@@ -139,8 +139,8 @@ def models() -> list[Call]:
         ),
         Call(
             qwen3_5.Sharding,
-            {"context": context(), "expert": None, "weights": None, "way": "auto"},
-            {"context": Instance(), "expert": maybe(Axes(most=1)), "weights": maybe(Axes()), "way": Choice()},
+            {"context": context(), "expert": None, "weights": None, "gdn_strategy": "auto"},
+            {"context": Instance(), "expert": maybe(Axes(most=1)), "weights": maybe(Axes()), "gdn_strategy": Choice()},
         ),
         Call(
             qwen3_5.Sharding.spec,

@@ -59,7 +59,7 @@ def moved(way, *, time=512, batch=4, layout="zigzag", data_axis=False, gradient=
         return x, leaving
 
     def forward(params, x, caches):
-        return run(layers, params, x, caches=caches, context=context, way=way)
+        return run(layers, params, x, caches=caches, context=context, strategy=way)
 
     def loss(params, x, caches):
         return (forward(params, x, caches)[0] ** 2).sum()

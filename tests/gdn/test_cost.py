@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ring_jax.context import ContextParallel
-from ring_jax.gdn import GDNShape, Heads, choose_way, costs, gated_delta_rule
+from ring_jax.gdn import GDNShape, Heads, choose_strategy, costs, gated_delta_rule
 from ring_jax.gdn.cost import BETWEEN_HOSTS, kernel_seconds, rule_flops
 from ring_jax.layout import Zigzag
 from tests.gdn.helpers import operands
@@ -36,25 +36,29 @@ def test_kernel_time_agrees_with_what_was_measured(rows, tokens, key_heads, valu
 def test_one_long_row_passes_states(ranks, length):
     """Dealt by the batch it would stay whole on one rank, and so would all that runs between the two all-to-alls."""
     shape = dataclasses.replace(QWEN, length=length)
-    assert choose_way(shape, ranks, "zigzag")[0] == choose_way(shape, ranks, "zigzag", BETWEEN_HOSTS)[0] == "state"
+    assert (
+        choose_strategy(shape, ranks, "zigzag")[0]
+        == choose_strategy(shape, ranks, "zigzag", BETWEEN_HOSTS)[0]
+        == "state"
+    )
     assert costs(shape, ranks, "zigzag")["batch"].beside > 0
 
 
 def test_few_rows_do_not_stay_whole():
     """Though that would be fast for a model this small: the bundled one, whose heads do not divide over eight ranks."""
     bundled = GDNShape(1, 16384, Heads(2, 4, 32, 32), width=128, layers=3, itemsize=4)
-    assert choose_way(bundled, 8, "zigzag")[0] == "state"
-    assert choose_way(dataclasses.replace(bundled, width=0, batch=0), 8, "zigzag")[0] == "batch"  # nothing to hold
+    assert choose_strategy(bundled, 8, "zigzag")[0] == "state"
+    assert choose_strategy(dataclasses.replace(bundled, width=0, batch=0), 8, "zigzag")[0] == "batch"  # nothing to hold
 
 
 def test_many_rows_split_the_batch():
-    assert choose_way(dataclasses.replace(QWEN, batch=64, length=4096), 8)[0] == "batch"
+    assert choose_strategy(dataclasses.replace(QWEN, batch=64, length=4096), 8)[0] == "batch"
 
 
 def test_fine_layouts_take_another_way():
-    way, reason = choose_way(QWEN, 8, Zigzag(block=128))
+    way, reason = choose_strategy(QWEN, 8, Zigzag(block=128))
     assert way == "head" and "state: layout Zigzag(block=128) cuts the sequence" in reason
-    assert choose_way(QWEN, 32, Zigzag(block=128))[0] == "batch"  # 16 key heads do not divide either
+    assert choose_strategy(QWEN, 32, Zigzag(block=128))[0] == "batch"  # 16 key heads do not divide either
 
 
 def test_a_fixed_block_that_makes_two_chunks_is_served():
@@ -93,7 +97,7 @@ def test_auto_is_the_cheapest_way():
     shape = GDNShape(1, 64, Heads(4, 8, 16, 16), conv_width=1, itemsize=4)
 
     def program(way):
-        return str(jax.make_jaxpr(lambda *x: gated_delta_rule(*x, context=context, way=way))(*arrays))
+        return str(jax.make_jaxpr(lambda *x: gated_delta_rule(*x, context=context, strategy=way))(*arrays))
 
-    assert program("auto") == program(choose_way(shape, 4, "zigzag")[0])
+    assert program("auto") == program(choose_strategy(shape, 4, "zigzag")[0])
     assert program("state") != program("head")

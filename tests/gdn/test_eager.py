@@ -29,7 +29,7 @@ def context():
 def test_gated_delta_rule(context):
     x = jnp.ones((2, 16, 2, 8)) / 3
     decay = -x[..., 0]
-    for options in ({"implementation": "chunked"}, {"context": context, "way": "state"}):
+    for options in ({"implementation": "chunked"}, {"context": context, "strategy": "state"}):
         call = lambda: ring_jax.gated_delta_rule(x, x, x, decay, -decay, **options)  # noqa: B023, E731
         assert compilations(call) > 0
         assert compilations(call) == 0
@@ -41,7 +41,7 @@ def _twice(params, x, caches, partition):
 
 def test_run(context):
     x = jnp.ones((2, 16, 4))
-    call = lambda: gdn.run(_twice, jnp.full((1, 1, 1), 2.0), x, context=context, way="state", seq_len=13)[0]  # noqa: E731
+    call = lambda: gdn.run(_twice, jnp.full((1, 1, 1), 2.0), x, context=context, strategy="state", seq_len=13)[0]  # noqa: E731
     assert compilations(call) > 0
     assert compilations(call) == 0
 
@@ -49,7 +49,7 @@ def test_run(context):
 @pytest.mark.parametrize("kind", ["gdn", "attention"])
 def test_layers(context, kind):
     if kind == "gdn":
-        layer = ring_jax.nn.GatedDeltaNet(12, 2, 2, 8, 8, context=context, way="state", rngs=nnx.Rngs(0))
+        layer = ring_jax.nn.GatedDeltaNet(12, 2, 2, 8, 8, context=context, strategy="state", rngs=nnx.Rngs(0))
         apply = lambda layer, x: layer(x, seq_len=16)[0]  # noqa: E731
     else:
         layer = ring_jax.nn.Attention(12, 2, context=context, rngs=nnx.Rngs(0))

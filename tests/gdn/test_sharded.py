@@ -149,7 +149,7 @@ def check_way(way, layout, ranks, batch, time, patterns):
             weights,
             x,
             context=context,
-            way=way,
+            strategy=way,
             caches=cache,
             segment_ids=ids,
         )
@@ -220,7 +220,7 @@ def test_public_operation(way):
     context = context_of(4, "zigzag", "data")
     places = order(context, 48, 4)
     out, state = jit(
-        lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], segment_ids=x[6], context=context, way=way)
+        lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], segment_ids=x[6], context=context, strategy=way)
     )(*(x[:, places] for x in arrays[:5]), arrays[5], ids[:, places])
     expected, expected_state = numpy_rule(*arrays, segment_ids=ids)
     assert relative(np.asarray(out)[:, np.argsort(places)], expected) <= BOUND
@@ -234,7 +234,7 @@ def test_heads_over_a_tensor_axis():
     context = ContextParallel("context", layout="zigzag", mesh=mesh, head_axis="tensor")
     arrays = operands(0, 1, 48, 2, 4, 8, 4)
     places = order(context, 48, 2)
-    program = jit(lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], context=context, way="state"))
+    program = jit(lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], context=context, strategy="state"))
     out, state = program(*(x[:, places] for x in arrays[:5]), arrays[5])
     expected, expected_state = numpy_rule(*arrays)
     assert relative(np.asarray(out)[:, np.argsort(places)], expected) <= BOUND
@@ -247,7 +247,7 @@ def test_explicit_mesh_and_two_axes():
     arrays = operands(0, 2, 48, 2, 4, 8, 4)
     mesh = jax.make_mesh((2, 2), ("outer", "inner"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
     context = ContextParallel(("outer", "inner"), layout="contiguous")
-    rule = lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], context=context, way="state")  # noqa: E731
+    rule = lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], context=context, strategy="state")  # noqa: E731
     with jax.set_mesh(mesh):
         out, state = jit(rule)(*arrays)
     expected, expected_state = numpy_rule(*arrays)
@@ -259,7 +259,7 @@ def test_inside_the_callers_shard_map():
     arrays = operands(0, 2, 48, 2, 4, 8, 4)
     context = context_of(4, "contiguous")
     tokens, row = jax.P(None, "context"), jax.P()
-    rule = lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], context=context, way="state")  # noqa: E731
+    rule = lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], context=context, strategy="state")  # noqa: E731
     program = jax.shard_map(rule, mesh=context.mesh, in_specs=(tokens,) * 5 + (row,), out_specs=(tokens, row))
     out, state = jit(program)(*arrays)
     expected, expected_state = numpy_rule(*arrays)
@@ -290,7 +290,7 @@ def test_split_anywhere(way):
 
     def part(cache, ids):
         layer = lambda weights, x, cache, partition: mix(weights, x, cache, partition)  # noqa: E731
-        return run(layer, weights, x[:, places], context=context, way=way, caches=cache, segment_ids=ids)
+        return run(layer, weights, x[:, places], context=context, strategy=way, caches=cache, segment_ids=ids)
 
     @jit
     def split(t):
@@ -319,7 +319,7 @@ def test_cut_arrays_and_change_the_way():
     ):
         context = context_of(4, layout)
         layer = lambda weights, x, cache, partition: mix(weights, x, cache, partition)  # noqa: E731
-        options = dict(context=context, way=way, seq_len=end - start)
+        options = dict(context=context, strategy=way, seq_len=end - start)
         program = jit(lambda x, cache, layer=layer, options=options: run(layer, weights, x, caches=cache, **options))
         out, cache = program(context.to_layout(jnp.asarray(x[:, start:end])), cache)
         outs.append(np.asarray(context.from_layout(out, end - start)))
@@ -355,18 +355,18 @@ def test_entering_states(ranks, folds, gather):
 def test_errors():
     arrays = operands(0, 1, 48, 2, 4, 8, 4)
     zigzag = context_of(4, "zigzag")
-    call = lambda context, way: gated_delta_rule(*arrays[:5], context=context, way=way)  # noqa: E731
-    with pytest.raises(ValueError, match="layout Striped.*two-chunk Zigzag.*way='batch' or 'head'"):
+    call = lambda context, way: gated_delta_rule(*arrays[:5], context=context, strategy=way)  # noqa: E731
+    with pytest.raises(ValueError, match="layout Striped.*two-chunk Zigzag.*strategy='batch' or 'head'"):
         call(context_of(4, Striped()), "state")
-    with pytest.raises(ValueError, match="4 context ranks.*got 2 key heads: use way='state'"):
+    with pytest.raises(ValueError, match="4 context ranks.*got 2 key heads: use strategy='state'"):
         call(zigzag, "head")
-    with pytest.raises(ValueError, match="unknown way 'heads'"):
+    with pytest.raises(ValueError, match="unknown strategy 'heads'"):
         call(zigzag, "heads")
     with pytest.raises(ValueError, match="does not divide over batch_axis='data' of size 2"):
         call(context_of(4, "zigzag", "data"), "state")
     with pytest.raises(ValueError, match="length 44 does not divide.*next length that does is 48"):
-        gated_delta_rule(*(x[:, :44] for x in arrays[:5]), context=zigzag, way="state")
+        gated_delta_rule(*(x[:, :44] for x in arrays[:5]), context=zigzag, strategy="state")
     with pytest.raises(ValueError, match="pass shape=GDNShape"):
-        run(lambda *x: x, None, arrays[0], context=zigzag, way="auto")
+        run(lambda *x: x, None, arrays[0], context=zigzag, strategy="auto")
     with pytest.raises(ValueError, match="seq_len must be in .0, 48., got 49"):
-        run(lambda _, x, c, s: (x, c), None, arrays[0], context=zigzag, way="batch", seq_len=49)
+        run(lambda _, x, c, s: (x, c), None, arrays[0], context=zigzag, strategy="batch", seq_len=49)

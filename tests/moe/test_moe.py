@@ -119,6 +119,6 @@ def test_valid_must_be_one_bool_per_token():
 def test_exchange_is_not_ignored():
     x, weights, _ = operands(9, 4)
     with pytest.raises(
-        ValueError, match="exchange='gather' moves tokens that differ between ranks: it needs an expert_axis"
+        ValueError, match="strategy='gather' moves tokens that differ between ranks: it needs an expert_axis"
     ):
-        moe(jnp.asarray(x), weights, top_k=2, exchange="gather")
+        moe(jnp.asarray(x), weights, top_k=2, strategy="gather")

@@ -8,7 +8,7 @@ from jax import P, lax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ring_jax.moe import layer, moe, ragged
-from ring_jax.moe.exchange import choose_way
+from ring_jax.moe.exchange import choose_strategy
 from tests.gdn.helpers import jit
 from tests.moe.helpers import check, dense, expected, margin, operands, pulled
 from tests.moe.test_expert_parallel import make_mesh, slow, specs, spread
@@ -30,7 +30,7 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 @pytest.fixture
 def on_cpu(monkeypatch):
     monkeypatch.setattr(ragged.lax, "ragged_all_to_all", emulated)
-    monkeypatch.setattr(layer, "choose_way", lambda *_: "ragged")
+    monkeypatch.setattr(layer, "choose_strategy", lambda *_: "ragged")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_with_padding_data_and_tensor_axes(on_cpu):
 @pytest.mark.parametrize("way", ["gather", slow("ragged")])
 def test_slice_by_slice(on_cpu, monkeypatch, way):
     """Three slices, which do not divide the tokens of a rank."""
-    monkeypatch.setattr(layer, "choose_way", lambda *_: way)
+    monkeypatch.setattr(layer, "choose_strategy", lambda *_: way)
     monkeypatch.setattr("ring_jax.moe.exchange._ROWS", 16)
     arrays = operands(40, 8)
     run = pulled(spread(make_mesh(expert=4), tokens="expert", top_k=2))
@@ -83,17 +83,17 @@ def test_sends_a_token_once_to_a_rank():
 
 
 def test_way_with_fewer_bytes():
-    assert choose_way(None, 8, 8, "gpu") == choose_way(None, 64, 8, "cpu") == "gather"
-    assert choose_way(None, 16, 8, "gpu") == choose_way("ragged", 2, 8, "gpu") == "ragged"
-    with pytest.raises(ValueError, match="unknown exchange 'dense': expected one of"):
-        choose_way("dense", 8, 8, "gpu")
+    assert choose_strategy("auto", 8, 8, "gpu") == choose_strategy("auto", 64, 8, "cpu") == "gather"
+    assert choose_strategy("auto", 16, 8, "gpu") == choose_strategy("ragged", 2, 8, "gpu") == "ragged"
+    with pytest.raises(ValueError, match="unknown strategy 'dense': expected one of"):
+        choose_strategy("dense", 8, 8, "gpu")
     with pytest.raises(
-        NotImplementedError, match="exchange='ragged' cannot run here: XLA has no ragged_all_to_all on CPUs"
+        NotImplementedError, match="strategy='ragged' cannot run here: XLA has no ragged_all_to_all on CPUs"
     ):
-        choose_way("ragged", 8, 8, "cpu")
+        choose_strategy("ragged", 8, 8, "cpu")
 
 
-@pytest.mark.parametrize("ranks, exchange, sent", [(4, None, 1), (2, "ragged", 1), (2, None, 0)])
+@pytest.mark.parametrize("ranks, exchange, sent", [(4, "auto", 1), (2, "ragged", 1), (2, "auto", 0)])
 def test_lowers_for_cuda(ranks, exchange, sent):
     """On GPUs the ragged collective is used where C > k: twice out and once back, and as often for the gradient."""
     device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
@@ -101,7 +101,7 @@ def test_lowers_for_cuda(ranks, exchange, sent):
     x, weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), operands(64, 8)[:2])
 
     def loss(x, weights):
-        local = lambda x, w: moe(x, w, top_k=2, expert_axis="expert", exchange=exchange)[0]  # noqa: E731
+        local = lambda x, w: moe(x, w, top_k=2, expert_axis="expert", strategy=exchange)[0]  # noqa: E731
         y = jax.shard_map(local, in_specs=(P("expert"), specs("expert")), out_specs=P("expert"))(x, weights)
         return (y.astype(jnp.float32) ** 2).sum()
 
@@ -111,7 +111,7 @@ def test_lowers_for_cuda(ranks, exchange, sent):
 
     with jax.sharding.use_abstract_mesh(mesh):
         assert count(loss) == 3 * sent
-        assert exchange or not sent or count(jax.grad(loss, argnums=(0, 1))) == 6
+        assert exchange != "auto" or not sent or count(jax.grad(loss, argnums=(0, 1))) == 6
 
 
 @pytest.mark.multi_gpu
@@ -122,7 +122,7 @@ def test_on_gpus(exchange, favoured):
     ranks = len(jax.devices("gpu"))
     arrays = operands(ranks * 96, 8 * ranks, favoured=favoured, width=64, features=32)
     mesh = jax.make_mesh((ranks,), ("expert",), axis_types=(AxisType.Auto,))
-    local = lambda x, w: moe(x, w, top_k=2, expert_axis="expert", exchange=exchange)[0]  # noqa: E731
+    local = lambda x, w: moe(x, w, top_k=2, expert_axis="expert", strategy=exchange)[0]  # noqa: E731
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("expert"), specs("expert")), out_specs=P("expert"))
 
     def run(x, weights, cotangent):

@@ -128,7 +128,7 @@ def test_over_context_ranks(way, layout):
     context = ContextParallel("context", layout=layout, mesh=mesh)
     layer, x = make(), inputs()
     expected, state = numpy_layer(layer, x[:, :47])
-    layer.context, layer.way = context, way
+    layer.context, layer.strategy = context, way
     y, cache = applied(layer, seq_len=47)(context.to_layout(jnp.asarray(x[:, :47])))
     assert relative(context.from_layout(y, 47), expected) <= BOUND
     assert relative(cache.state, state) <= BOUND
@@ -152,7 +152,7 @@ def test_a_run_of_layers_with_gradients():
         return (layers(params, x, None)[0] ** 2).sum()
 
     def spread_out(params, x):
-        y, _ = run(layers, params, context.to_layout(x), context=context, way="state")
+        y, _ = run(layers, params, context.to_layout(x), context=context, strategy="state")
         return (y**2).sum()
 
     params = list(params)

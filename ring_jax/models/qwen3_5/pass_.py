@@ -135,7 +135,7 @@ def _partition(model: Structure, x, ids) -> gdn.Partition:
     heads = config.linear.share(Collectives(sharding).tensor_ranks)
     itemsize = jnp.dtype(model.dtype).itemsize
     shape = gdn.GDNShape(0, 0, heads, config.hidden_size, config.conv_width, max(runs, default=1), itemsize)
-    return gdn.partition(sharding.context, x, strategy=sharding.way, shape=shape, segment_ids=ids)
+    return gdn.partition(sharding.context, x, strategy=sharding.gdn_strategy, shape=shape, segment_ids=ids)
 
 
 def embed(model: Structure, params: Any, here: Pass, tokens) -> jax.Array:

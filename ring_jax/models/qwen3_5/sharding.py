@@ -14,10 +14,11 @@ from ring_jax._checks import (
     check_count,
     check_instance,
     check_mesh_axes,
+    renamed_arguments,
 )
 from ring_jax._mesh import Axis, axis_names, axis_size
 from ring_jax.context import ContextParallel
-from ring_jax.gdn.cost import WAYS
+from ring_jax.gdn.cost import STRATEGIES
 from ring_jax.models.qwen3_5.config import Config
 
 # Dimensions of parameters. The reduced dimension of every product can lie over the `weights` axis too, so that a rank
@@ -53,7 +54,7 @@ class Sharding:
         expert: one axis over which experts lie; their tokens travel to them and back. May be the context axis.
         weights: axis over which every large parameter lies besides (FSDP), on a dimension that products reduce:
             it is gathered layer by layer. May be the context or the data axis, or both.
-        way: how runs of GDN layers are spread: "auto", "batch", "head" or "state".
+        gdn_strategy: how GDN layers run over the context axis: "auto", "batch", "head" or "state".
 
     Example:
         >>> import jax, ring_jax
@@ -67,12 +68,12 @@ class Sharding:
     _: dataclasses.KW_ONLY
     expert: str | None = None
     weights: Axis | None = None
-    way: str = "auto"
+    gdn_strategy: str = "auto"
     __repr__ = _repr.of_fields
 
     def __post_init__(self):
         check_instance("context", self.context, ContextParallel, "a ring_jax.ContextParallel")
-        check_choice("way", self.way, ("auto", *WAYS))
+        check_choice("gdn_strategy", self.gdn_strategy, ("auto", *STRATEGIES))
         if self.weights is not None:
             object.__setattr__(self, "weights", check_mesh_axes("weights", self.weights))
         if self.expert is not None:
@@ -175,6 +176,10 @@ class Sharding:
                 f"this model does not divide over the mesh: {'; '.join(found)}. Use a smaller tensor or expert axis and "
                 "give the devices to the context axis"
             )
+
+
+# A dataclass makes its own __init__, which `replace` calls too.
+Sharding.__init__ = renamed_arguments(way="gdn_strategy")(Sharding.__init__)  # type: ignore[method-assign]
 
 
 def _check_mesh(mesh: Any) -> None:

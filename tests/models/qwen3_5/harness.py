@@ -61,7 +61,7 @@ class Spread:
             mesh=mesh,
             strategy=self.strategy,
         )
-        return Sharding(context, expert=self.expert, weights=self.weights, way=self.way)
+        return Sharding(context, expert=self.expert, weights=self.weights, gdn_strategy=self.way)
 
 
 def ranks(count: int) -> Spread:

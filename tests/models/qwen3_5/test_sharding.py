@@ -53,5 +53,5 @@ def test_axes_that_are_not_there_or_taken():
         Sharding(sharding.context, expert="experts").resolve_mesh()
     with pytest.raises(ValueError, match="is the tensor axis too"):
         Sharding(sharding.context, weights="tensor")
-    with pytest.raises(ValueError, match="unknown way"):
-        Sharding(sharding.context, way="rows")
+    with pytest.raises(ValueError, match="unknown gdn_strategy"):
+        Sharding(sharding.context, gdn_strategy="rows")
