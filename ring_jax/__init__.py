@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from ring_jax._segment_ids import contiguous_segments as contiguous_segments
 from ring_jax.context import ContextParallel as ContextParallel
 from ring_jax.context import ring_attention as ring_attention
 from ring_jax.flash import flash_attention as flash_attention
@@ -14,7 +15,6 @@ from ring_jax.layout import Striped as Striped
 from ring_jax.layout import Zigzag as Zigzag
 from ring_jax.mask import Mask as Mask
 from ring_jax.mask import causal as causal
-from ring_jax.mask import contiguous_segments as contiguous_segments
 from ring_jax.mask import documents as documents
 from ring_jax.mask import lengths as lengths
 from ring_jax.mask import prefix as prefix

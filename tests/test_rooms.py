@@ -10,9 +10,8 @@ PACKAGE = pathlib.Path(ring_jax.__file__).parent
 # From the ground up; a room is a folder of the package, or a file beside them.
 FLOORS = [
     {"_hardware", "_arrays", "_checks", "_device", "_vma", "_repr"},
-    {"_mesh", "distributed", "layout", "mosaic"},
     {"_html"},
-    {"_mesh", "layout", "mosaic"},
+    {"_mesh", "_mask_terms", "_segment_ids", "distributed", "layout", "mosaic"},
     {"mask"},
     {"flash", "plot"},
     {"context"},

@@ -20,6 +20,7 @@ from ring_jax._checks import (
     static_length,
 )
 from ring_jax._mesh import AnyMesh, Axis, axis_size, run_sharded
+from ring_jax._segment_ids import per_row
 from ring_jax.context.call import Call
 from ring_jax.context.parallel import ContextParallel, mask_specs
 from ring_jax.context.strategies import NAMES, StrategyName, check_strategy
@@ -27,7 +28,7 @@ from ring_jax.flash import backends
 from ring_jax.flash.backends import FixedMask, Implementation, with_batch
 from ring_jax.flash.merge import partial_dtype
 from ring_jax.flash.operands import BlockOptions, Partial
-from ring_jax.mask import Mask, MaskAndOffset, ResolvedMask, causal, lengths, local_window, per_row
+from ring_jax.mask import Mask, MaskAndOffset, ResolvedMask, causal, lengths, local_window
 
 
 def ring_attention(
@@ -183,10 +184,10 @@ def _fixed_mask(call: Call, mask: Mask, query_offset: int | Array) -> FixedMask 
     """Which fixed mask the call has, for backends that cannot read bounds."""
     if (call.q_len, call.kv_len) != (call.queries.length, call.keys.length):
         return None
-    if not mask.parts:
+    if not mask.terms:
         return "full"
     offset = concrete(query_offset)
-    plain = mask.parts == causal().parts and offset is not None and not np.any(offset)
+    plain = mask.terms == causal().terms and offset is not None and not np.any(offset)
     return "causal" if plain else None
 
 
@@ -273,7 +274,7 @@ def _combine(
     if not isinstance(mask, ResolvedMask):
         return shorthand if mask is None else mask & shorthand
     offset = concrete(query_offset)
-    if shorthand.parts or offset is None or np.any(offset != 0):
+    if shorthand.terms or offset is None or np.any(offset != 0):
         raise ValueError(
             "a resolved mask is complete: is_causal, lengths, local_window_size and query_offset belong into the Mask that "
             "context.resolve(mask, seq_len, query_offset=...) is given"

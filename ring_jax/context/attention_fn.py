@@ -45,9 +45,10 @@ from ring_jax._checks import (
     describe,
     is_array,
 )
+from ring_jax._segment_ids import per_row
 from ring_jax.context.attention import check_options, ring_attention
 from ring_jax.context.parallel import ContextParallel
-from ring_jax.mask import Mask, ResolvedMask, per_row
+from ring_jax.mask import Mask, ResolvedMask
 
 _CHECKED = frozenset(inspect.signature(check_options).parameters)
 _NOT_DEFAULTS = ("query", "key", "value", "bias", "return_residual", "context")

@@ -22,12 +22,13 @@ from ring_jax._checks import (
     static_length,
 )
 from ring_jax._mesh import AnyMesh, Axis, HashablePartial, axis_names, axis_size, reshard_explicit, run_sharded
+from ring_jax._segment_ids import per_row
 from ring_jax.context import alone, strategies
 from ring_jax.context.reshard import relayout as relayout_shard
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import StrategyName
 from ring_jax.layout import Contiguous, Layout, LayoutName, as_layout
-from ring_jax.mask import Mask, MaskAndOffset, ResolvedMask, per_row
+from ring_jax.mask import Mask, MaskAndOffset, ResolvedMask
 
 if TYPE_CHECKING:
     from ring_jax.context.attention_fn import AttentionFn

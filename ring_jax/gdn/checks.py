@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ring_jax._checks import Sizes, check_array
-from ring_jax.mask import check_segment_ids
+from ring_jax._segment_ids import check_segment_ids
 
 
 def state_dtype(*arrays: Array) -> jnp.dtype:

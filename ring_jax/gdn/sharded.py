@@ -19,13 +19,13 @@ from ring_jax._checks import (
     renamed_arguments,
 )
 from ring_jax._mesh import axis_size, run_sharded
+from ring_jax._segment_ids import check_segment_ids
 from ring_jax.context.parallel import ContextParallel
 from ring_jax.context.shard import Shard
 from ring_jax.gdn.checks import check_operands, check_segments, state_dtype
 from ring_jax.gdn.cost import STRATEGIES, GDNShape
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.partition import Partition, partition, resolve_strategy
-from ring_jax.mask import check_segment_ids
 
 
 @renamed_arguments(way="strategy")

@@ -9,8 +9,8 @@ import numpy as np
 
 from ring_jax._checks import Sizes, check_array, check_instance, concrete
 from ring_jax._mesh import axis_size
+from ring_jax._segment_ids import check_segment_ids
 from ring_jax.gdn import GDNCache
-from ring_jax.mask import check_segment_ids
 from ring_jax.models.qwen3_5.cache import Cache
 from ring_jax.models.qwen3_5.config import FULL, Config
 from ring_jax.models.qwen3_5.past import Past
