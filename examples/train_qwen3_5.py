@@ -52,8 +52,8 @@ import ring_jax
 from ring_jax.data.byte_tokenizer import END, tokens_of, write_byte_tokenizer
 from ring_jax.data.passkey import held_out_text, random_text, training_row, training_text
 from ring_jax.gdn import Heads
-from ring_jax.models import checkpoint
 from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
+from ring_jax.training import checkpoint
 
 ANSWER = 7  # tokens: five digits, a full stop, the end
 ANSWER_SHARE = 0.5  # the answers in a text weigh half as much as the rest

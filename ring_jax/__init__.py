@@ -49,9 +49,10 @@ __all__ = [
     "nn",
     "plan",
     "plot",
+    "training",
 ]
 
-_PACKAGES = ("data", "distributed", "inference", "models", "moe", "nn", "plan", "plot")
+_PACKAGES = ("data", "distributed", "inference", "models", "moe", "nn", "plan", "plot", "training")
 
 
 def __getattr__(name: str) -> Any:

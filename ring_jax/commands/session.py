@@ -198,7 +198,7 @@ def _decode(program, sampling: Sampling, params, token, cache, key):
 
 def _fits(directory: Path, devices: Any, dtype: str | None) -> bool:
     """Whether every device can hold all weights, and as much again for the rest."""
-    from ring_jax.models.qwen3_5.pretrained import checkpoint_dtype
+    from ring_jax.models.qwen3_5.hf.load import checkpoint_dtype
 
     stored = checkpoint_dtype(directory)
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))

@@ -12,9 +12,11 @@ from pathlib import Path
 from ring_jax._checks import check_choice, check_count, check_instance, check_number
 from ring_jax._hardware import Hardware as Hardware
 from ring_jax.context.strategies import choose_strategy
-from ring_jax.gdn.cost import WAYS, Rates, choose_way
+from ring_jax.gdn.cost import STRATEGIES as GDN_STRATEGIES
+from ring_jax.gdn.cost import Rates
+from ring_jax.gdn.cost import choose_strategy as choose_gdn
 from ring_jax.models.qwen3_5 import Config
-from ring_jax.moe.exchange import choose_way as choose_exchange
+from ring_jax.moe.exchange import choose_strategy as choose_exchange
 from ring_jax.plan import memory, passes
 from ring_jax.plan.layers import Setting, attention_shape, rule_shape
 from ring_jax.plan.machine import NETWORK
@@ -74,7 +76,7 @@ def predict(
     machine = Machine.of(mesh, gpu)
     rows = machine.size("data") if batch is None else check_count("batch", batch, 1)
     check_choice("strategy", strategy, STRATEGIES)
-    check_choice("way", way, ("auto", *WAYS))
+    check_choice("way", way, ("auto", *GDN_STRATEGIES))
     check_choice("expert", expert, ("auto", "context", "expert", "data"), optional=True)
     check_number("optimizer_bytes", optimizer_bytes, low=0)
     tokens = -(-tokens // (2 * machine.size("context"))) * 2 * machine.size("context")
@@ -167,13 +169,13 @@ def _resolved(config, machine, rows, tokens, strategy, way, expert, choices) -> 
     choices["strategy"] = strategy, reason
     rates = Rates(bytes_per_second=machine.rate(machine.link("context")))
     if way == "auto":
-        way, reason = choose_way(rule_shape(at), context, "zigzag", rates) if context > 1 else ("state", "one rank")
+        way, reason = choose_gdn(rule_shape(at), context, "zigzag", rates) if context > 1 else ("state", "one rank")
     else:
         reason = "asked for"
     choices["way"] = way, reason
     exchange = "gather"
     if config.experts is not None and expert is not None and machine.size(expert) > 1:
-        exchange = choose_exchange(None, machine.size(expert), config.experts.per_token, "gpu")
+        exchange = choose_exchange("auto", machine.size(expert), config.experts.per_token, "gpu")
         choices["exchange"] = exchange, f"experts over {expert}, {config.experts.per_token} a token"
     return dataclasses.replace(at, strategy=strategy, way=way, exchange=exchange)
 

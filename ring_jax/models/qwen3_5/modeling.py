@@ -237,21 +237,19 @@ class Qwen3_5(nnx.Module):
             ValueError: another architecture, missing or unexpected tensors (all in one message), damaged files.
             FileNotFoundError: no checkpoint there.
         """
-        from ring_jax.models.qwen3_5 import pretrained
+        from ring_jax.models.qwen3_5.hf import load
 
         directory = located(check_path("directory", directory))
         if directory.is_file():
             raise NotADirectoryError(f"{directory} is a file: expected a checkpoint directory, with config.json")
         config = Config.from_hf(directory)
-        dtype = pretrained.checkpoint_dtype(directory) if dtype is None else dtype
+        dtype = load.checkpoint_dtype(directory) if dtype is None else dtype
         param_dtype = dtype if param_dtype is None else param_dtype
         options: dict[str, Any] = {"sharding": sharding, "remat": remat, "implementation": implementation}
         model = cls(config, rngs=None, dtype=dtype, param_dtype=param_dtype, **options)
         mesh = None if sharding is None else sharding.resolve_mesh()
         specs = None if sharding is None else model.param_specs(sharding, mesh)
-        model.set_parameters(
-            pretrained.load(directory, config, specs=specs, mesh=mesh, dtype=param_dtype, verify=verify)
-        )
+        model.set_parameters(load.load(directory, config, specs=specs, mesh=mesh, dtype=param_dtype, verify=verify))
         model.companions = Companions.of(directory)
         return model
 
@@ -287,9 +285,9 @@ class Qwen3_5(nnx.Module):
             >>> (directory / "tokenizer.json").exists() or (directory / "tokenizer_config.json").exists()
             True
         """
-        from ring_jax.models.qwen3_5 import pretrained
+        from ring_jax.models.qwen3_5.hf.save import save
 
-        pretrained.save(
+        save(
             nnx.to_pure_dict(nnx.state(self, nnx.Param)),
             self.config,
             directory,

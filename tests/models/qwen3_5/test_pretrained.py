@@ -24,12 +24,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ring_jax.models import checksums, publish
-from ring_jax.models.qwen3_5 import names, saving, tensors
 from ring_jax.models.qwen3_5.config import PRESETS, Config
+from ring_jax.models.qwen3_5.hf import mapping, safetensors_io
+from ring_jax.models.qwen3_5.hf import save as saving
+from ring_jax.models.qwen3_5.hf.load import checkpoint_dtype, load
+from ring_jax.models.qwen3_5.hf.safetensors_io import Meter
+from ring_jax.models.qwen3_5.hf.save import save
 from ring_jax.models.qwen3_5.modeling import Qwen3_5
-from ring_jax.models.qwen3_5.pretrained import checkpoint_dtype, load
-from ring_jax.models.qwen3_5.saving import save
-from ring_jax.models.qwen3_5.tensors import Meter
 from tests.models.qwen3_5 import tiny
 
 FAMILIES = ("dense", "moe", "next", "head256")
@@ -211,7 +212,7 @@ def spread(shape, stacked):
 
 
 def spread_specs(config):
-    plan, specs = names.plan(config), {}
+    plan, specs = mapping.plan(config), {}
     for path, shape in plan.params.items():
         tree = specs
         for key in path[:-1]:
@@ -279,8 +280,8 @@ def test_only_the_needed_slices_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda *args: made.append(args[2]) or np.zeros(1))
     load(directory, config, specs, mesh, meter=meter)
     assert sum(x.nbytes for shards in made for x in shards) == sum(
-        2 * 2 * math.prod(NamedSharding(mesh, names.at(specs, path, "specs")).shard_shape(shape)) * 4
-        for path, shape in names.plan(config).params.items()
+        2 * 2 * math.prod(NamedSharding(mesh, mapping.at(specs, path, "specs")).shard_shape(shape)) * 4
+        for path, shape in mapping.plan(config).params.items()
     )
     assert meter.total < 0.6 * sum(x.nbytes for x in held.values())
 
@@ -541,7 +542,7 @@ def test_two_savers_of_one_path(tmp_path, monkeypatch):
     first, second = (jax.tree.map(lambda x, by=by: x + by, params) for by in (1, 2))
     written = []
 
-    def meets(path, headers, values, write=tensors.write):
+    def meets(path, headers, values, write=safetensors_io.write):
         written.append(path)
         if len(written) == 2:
             save(second, config, directory, overwrite=True, max_shard_size=100_000)
@@ -549,7 +550,7 @@ def test_two_savers_of_one_path(tmp_path, monkeypatch):
         write(path, headers, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensors, "write", meets)
+        patch.setattr(safetensors_io, "write", meets)
         save(first, config, directory, overwrite=True, max_shard_size=100_000)
     assert len({path.parent for path in written}) == 2
     assert_same(load(directory, config), jax.tree.map(np.asarray, first))
@@ -710,12 +711,12 @@ def test_blocks_of_checksums(tmp_path, monkeypatch):
     monkeypatch.setattr(checksums, "BLOCK", 1000)
     path = tmp_path / "model.safetensors"
     held = {"a": np.arange(2000, dtype=np.float32).reshape(100, 20), "b": np.ones((3, 7), np.float16)}
-    tensors.write(path, {n: (x.shape, x.dtype) for n, x in held.items()}, iter(held.values()))
+    safetensors_io.write(path, {n: (x.shape, x.dtype) for n, x in held.items()}, iter(held.values()))
     assert_same(read(tmp_path), held)
     raw = bytearray(path.read_bytes())
     raw[8 + int.from_bytes(raw[:8], "little") + 80 * 50] ^= 1  # row 50 of a, in block 4
     path.write_bytes(bytes(raw))
-    with tensors.Reader(tmp_path) as reader:
+    with safetensors_io.Reader(tmp_path) as reader:
         for rows in (slice(0, 50), slice(63, 100)):
             np.testing.assert_array_equal(reader.read(reader.entries["a"], (rows,)), held["a"][rows])
         np.testing.assert_array_equal(reader.read(reader.entries["b"], ()), held["b"])
@@ -774,10 +775,10 @@ def test_tokens_that_end_a_text_come_from_every_file(tmp_path):
 def test_published_sizes(preset):
     """The table covers every element of every tensor once, and the models have as many parameters as they say."""
     config = PRESETS[preset]
-    plan = names.plan(config)
+    plan = mapping.plan(config)
     params = sum(map(math.prod, plan.params.values()))
     assert params == sum(map(math.prod, plan.tensors.values()))
-    assert params == sum(math.prod(names.extents(piece.target)) for piece in plan.pieces)
+    assert params == sum(math.prod(mapping.extents(piece.target)) for piece in plan.pieces)
     billions = float(re.search(r"(\d+(\.\d+)?)b", preset)[1])
     assert abs(params / 1e9 / billions - 1) < 0.12  # the names count the vision part too, and round
 
@@ -786,9 +787,9 @@ def test_published_sizes(preset):
 def test_the_table_is_the_models_tree(family):
     config = Config.from_hf(tiny.config(family, layers=8))
     model = nnx.to_pure_dict(nnx.state(Qwen3_5(config, rngs=None, dtype=jnp.bfloat16), nnx.Param))
-    plan = names.plan(config)
+    plan = mapping.plan(config)
     for path, shape in plan.params.items():
-        leaf = names.at(model, path, "parameters")
+        leaf = mapping.at(model, path, "parameters")
         assert (leaf.shape, leaf.dtype == jnp.float32) == (shape, plan.float32(path)), path
     assert len(jax.tree.leaves(model)) == len(plan.params)
 

@@ -19,10 +19,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_jax
-from ring_jax.models import checkpoint
 from ring_jax.models.qwen3_5.config import Config
 from ring_jax.models.qwen3_5.modeling import Qwen3_5
 from ring_jax.models.qwen3_5.sharding import Sharding
+from ring_jax.training import checkpoint
 from tests.models.qwen3_5 import tiny
 
 

@@ -21,8 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ring_jax._checks import check_flag, check_instance, check_path
 from ring_jax.models import hf
 from ring_jax.models.publish import NEW, PREVIOUS, located, on_first_process, publish, workspace
-from ring_jax.models.qwen3_5 import names, tensors
 from ring_jax.models.qwen3_5.config import FAMILIES, Config
+from ring_jax.models.qwen3_5.hf import mapping, safetensors_io
 
 _OUR_SHARDS = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
@@ -61,7 +61,7 @@ def save(
     Example:
         >>> import pathlib, tempfile
         >>> from ring_jax.data import passkey
-        >>> from ring_jax.models.qwen3_5.pretrained import load
+        >>> from ring_jax.models.qwen3_5.hf.load import load
         >>> config = Config.from_hf(passkey.MODEL)
         >>> directory = pathlib.Path(tempfile.mkdtemp()) / "out"
         >>> _ = save(load(passkey.MODEL, config), config, directory, tokenizer_from=passkey.MODEL)
@@ -74,13 +74,13 @@ def save(
     if tokenizer_from is not None:
         companions = _tokenizer(check_path("tokenizer_from", tokenizer_from))
     beside = {} if companions is None else companions.files
-    plan = names.plan(config)
+    plan = mapping.plan(config)
     kinds = _tensor_dtypes(plan, params)
     sizes = {name: math.prod(shape) * kinds[name].itemsize for name, shape in plan.tensors.items()}
     files = {
         # Wider dtypes first, so that every tensor starts at a multiple of its item size.
         file: sorted(held, key=lambda name: -kinds[name].itemsize)
-        for file, held in tensors.shard(sizes, max_shard_size).items()
+        for file, held in safetensors_io.shard(sizes, max_shard_size).items()
     }
     on_first_process(lambda: _refuse(located(directory), overwrite), f"saving to {directory}")
     values = _values(plan, params, kinds, [name for held in files.values() for name in held])
@@ -94,28 +94,28 @@ def save(
             hf_config = config.to_hf() | {"dtype": kinds["model.embed_tokens.weight"].name}
             _write_json(folder / hf.CONFIG_FILE, hf_config)
             if len(files) > 1:
-                _write_json(folder / tensors.INDEX_FILE, _index(files, sizes))
+                _write_json(folder / safetensors_io.INDEX_FILE, _index(files, sizes))
             for file, held in files.items():
                 headers = {name: (plan.tensors[name], kinds[name]) for name in held}
-                tensors.write(folder / file, headers, (next(values) for _ in held))
+                safetensors_io.write(folder / file, headers, (next(values) for _ in held))
             _publish(space, directory, overwrite, bool(beside))
 
     # The others, and the first one where its disk is full, take part in fetching what lies over several hosts.
     on_first_process(write, f"saving to {directory}", meanwhile=lambda: collections.deque(values, maxlen=0))
 
 
-def _tensor_dtypes(plan: names.Plan, params: Mapping[Any, Any]) -> dict[str, np.dtype]:
+def _tensor_dtypes(plan: mapping.Plan, params: Mapping[Any, Any]) -> dict[str, np.dtype]:
     """The dtype of every tensor, that of its parameters; raises where the tree does not fit the plan."""
     kinds: dict[str, np.dtype] = {}
     for piece in plan.pieces:
-        array = names.at(params, piece.param, "params")
+        array = mapping.at(params, piece.param, "params")
         where = ".".join(map(str, piece.param))
         if tuple(array.shape) != plan.params[piece.param]:
             raise ValueError(f"parameter {where} has shape {array.shape}, expected {plan.params[piece.param]}")
         kind = np.dtype(array.dtype)
-        if kind not in tensors.DTYPES.values():
+        if kind not in safetensors_io.DTYPES.values():
             raise ValueError(
-                f"parameter {where} is {kind}: checkpoints hold {sorted(map(str, tensors.DTYPES.values()))}"
+                f"parameter {where} is {kind}: checkpoints hold {sorted(map(str, safetensors_io.DTYPES.values()))}"
             )
         if kinds.setdefault(piece.tensor, kind) != kind:
             raise ValueError(
@@ -130,22 +130,22 @@ def _index(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[str
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
 
 
-def _values(plan: names.Plan, params, kinds: Mapping[str, np.dtype], order: list[str]) -> Iterator[np.ndarray]:
+def _values(plan: mapping.Plan, params, kinds: Mapping[str, np.dtype], order: list[str]) -> Iterator[np.ndarray]:
     """The tensors in `order`. A layer of a parameter is fetched once and forgotten after its last piece."""
     pieces = collections.defaultdict(list)
-    uses: collections.Counter[tuple[names.Path, int | None]] = collections.Counter()
+    uses: collections.Counter[tuple[mapping.Path, int | None]] = collections.Counter()
     for piece in plan.pieces:
         pieces[piece.tensor].append(piece)
         uses[piece.param, piece.group] += 1
-    held: dict[tuple[names.Path, int | None], np.ndarray] = {}
+    held: dict[tuple[mapping.Path, int | None], np.ndarray] = {}
     for name in order:
         out = np.empty(plan.tensors[name], kinds[name])
         for piece in pieces[name]:
             key = piece.param, piece.group
             if key not in held:
-                held[key] = _fetch(names.at(params, piece.param, "params"), piece.group)
+                held[key] = _fetch(mapping.at(params, piece.param, "params"), piece.group)
             box = piece.target if piece.group is None else ((0, 1), *piece.target[1:])
-            piece.as_param(out[names.slices(piece.source)])[...] = held[key][names.slices(box)]
+            piece.as_param(out[mapping.slices(piece.source)])[...] = held[key][mapping.slices(box)]
             uses[key] -= 1
             if not uses[key]:
                 del held[key]
@@ -180,7 +180,9 @@ def _refuse(directory: Path, overwrite: bool) -> None:
 
 
 def _holds_checkpoint(directory: Path, found: list[str]) -> bool:
-    if any(name in (tensors.SINGLE_FILE, tensors.INDEX_FILE) or _OUR_SHARDS.fullmatch(name) for name in found):
+    if any(
+        name in (safetensors_io.SINGLE_FILE, safetensors_io.INDEX_FILE) or _OUR_SHARDS.fullmatch(name) for name in found
+    ):
         return True
     try:  # prepared for one: a config of ours, no weights yet
         return hf.Fields.of(directory / hf.CONFIG_FILE).values.get("model_type") in FAMILIES
@@ -202,10 +204,10 @@ def _publish(space: Path, directory: Path, overwrite: bool, tokenizer: bool) -> 
 
 def _replaced_files(directory: Path, tokenizer: bool) -> set[str]:
     """Names in a checkpoint that another one replaces: its config, its weights, its tokenizer if there is a new one."""
-    found = {hf.CONFIG_FILE, tensors.SINGLE_FILE, tensors.INDEX_FILE}
+    found = {hf.CONFIG_FILE, safetensors_io.SINGLE_FILE, safetensors_io.INDEX_FILE}
     found |= {x.name for x in directory.iterdir() if _OUR_SHARDS.fullmatch(x.name)}
     with contextlib.suppress(ValueError):  # a damaged index names nothing
-        found |= {file for file in tensors.weight_map(directory).values() if file.endswith(".safetensors")}
+        found |= {file for file in safetensors_io.weight_map(directory).values() if file.endswith(".safetensors")}
     return found | {*hf.TOKENIZER_FILES} if tokenizer else found
 
 

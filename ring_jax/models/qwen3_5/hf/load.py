@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ring_jax._checks import check_dtype, check_flag, check_instance, check_path
-from ring_jax.models.qwen3_5 import names
 from ring_jax.models.qwen3_5.config import Config
-from ring_jax.models.qwen3_5.saving import save as save
-from ring_jax.models.qwen3_5.tensors import DTYPES, Entry, Meter, Reader
+from ring_jax.models.qwen3_5.hf import mapping
+from ring_jax.models.qwen3_5.hf.safetensors_io import DTYPES, Entry, Meter, Reader
+from ring_jax.models.qwen3_5.hf.save import save as save
 
 _EMBED = "model.embed_tokens.weight"
 _BLOCK = 1 << 18  # elements that are read at a time: what lies twice on the host, before and after transposition
@@ -84,7 +84,7 @@ def load(
         raise ValueError(f"specs and mesh belong together, got {'only specs' if mesh is None else 'only a mesh'}")
     with Reader(directory, meter, verify=verify) as reader:
         entries, unexpected = _by_canonical_name(reader)
-        plan = names.plan(config, entries)
+        plan = mapping.plan(config, entries)
         _check(plan, entries, unexpected, config, reader)
         dtype = _param_dtype(dtype, entries[_EMBED], reader)
         pieces = collections.defaultdict(list)
@@ -93,7 +93,7 @@ def load(
         params: dict[Any, Any] = {}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for path, shape in plan.params.items():
-                sharding = None if mesh is None else NamedSharding(mesh, names.at(specs, path, "specs"))
+                sharding = None if mesh is None else NamedSharding(mesh, mapping.at(specs, path, "specs"))
                 kind = np.dtype(np.float32) if plan.float32(path) else dtype
                 fill = functools.partial(_fill, reader, entries, pieces[path], kind, pool)
                 _put(params, path, _place(shape, sharding, fill, reader.meter))
@@ -125,7 +125,7 @@ def _by_canonical_name(reader: Reader) -> tuple[dict[str, Entry], list[str]]:
     entries: dict[str, Entry] = {}
     twice = []
     for name, entry in reader.entries.items():
-        short = names.canonical(name)
+        short = mapping.canonical(name)
         if short in entries:
             twice.append(name)
         elif short is not None:
@@ -133,7 +133,7 @@ def _by_canonical_name(reader: Reader) -> tuple[dict[str, Entry], list[str]]:
     return entries, twice
 
 
-def _check(plan: names.Plan, entries: Mapping[str, Entry], twice: list[str], config: Config, reader: Reader) -> None:
+def _check(plan: mapping.Plan, entries: Mapping[str, Entry], twice: list[str], config: Config, reader: Reader) -> None:
     """All that is wrong with the tensors of a checkpoint, in one error."""
     surplus = entries.keys() - plan.tensors.keys()
     if config.tie_embeddings and "lm_head.weight" in surplus:
@@ -182,12 +182,12 @@ def _same(reader: Reader, entries: Mapping[str, Entry], one: str, other: str) ->
     return True
 
 
-def _fill(reader, entries, pieces: list[names.Piece], dtype, pool, box: names.Box) -> tuple[np.ndarray, int]:
+def _fill(reader, entries, pieces: list[mapping.Piece], dtype, pool, box: mapping.Box) -> tuple[np.ndarray, int]:
     """The part `box` of a parameter, read from its pieces, and the number of bytes that were read."""
-    out = np.empty(names.extents(box), dtype)
+    out = np.empty(mapping.extents(box), dtype)
 
-    def copy(piece: names.Piece) -> int:
-        block = reader.read(entries[piece.tensor], names.slices(piece.source))
+    def copy(piece: mapping.Piece) -> int:
+        block = reader.read(entries[piece.tensor], mapping.slices(piece.source))
         target = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(piece.target, box, strict=True))
         out[target] = piece.as_param(block)
         return block.nbytes
@@ -199,7 +199,7 @@ def _fill(reader, entries, pieces: list[names.Piece], dtype, pool, box: names.Bo
 def _place(
     shape: tuple[int, ...],
     sharding: NamedSharding | None,
-    fill: Callable[[names.Box], tuple[np.ndarray, int]],
+    fill: Callable[[mapping.Box], tuple[np.ndarray, int]],
     meter: Meter,
 ) -> jax.Array:
     """An array from its shards, filled one after the other; devices that hold the same shard share one reading."""
@@ -225,7 +225,7 @@ def _place(
     return jax.make_array_from_single_device_arrays(shape, sharding, [shards[device] for device in indices])
 
 
-def _put(tree: dict[Any, Any], path: names.Path, value: Any) -> None:
+def _put(tree: dict[Any, Any], path: mapping.Path, value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

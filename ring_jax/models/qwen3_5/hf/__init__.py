@@ -1,0 +1,1 @@
+"""Checkpoint files of Hugging Face: which tensor is which parameter, reading and writing them."""
