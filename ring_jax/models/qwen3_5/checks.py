@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ring_jax._checks import Sizes, check_array, check_instance, concrete
+from ring_jax._checks import Sizes, check_array, check_instance, concrete, describe
 from ring_jax._mesh import axis_size
 from ring_jax._segment_ids import check_segment_ids
 from ring_jax.gdn import GDNCache
@@ -55,9 +55,9 @@ def check_inputs(model: Structure, params: Any, tokens, lengths, segment_ids, ro
 
 def check_past(config: Config, past: Past, batch: int, segment_ids) -> int:
     """Raises for a past that does not fit; the most tokens that a row of it is known to hold."""
-    for name in ("attend", "decode", "specs"):
-        if not callable(getattr(past, name, None)):
-            raise TypeError(f"past must be a past such as model(..., return_new=True).new, got {type(past).__name__}")
+    offers = all(callable(getattr(past, name, None)) for name in ("attend", "decode", "specs"))
+    if isinstance(past, type) or not offers:
+        raise TypeError(f"past must be a past such as model(..., return_new=True).new, got {describe(past)}")
     if segment_ids is not None:
         raise ValueError("a past is of one text a row: pack no documents (segment_ids) behind it")
     check_instance("past.gdn", past.gdn, GDNCache, "a ring_jax.gdn.GDNCache")
