@@ -34,6 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = [f"--{flag}={value}" for flag, value in flags.items() if flag not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
+    # Before the package is imported by anybody.
+    from tests.support import shapes
+
+    shapes.install()
+
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")

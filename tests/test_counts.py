@@ -7,7 +7,7 @@ import pytest
 
 import ring_jax
 from ring_jax.context.decode import attend_few
-from tests import oracle
+from tests.support import oracle
 
 T = 8
 EDGES = (2**31 - 2, 2**31 - 1, 2**31, 2**32, 2**32 + 3, 2**62)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 
@@ -19,9 +20,16 @@ def modules():
     return [name for name in found if not _SKIPPED.match(name)]
 
 
+class Finder(doctest.DocTestFinder):
+    """Finds the docstrings of functions whose annotations are checked (`tests.support.shapes`), too."""
+
+    def _from_module(self, module, object):
+        return super()._from_module(module, inspect.unwrap(object) if inspect.isroutine(object) else object)
+
+
 def examples():
     """(module, example) of all docstrings that hold some."""
-    finder = doctest.DocTestFinder(exclude_empty=True)
+    finder = Finder(exclude_empty=True)
     for name in modules():
         module = importlib.import_module(name)
         for test in finder.find(module, name):

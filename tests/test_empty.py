@@ -7,7 +7,7 @@ import pytest
 
 import ring_jax
 from ring_jax.moe import MoEWeights, moe
-from tests.context.harness import make_mesh
+from tests.support.mesh import make_mesh
 
 
 def total(function):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import ring_jax
 from ring_jax import Mask, causal, documents, lengths, prefix, window
-from tests.masks import B, S, cases
+from tests.support.masks import B, S, cases
 
 
 def dense(start, end, length):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import ring_jax
-from tests.context.harness import make_mesh
 from tests.gdn.helpers import jit, numpy_rule, operands, relative
+from tests.support.mesh import make_mesh
 
 # Ids, and the same documents with ids of their own.
 CASES = {

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 import ring_jax
 from ring_jax import gdn
 from ring_jax.moe import MoEWeights, moe
-from tests.context.harness import make_mesh
 from tests.gdn.helpers import jit, operands
+from tests.support.mesh import make_mesh
 
 MAPPED, RANKS = 2, 4
 BOUND = {np.float32: 1e-5, np.float64: 1e-12}  # relative to the largest entry

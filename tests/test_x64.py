@@ -12,9 +12,9 @@ from ring_jax.inference import generate
 from ring_jax.inference.sampling import Sampling, sample
 from ring_jax.models.qwen3_5 import Config, Qwen3_5
 from ring_jax.moe import MoEWeights, moe
-from tests import oracle
-from tests.context.harness import make_mesh
 from tests.gdn.helpers import numpy_rule, operands, relative
+from tests.support import oracle
+from tests.support.mesh import make_mesh
 
 
 @pytest.fixture(autouse=True)

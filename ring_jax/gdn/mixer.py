@@ -159,7 +159,7 @@ def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, partition: 
     return out, GDNCache(state, tail, cache.segment)
 
 
-def l2_normalize(x: Float[Array, "... H"]) -> Float32[Array, "... H"]:
+def l2_normalize(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
     """x / sqrt(sum x^2 + 1e-6) over the last axis, in float32 and left there: the delta rule takes it so."""
     x = widened(x)
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)

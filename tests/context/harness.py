@@ -6,20 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 import ring_jax
 from ring_jax.layout import as_layout
 from ring_jax.mask import ResolvedMask
-from tests import oracle
-
-
-def make_mesh(**sizes):
-    """A mesh of Auto axes over the first emulated devices: make_mesh(data=2, context=4)."""
-    count = int(np.prod(list(sizes.values())))
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:count]
-    )
+from tests.support import oracle
 
 
 def inputs(B, T, S, N, K, H, Hv=None, seed=0):

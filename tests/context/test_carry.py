@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import ring_jax
-from tests import oracle
-from tests.context.harness import inputs, make_mesh
+from tests.context.harness import inputs
+from tests.support import oracle
+from tests.support.mesh import make_mesh
 
 OLD, NEW, RANKS = 40, 24, 4
 

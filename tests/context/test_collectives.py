@@ -1,9 +1,7 @@
 """Collectives are part of the contract: kinds, numbers and sizes, read from compiled HLO (or the jaxpr)."""
 
-import collections
 import dataclasses
 import functools
-import re
 import time
 
 import jax
@@ -18,20 +16,15 @@ from ring_jax import ContextParallel
 from ring_jax.context.shard import Shard, axis_to_seq, seq_to_axis
 from ring_jax.flash import backends
 from ring_jax.flash.block import LSE_NAME, OUT_NAME
-from tests.context.harness import in_shares, make_mesh
+from tests.context.harness import in_shares
+from tests.support.hlo import kinds, results
+from tests.support.mesh import make_mesh
 
-KINDS = "collective-permute|all-gather|all-to-all|reduce-scatter|all-reduce"
 B, S, N, K, H, C = 2, 64, 8, 4, 16, 4
 
 
-def collectives(compiled) -> list[tuple[str, str]]:
-    """(kind, result type) of every collective of a compiled program, like ("all-gather", "f32[2,64]")."""
-    pattern = rf"= \(?(\w+\[[\d,]*\]).*? ({KINDS})(?:-start)?\("
-    return [(kind, result) for result, kind in re.findall(pattern, compiled.as_text())]
-
-
 def count(compiled) -> dict[str, int]:
-    return dict(collections.Counter(kind for kind, _ in collectives(compiled)))
+    return dict(kinds(results(compiled)))
 
 
 @pytest.fixture
@@ -87,7 +80,7 @@ def test_kinds_and_numbers(strategy, forward, backward, data, unrolled):
     compiled = programs(context, mesh)
     assert (count(compiled[0]), count(compiled[1])) == (forward, backward)
     for program in compiled:
-        for kind, result in collectives(program):
+        for kind, result in results(program):
             if kind == "all-gather" and strategy != "all_gather":
                 assert result.startswith("s32[2,"), f"only bounds may be gathered, not {result}"
 
@@ -135,7 +128,7 @@ def test_the_ring_rotates_one_packed_array(unrolled):
         ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh, strategy="ring"), mesh
     )
     packed = f"f32[2,{B // 2},{S // C},{K},{H}]"
-    assert set(collectives(forward)) == set(collectives(backward)) == {("collective-permute", packed)}
+    assert set(results(forward)) == set(results(backward)) == {("collective-permute", packed)}
 
 
 @pytest.mark.skipif(
@@ -156,7 +149,7 @@ def test_head_axis_needs_no_further_collective():
     context = ContextParallel("context", layout="zigzag", head_axis="tensor", mesh=mesh, strategy="ring")
     x = jax.ShapeDtypeStruct((B, S, K, H), jnp.float32, sharding=NamedSharding(mesh, P(None, "context", "tensor")))
     attend = lambda q, k, v: ring_jax.ring_attention(q, k, v, is_causal=True, context=context)  # noqa: E731
-    assert collectives(jax.jit(attend).lower(x, x, x).compile()) == [
+    assert results(jax.jit(attend).lower(x, x, x).compile()) == [
         ("collective-permute", f"f32[2,{B},{S // 2},{K // 2},{H}]")
     ]
 
@@ -241,7 +234,7 @@ def test_contiguous_to_zigzag_is_two_half_shard_permutes(direction, data):
     x = jax.ShapeDtypeStruct((B, S, 24), jnp.float32, sharding=NamedSharding(mesh, P("data", "context")))
     compiled = jax.jit(getattr(context, direction)).lower(x).compile()
     half = f"f32[{B // data},{S // C // 2},24]"
-    assert collectives(compiled) == [("collective-permute", half)] * 2
+    assert results(compiled) == [("collective-permute", half)] * 2
 
 
 def test_contiguous_to_fine_zigzag_is_one_all_to_all():

@@ -11,7 +11,7 @@ import ring_jax
 from ring_jax.flash.backends import select
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat
-from tests.marks import needs_in_place
+from tests.support.marks import needs_in_place
 
 
 @pytest.fixture

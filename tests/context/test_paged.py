@@ -12,7 +12,7 @@ from ring_jax.context import merge
 from ring_jax.context.merge import choose_merge, merge_costs, merge_over_ranks
 from ring_jax.context.paged import Placement, decode_attention, to_owners, write_pages
 from ring_jax.layout import Striped, as_layout
-from tests.gdn.helpers import collectives
+from tests.support.hlo import collectives
 
 P, p, K, N, H, R, n, LAYERS = 12, 4, 2, 8, 16, 3, 4, 2
 POOL = S(None, None, None, "context")

@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 import ring_jax
 from ring_jax import ContextParallel, _mesh
-from tests import oracle
-from tests.context.harness import expected, inputs, make_mesh, natural
-from tests.masks import B, S, cases
+from tests.context.harness import expected, inputs, natural
+from tests.support import oracle
+from tests.support.masks import B, S, cases
+from tests.support.mesh import make_mesh
 
 LAYOUTS = [ring_jax.Contiguous(), ring_jax.Zigzag(), ring_jax.Zigzag(1), ring_jax.Zigzag(3), ring_jax.Striped()]
 

@@ -12,9 +12,10 @@ from ring_jax.context import gather
 from ring_jax.context.cost import costs
 from ring_jax.context.strategies import STRATEGIES, choose_strategy
 from ring_jax.flash import backends
-from tests import oracle
-from tests.context.harness import expected, in_shares, inputs, make_mesh, run
-from tests.masks import B, S, cases
+from tests.context.harness import expected, in_shares, inputs, run
+from tests.support import oracle
+from tests.support.masks import B, S, cases
+from tests.support.mesh import make_mesh
 
 LAYOUTS = {
     "contiguous": ring_jax.Contiguous(),

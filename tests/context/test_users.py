@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ring_jax
-from tests.context.harness import make_mesh
+from tests.support.mesh import make_mesh
 
 
 def attend(context, x, forget=(), positions=None):

@@ -15,6 +15,7 @@ from ring_jax.flash.backends import select, unsupported_reason
 from ring_jax.flash.kv import pack
 from ring_jax.flash.operands import BlockOptions
 from tests.flash.calls import flat_backward, flat_forward, reference_backward, reference_forward
+from tests.support.numbers import relative
 
 CASES = [("full", "zigzag"), ("causal", "zigzag"), ("causal", "contiguous")]
 
@@ -22,11 +23,6 @@ CASES = [("full", "zigzag"), ("causal", "zigzag"), ("causal", "contiguous")]
 def bounds(whole, T, S):
     end = jnp.arange(1, T + 1) if whole == "causal" else jnp.full(T, S)
     return jnp.zeros((1, T), jnp.int32), jnp.broadcast_to(end.astype(jnp.int32), (1, T))
-
-
-def relative(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def test_delta_is_handed_over_whatever_it_is():

@@ -10,8 +10,8 @@ import pytest
 import ring_jax
 from ring_jax.flash import backends, merge, xla
 from ring_jax.flash.kv import pack
-from tests import oracle
-from tests.masks import cases
+from tests.support import oracle
+from tests.support.masks import cases
 
 IMPLEMENTATIONS = ["reference", "xla"]
 # N, K, H, Hv, soft cap, sinks

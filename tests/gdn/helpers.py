@@ -1,31 +1,19 @@
 """Oracles and inputs that the tests of the gated delta rule share."""
 
 import functools
-import re
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ring_jax.gdn import gated_delta_rule
-
-# CPU code without LLVM's optimisation compiles five times as fast; the passes on the HLO, hence collectives, are the same.
-_QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later versions know this option no more
-    _QUICK["xla_cpu_use_fusion_emitters"] = False
-jit = functools.partial(jax.jit, compiler_options=_QUICK)
+from tests.support.hlo import collectives as collectives
+from tests.support.hlo import kinds as kinds
+from tests.support.numbers import jit as jit
+from tests.support.numbers import relative as relative
 
 BOUND = 5e-6  # relative L2 of outputs and states
 GRADIENT_BOUND = 1e-5
-
-
-def relative(found, expected) -> float:
-    """Relative L2 distance, in float64. Two exact zeros agree."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape, (found.shape, expected.shape)
-    distance, norm = np.linalg.norm(found - expected), np.linalg.norm(expected)
-    return 0.0 if distance == 0.0 else float(distance / norm) if norm else np.inf
 
 
 def log_decays(kind: str, shape, rng) -> np.ndarray:
@@ -108,27 +96,3 @@ def check_gradients(found, expected, bound=GRADIENT_BOUND) -> None:
             assert distance <= bound * norm, f"d{name}: {distance / norm}"
         else:
             assert relative(a, b) <= bound, f"d{name}: {relative(a, b)}"
-
-
-_COLLECTIVE = re.compile(
-    r"= (?P<type>.*?) (?P<kind>all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(-start)?\("
-)
-_ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d+)\[(?P<dims>[\d,]*)\]")
-_BYTES = {"pred": 1, "s8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f64": 8, "s64": 8}
-
-
-def collectives(compiled) -> list[tuple[str, int]]:
-    """(kind, bytes of the result) of every collective in a compiled program."""
-    found = []
-    for match in _COLLECTIVE.finditer(compiled.as_text()):
-        sizes = [
-            _BYTES[a["dtype"]] * int(np.prod([int(d) for d in a["dims"].split(",") if d]))
-            for a in _ARRAY.finditer(match["type"])
-        ]
-        found.append((match["kind"], sum(sizes)))
-    return found
-
-
-def kinds(found: list[tuple[str, int]]) -> Counter:
-    """How many collectives of each kind."""
-    return Counter(kind for kind, _ in found)

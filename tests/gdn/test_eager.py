@@ -7,7 +7,7 @@ from flax import nnx
 
 import ring_jax
 from ring_jax import gdn
-from tests.context.harness import make_mesh
+from tests.support.mesh import make_mesh
 
 _COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(

@@ -8,7 +8,7 @@ import numpy as np
 
 from ring_jax.moe import MoEWeights, moe
 from ring_jax.moe.reference import reference
-from tests.gdn.helpers import jit, relative
+from tests.support.numbers import jit, relative
 
 BOUND = 5e-6  # relative L2 against float64
 

@@ -6,8 +6,8 @@ import pytest
 
 from ring_jax.moe import moe
 from ring_jax.moe.blocks import block_size, capacity
-from tests.gdn.helpers import jit
 from tests.moe.helpers import operands
+from tests.support.numbers import jit
 
 
 def compiled(experts, *, tokens=256, top_k=8, width=24, gradient=False):

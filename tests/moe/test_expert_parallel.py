@@ -10,14 +10,10 @@ import pytest
 from jax import P
 
 from ring_jax.moe import MoEWeights, RouterStats, moe
-from tests.gdn.helpers import collectives, jit, kinds
 from tests.moe.helpers import check, expected, operands, pulled
-
-
-def make_mesh(**sizes):
-    shape, names = tuple(sizes.values()), tuple(sizes)
-    devices = jax.devices("cpu")[: int(np.prod(shape))]
-    return jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names), devices=devices)
+from tests.support.hlo import collectives, kinds
+from tests.support.mesh import make_mesh
+from tests.support.numbers import jit
 
 
 def specs(expert, tensor=None):

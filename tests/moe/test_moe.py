@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ring_jax.moe import MoEWeights, backends, moe
-from tests.gdn.helpers import jit, relative
 from tests.moe.helpers import check, dense, expected, operands, pulled
+from tests.support.numbers import jit, relative
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 

@@ -9,9 +9,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ring_jax.moe import layer, moe, ragged
 from ring_jax.moe.exchange import choose_strategy
-from tests.gdn.helpers import jit
 from tests.moe.helpers import check, dense, expected, margin, operands, pulled
-from tests.moe.test_expert_parallel import make_mesh, slow, specs, spread
+from tests.moe.test_expert_parallel import slow, specs, spread
+from tests.support.mesh import make_mesh
+from tests.support.numbers import jit
 
 
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):

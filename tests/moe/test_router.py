@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ring_jax.moe import RouterStats, load_balance_loss, route
-from tests.gdn.helpers import relative
+from tests.support.numbers import relative
 
 
 def transformers_loss(logits, top_k, mask=None):

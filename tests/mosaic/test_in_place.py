@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ring_jax.mosaic import compat, in_place
-from tests.marks import needs_in_place
+from tests.support.marks import needs_in_place
 
 
 def add_and_copy(x, total):

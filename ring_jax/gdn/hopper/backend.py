@@ -7,13 +7,14 @@ from functools import partial
 
 import jax
 
+from ring_jax._arrays import Shaped
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.gdn.chunked import chunked
 from ring_jax.gdn.hopper import launch
 from ring_jax.mosaic.device import hopper_reason
 
 
-def unsupported(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
+def unsupported(query: Shaped, key: Shaped, value: Shaped) -> str | None:
     """Why the kernels cannot run these inputs here, or None."""
     return hopper_reason() or launch.unsupported_reason(query, key, value)
 

@@ -7,6 +7,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._arrays import Shaped
 from ring_jax.gdn.hopper import forward_kernel, prepare, transition_kernel
 from ring_jax.gdn.hopper.config import CHUNK, SHARED_MEMORY_BYTES, ForwardConfig, forward_config
 from ring_jax.gdn.hopper.gates import chunked_rows, document_starts
@@ -17,9 +18,9 @@ SIZES = (64, 128)
 
 
 def unsupported_reason(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Shaped,
+    key: Shaped,
+    value: Shaped,
     *,
     scale: float | None = None,
     compute_capability: str | None = None,

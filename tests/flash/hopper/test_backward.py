@@ -14,7 +14,8 @@ from ring_jax.flash.kv import pack, unpack
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat
 from tests.flash.calls import hopper_backward
-from tests.marks import interpreted
+from tests.support.marks import interpreted
+from tests.support.numbers import relative
 
 Config = hopper.BackwardConfig
 
@@ -69,11 +70,6 @@ class Case:
         query, dout = normal(self.B, self.T, self.N, self.H), normal(self.B, self.T, self.N, self.Hv)
         key, value = normal(self.B, self.S, self.K, self.H), normal(self.B, self.S, self.K, self.Hv)
         return query, key, value, dout, jnp.asarray(rng.normal(size=query.shape[:3]), jnp.float32), *self.bounds(rng)
-
-
-def relative(got, expected):
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
 
 
 def gradients(case, query, key, value, dout, dlse, start, end, round_):

@@ -18,7 +18,7 @@ from ring_jax.flash.hopper.schedule import Problem
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat, in_place
 from tests.flash.calls import hopper_forward, reference_forward
-from tests.marks import interpreted
+from tests.support.marks import interpreted
 
 
 def bounds(kind: str, batch: int, length: int, kv_length: int, rng) -> tuple[jax.Array, jax.Array]:

@@ -21,7 +21,7 @@ from tests.flash.hopper.test_parts import (
     lowered,
     packed_parts,
 )
-from tests.marks import interpreted, needs_in_place
+from tests.support.marks import interpreted, needs_in_place
 
 
 def forward_by_heads(forward, **fixed):

@@ -15,9 +15,9 @@ from ring_jax.flash.hopper.backward_launch import BackwardConfig
 from ring_jax.flash.hopper.config import ForwardConfig, forward_config
 from ring_jax.flash.merge import merge_partials
 from ring_jax.mosaic import compat
-from tests import oracle
 from tests.flash.calls import hopper_backward, hopper_forward, of_backend, reference_forward
-from tests.marks import interpreted
+from tests.support import oracle
+from tests.support.marks import interpreted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ring_jax.gdn.hopper import conv
 from ring_jax.gdn.mixer import l2_normalize
 from ring_jax.mosaic import compat
 from tests.gdn.helpers import relative
-from tests.marks import interpreted, needs_in_place
+from tests.support.marks import interpreted, needs_in_place
 
 SMALL = Heads(8, 16, 64, 64)  # 512 features each in q and k: one block of channels
 WIDTH = 4

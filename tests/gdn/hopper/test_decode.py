@@ -17,7 +17,7 @@ from ring_jax.gdn.mixer import l2_normalize
 from ring_jax.mosaic import compat
 from ring_jax.nn.gdn import gated_rms_norm
 from tests.gdn.helpers import BOUND, numpy_rule, operands, relative
-from tests.marks import interpreted, needs_in_place
+from tests.support.marks import interpreted, needs_in_place
 
 WIDTH = 4
 

@@ -17,7 +17,7 @@ from ring_jax.gdn.hopper.rounded import rounded_forward
 from ring_jax.gdn.segments import blank_padding
 from ring_jax.mosaic import compat
 from tests.gdn.helpers import numpy_rule, operands, relative
-from tests.marks import interpreted
+from tests.support.marks import interpreted
 
 WIDE = ForwardConfig(state_warpgroups=2, state_registers=200, scores_registers=88, pipelined=False)
 NARROW = ForwardConfig(state_warpgroups=1, state_registers=240)

@@ -56,12 +56,6 @@ def exact(x, gate_up, down, weights, experts, dtype=jnp.float32):
     return _exact(x, gate_up, down, weights, experts, dtype)
 
 
-def relative(found, wanted) -> float:
-    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    assert np.isfinite(found).all()
-    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-30))
-
-
 def lower(function, *shapes):
     """Lowered for CUDA on a Hopper GPU, wherever this runs."""
     device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)

@@ -14,9 +14,10 @@ from ring_jax.moe.hopper.outer_kernel import outer_product
 from ring_jax.moe.hopper.plan import Plan
 from ring_jax.moe.hopper.rows_kernel import rows_product
 from ring_jax.mosaic import compat
-from tests.marks import interpreted
-from tests.moe.hopper.helpers import EVEN, LONELY, ONE_EXPERT, SKEWED, exact, lower, operands, relative
+from tests.moe.hopper.helpers import EVEN, LONELY, ONE_EXPERT, SKEWED, exact, lower, operands
 from tests.moe.hopper.test_forward import LAYERS, shapes
+from tests.support.marks import interpreted
+from tests.support.numbers import relative
 
 NAMES = "dx", "dgate_up", "ddown", "dweights"
 # Gate, up and the gradients between the products are rounded as well: a few roundings in a row.

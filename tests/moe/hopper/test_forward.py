@@ -13,8 +13,9 @@ from ring_jax.moe.hopper.config import SHARED_MEMORY_BYTES, ExpertsConfig, Group
 from ring_jax.moe.hopper.plan import Plan
 from ring_jax.moe.hopper.rows_kernel import rows_product
 from ring_jax.mosaic import compat
-from tests.marks import interpreted
-from tests.moe.hopper.helpers import EVEN, LONELY, ONE_EXPERT, SKEWED, exact, lower, operands, relative
+from tests.moe.hopper.helpers import EVEN, LONELY, ONE_EXPERT, SKEWED, exact, lower, operands
+from tests.support.marks import interpreted
+from tests.support.numbers import relative
 
 # Rounding hidden values and rows to bfloat16: 2^-9 at most each, 0.3 times that in the mean.
 BOUND = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4}
