@@ -47,12 +47,13 @@ __all__ = [
     "models",
     "moe",
     "nn",
+    "pages",
     "plan",
     "plot",
     "training",
 ]
 
-_PACKAGES = ("data", "distributed", "inference", "models", "moe", "nn", "plan", "plot", "training")
+_PACKAGES = ("data", "distributed", "inference", "models", "moe", "nn", "pages", "plan", "plot", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -136,6 +136,18 @@ def check_count(name: str, value: Any, low: int = 0, high: int | None = None, *,
     return count
 
 
+def check_index(name: str, value: Any, size: int | None = None) -> None:
+    """Raises unless `value`, an integer or an array of them, holds integers; those that are known now, from 0 on and below `size`."""
+    if not is_array(value):
+        check_count(name, value, 0, None if size is None else size - 1)
+        return
+    check_array(name, value, kind="integer")
+    if not isinstance(value, jax.Array) and value.size:
+        if value.min() < 0 or (size is not None and value.max() >= size):
+            expected = ">= 0" if size is None else f"in [0, {size - 1}]"
+            raise ValueError(f"{name} must be {expected}, got {value.min()} to {value.max()}")
+
+
 def check_axis(name: str, value: Any, ndim: int) -> int:
     """An axis of an array of `ndim` axes, counted from its start."""
     axis = check_count(name, value, -INT32.max)

@@ -25,7 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_jax import _html, _repr
-from ring_jax._checks import Sizes, check_array, check_axis, check_count, check_instance, describe, is_array
+from ring_jax._checks import (
+    Sizes,
+    check_array,
+    check_axis,
+    check_count,
+    check_index,
+    check_instance,
+    describe,
+)
 
 # A position, a rank or an index: a Python int, a NumPy array or a (traced) JAX array of int32.
 Index = Any
@@ -98,8 +106,8 @@ class BlockCyclic:
     def position(self, index: Index, rank: Index, length: int, ranks: int) -> Index:
         """Global position of local index `index` on `rank`; ascending in `index`."""
         b = self.block_size(length, ranks)
-        _check_index("index", index, length // ranks)
-        _check_index("rank", rank, ranks)
+        check_index("index", index, length // ranks)
+        check_index("rank", rank, ranks)
         period, within = index // (self._folds * b), index % (self._folds * b)
         mirrored = within // b
         block = rank + mirrored * (2 * ranks - 1 - 2 * rank)
@@ -108,7 +116,7 @@ class BlockCyclic:
     def rank_of(self, position: Index, length: int, ranks: int) -> Index:
         """The rank that holds a global position."""
         b = self.block_size(length, ranks)
-        _check_index("position", position, length)
+        check_index("position", position, length)
         block = (position // b) % (self._folds * ranks)
         mirrored = block // ranks
         return block + mirrored * (2 * ranks - 1 - 2 * block)
@@ -120,8 +128,8 @@ class BlockCyclic:
     def count_below(self, g: Index, rank: Index, length: int, ranks: int) -> Index:
         """How many of `rank`'s positions are < g, for 0 <= g <= length."""
         b = self.block_size(length, ranks)
-        _check_index("g", g, length + 1)
-        _check_index("rank", rank, ranks)
+        check_index("g", g, length + 1)
+        check_index("rank", rank, ranks)
         full, rest = g // (self._folds * ranks * b), g % (self._folds * ranks * b)
         count = full * (self._folds * b) + _clip(rest - rank * b, 0, b)
         if self._folds == 2:
@@ -180,16 +188,6 @@ class BlockCyclic:
             x = x.reshape(*before, periods, ranks, folds, b, *after)
             x = jnp.moveaxis(x, lead, lead + 1)
         return x.reshape(*before, length, *after)
-
-
-def _check_index(name: str, value: Index, size: int) -> None:
-    """Raises unless `value` holds integers; those that are known now, in [0, size)."""
-    if not is_array(value):
-        check_count(name, value, 0, size - 1)
-        return
-    check_array(name, value, kind="integer")
-    if not isinstance(value, jax.Array) and value.size and (value.min() < 0 or value.max() >= size):
-        raise ValueError(f"{name} must be in [0, {size - 1}], got {value.min()} to {value.max()}")
 
 
 def _shard_length(layout: Layout, length: int, ranks: int) -> int:

@@ -11,7 +11,7 @@ from collections import Counter
 import jax
 import pytest
 
-from tests.arguments import calls, models
+from tests.arguments import calls, models, pages
 from tests.arguments.engine import Call, name_of, outcome, tries
 
 MODULES = (
@@ -21,6 +21,7 @@ MODULES = (
     "ring_jax.gdn",
     "ring_jax.moe",
     "ring_jax.nn",
+    "ring_jax.pages",
     "ring_jax.models.qwen3_5",
     "ring_jax.inference",
     "ring_jax.data.byte_tokenizer",
@@ -80,7 +81,7 @@ def entries() -> list[Call]:
         calls.experts,
         calls.layers,
     )
-    return [call for group in (*groups, models.models, models.texts) for call in group()]
+    return [call for group in (*groups, pages.calls, models.models, models.texts) for call in group()]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ FLOORS = [
     {"mask"},
     {"flash", "plot"},
     {"context"},
-    {"gdn", "moe"},
+    {"gdn", "moe", "pages"},
     {"nn"},
     {"models", "data"},
     {"inference", "plan", "training"},

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ring_jax._checks import check_choice
+from ring_jax._checks import check_choice, check_count
 from ring_jax._hardware import HOPPER
 from ring_jax._mesh import Axis, axis_names
 from ring_jax._vma import pcast_to
@@ -70,12 +70,22 @@ def choose_merge(
 ) -> tuple[str, str]:
     """The strategy that "auto" takes, and why: the least bytes plus collectives; see `merge_costs`.
 
+    Args:
+        queries: rows times new tokens. heads, head_size: of queries, here. ranks: of the context axis.
+        outputs: "same" for all heads on every rank, "heads" for its share on each.
+        itemsize: bytes of an element of the merged result.
+
     Example:
         >>> choose_merge(32, 16, 256, 8, "heads")[0]
         'all_to_all'
         >>> choose_merge(32, 2, 256, 8)
         ('all_reduce', 'reduce_scatter and all_to_all cannot run: 2 heads do not divide over 8 ranks')
     """
+    for name, value, low in (("queries", queries, 0), ("heads", heads, 0), ("head_size", head_size, 1)):
+        check_count(name, value, low)
+    check_count("ranks", ranks, 1)
+    check_count("itemsize", itemsize, 1)
+    check_choice("outputs", outputs, get_args(Outputs))
     costs = merge_costs(queries, heads, head_size, ranks, outputs, itemsize)
     able = {name: cost for name, cost in costs.items() if cost.obstacle is None}
     if len(able) == 1:

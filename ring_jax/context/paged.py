@@ -14,7 +14,7 @@ Sources: TensorRT-LLM's ledger in global tokens (PR 17866); vLLM RFC 37995 and P
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,22 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ring_jax._checks import check_array, check_count, to_int32
-from ring_jax._mesh import Axis
-from ring_jax.context.merge import Outputs, merge_over_ranks
+from ring_jax._checks import (
+    Sizes,
+    check_array,
+    check_choice,
+    check_count,
+    check_index,
+    check_instance,
+    check_mesh_axes,
+    to_int32,
+)
+from ring_jax._mesh import Axis, axis_names
+from ring_jax.context.merge import STRATEGIES, Outputs, merge_over_ranks
 from ring_jax.flash import paged, reference
 from ring_jax.flash.kv import pack
 from ring_jax.flash.operands import BlockOptions, Bounds
-from ring_jax.layout import Layout
+from ring_jax.layout import Layout, as_layout
 
 # A position, a length, a rank: a Python int, a NumPy array or a (traced) JAX array.
 Index = Any
@@ -64,26 +73,33 @@ class Placement:
 
     def pages(self, length: Index) -> Index:
         """Super-pages that hold `length` tokens."""
+        check_index("length", length)
         return -(-length // self.tokens)
 
     def locate(self, position: Index) -> tuple[Index, Index, Index]:
-        """(which super-page of the row, rank, slot on that rank) of a position >= 0."""
+        """(which super-page of the row, rank, slot on that rank) of a position."""
+        check_index("position", position)
         return position // self.tokens, (position // self.page) % self.ranks, position % self.page
 
     def position(self, index: Index, rank: Index) -> Index:
-        """The position of a rank's key number `index` (slot index mod p of page index // p of the row)."""
+        """The position of a rank's key number `index`: slot index mod p of the row's super-page index // p."""
+        check_index("index", index)
+        check_index("rank", rank, self.ranks)
         return index // self.page * self.tokens + rank * self.page + index % self.page
 
     def local_length(self, length: Index, rank: Index) -> Index:
         """How many of a row's first `length` keys lie on `rank`."""
+        check_index("length", length)
+        check_index("rank", rank, self.ranks)
         full, rest = length // self.tokens, length % self.tokens
         clip = jnp.clip if any(isinstance(x, jax.Array) for x in (length, rank)) else np.clip
         part = clip(rest - rank * self.page, 0, self.page)
         return full * self.page + (int(part) if isinstance(part, np.integer) else part)
 
-    def most_of(self, length: int) -> int:
-        """The most keys that one rank holds of any `length` tokens in sequence."""
-        return length // self.tokens * self.page + min(length % self.tokens, self.page)
+
+def most_owned(placement: Placement, length: int) -> int:
+    """The most keys that one rank holds of any `length` tokens in sequence."""
+    return length // placement.tokens * placement.page + min(length % placement.tokens, placement.page)
 
 
 def write_pages(
@@ -97,18 +113,36 @@ def write_pages(
     """The pool with the keys and values of new tokens of all layers in their slots: one scatter, in place where `pages` is donated.
 
     Args:
-        pages: this rank's part of the pool. new: keys and values of tokens that this rank may hold.
-        table: super-page ids; a token beyond it, or of a page that is not there, is dropped.
-        positions: of the tokens in their rows, in any order. What lies on another rank, or below 0, is dropped.
+        pages: this rank's part of the pool, [..., 2, P, p, K, H].
+        new: keys and values of tokens that this rank may hold, [..., 2, R, T, K, H]; cast to the dtype of the pool.
+        table: super-page ids, int [R, n]; a token beyond it, or of a page that is not there, is dropped.
+        positions: of the tokens in their rows, int [R, T], in any order. What lies on another rank, or below 0, is dropped.
+        placement: over the context axis. rank: this one.
+
+    Raises:
+        TypeError: what is no array, placement or rank. ValueError: shapes and dtypes that do not fit.
+
+    Example:
+        >>> pages = write_pages(
+        ...     jnp.zeros((2, 3, 4, 1, 1)),  # 3 pages of 4 slots, of one rank
+        ...     jnp.ones((2, 1, 2, 1, 1)),
+        ...     jnp.array([[2, 1]]),
+        ...     jnp.array([[3, 4]]),
+        ...     Placement(ranks=1, page=4),
+        ... )
+        >>> pages[0, :, :, 0, 0].astype(int).tolist()
+        [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
     """
-    *_, P, p, K, H = pages.shape
-    check_array("new", new, kind="any")
-    if new.shape[:-4] != pages.shape[:-4] or new.shape[-2:] != (K, H):
-        raise ValueError(f"new must have shape {(*pages.shape[:-4], 'R', 'T', K, H)}, got {new.shape}")
-    if p != placement.page:
-        raise ValueError(f"pages have {p} slots on this rank, and {placement} says {placement.page}")
+    *_, P, p, K, H = paged.check_pages(pages, table)
+    _check_page(pages, placement)
+    check_index("rank", rank, placement.ranks)
+    check_array("positions", positions, "R T", sizes := Sizes(R=table.shape[0]), kind="integer")
+    check_array("new", new)
+    expected = (*pages.shape[:-4], sizes["R"], sizes["T"], K, H)
+    if new.shape != expected:
+        raise ValueError(f"new must have shape {expected} for these pages and positions, got {new.shape}")
     table, positions = jnp.asarray(to_int32(table)), jnp.asarray(to_int32(positions))
-    which, owner, slot = placement.locate(positions)
+    which, owner, slot = placement.locate(jnp.maximum(positions, 0))
     ids = jnp.take_along_axis(table, jnp.clip(which, 0, table.shape[1] - 1), axis=1)
     kept = (positions >= 0) & (owner == rank) & (which < table.shape[1]) & (ids >= 0) & (ids < P)
     # Rows of one flat array: indices into several of its axes would have XLA transpose the pool.
@@ -126,7 +160,7 @@ def to_owners(
     start: Int[Array, " R"],
     lengths: Int[Array, " R"],
     placement: Placement,
-    layout: Layout,
+    layout: Layout | str | None,
     axis: Axis | None,
 ) -> tuple[Float[Array, "*layers R T K H"], Int[Array, "R T"]]:
     """A chunk's keys and values, moved from where its layout has them to the ranks whose pages they belong to: one all-to-all of
@@ -135,21 +169,38 @@ def to_owners(
     Args:
         new: this rank's shard [..., R, t, K, H] of a chunk of C t tokens a row, in `layout`.
         start: position of each chunk's first token. lengths: how many of its C t tokens are real.
-        axis: the context axis; None on one device.
+        layout, axis: of the chunk over the context axis; None on one device.
 
     Returns:
         (new, positions) for `write_pages`: those of this rank, and others with positions of -1.
+
+    Raises:
+        TypeError, ValueError: as `write_pages`; an axis that is none here, or of another size than the placement's.
+
+    Example:
+        >>> new, positions = to_owners(
+        ...     jnp.ones((2, 1, 4, 1, 1)), jnp.array([7]), jnp.array([3]), Placement(ranks=1, page=4), None, None
+        ... )
+        >>> positions.tolist()
+        [[7, 8, 9, -1]]
     """
-    ranks, here = placement.ranks, new.shape[-3]
+    check_array("new", new)
+    if new.ndim < 4:
+        raise ValueError(f"new must have shape [..., R, t, K, H], got {new.shape}")
+    sizes, here = Sizes(R=new.shape[-4]), new.shape[-3]
+    for name, x in (("start", start), ("lengths", lengths)):
+        check_array(name, x, "R", sizes, kind="integer")
+    ranks = _ranks(placement, axis)
+    layout = None if axis is None else as_layout(layout)  # type: ignore[arg-type]
     start, lengths = jnp.asarray(to_int32(start)), jnp.asarray(to_int32(lengths))
-    if axis is None or ranks == 1:
+    if axis is None or layout is None or ranks == 1:
         order = jnp.arange(here, dtype=jnp.int32)[None]
         return new, jnp.where(order < lengths[:, None], start[:, None] + order, -1)
     total, rank = here * ranks, lax.axis_index(axis)
     size = layout.block_size(total, ranks)  # type: ignore[attr-defined]
     blocks = here // size
 
-    most = jnp.arange(placement.most_of(size), dtype=jnp.int32)[None, None]
+    most = jnp.arange(most_owned(placement, size), dtype=jnp.int32)[None, None]
     of_block = jnp.arange(blocks, dtype=jnp.int32) * size
 
     def owned(source, owner):
@@ -201,7 +252,31 @@ def decode_attention(
 
     Returns:
         out [R, T, N, H] (N / C heads with outputs="heads") in the query's dtype.
+
+    Raises:
+        TypeError, ValueError: as `write_pages`; unknown names; heads that do not divide where they must.
+        NotImplementedError: a named implementation that cannot run here.
+
+    Example:
+        >>> query, new = jnp.ones((1, 1, 2, 8)), jnp.ones((1, 1, 1, 8))
+        >>> pages, table = jnp.ones((2, 3, 4, 1, 8)), jnp.array([[2, 1]])
+        >>> placement = Placement(ranks=1, page=4)
+        >>> decode_attention(query, new, new, pages, table, jnp.array([5]), placement=placement, axis=None).shape
+        (1, 1, 2, 8)
     """
+    check_choice("outputs", outputs, get_args(Outputs))
+    check_choice("strategy", strategy, ("auto", *STRATEGIES))
+    check_array("query", query, "R T N H", sizes := Sizes())
+    check_array("key", key, "R T K H", sizes)
+    check_array("value", value, "R T K H", sizes)
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
+    paged.check_pages(pages, table, sizes)
+    check_array("lengths", lengths, "R", sizes, kind="integer")
+    _check_page(pages, placement)
+    ranks = _ranks(placement, axis)
+    if outputs == "heads" and sizes["N"] % ranks:
+        raise ValueError(f"outputs='heads' shares out {sizes['N']} query heads, which do not divide over {ranks} ranks")
     rank = jnp.int32(0) if axis is None else lax.axis_index(axis)
     here = placement.local_length(jnp.asarray(to_int32(lengths)), rank)
     options = BlockOptions.of_call(query.shape[-1], scale, logits_soft_cap, None)
@@ -222,3 +297,26 @@ def decode_attention(
     if axis is None:
         return partial[0].astype(query.dtype)
     return merge_over_ranks(*partial, axis, outputs=outputs, strategy=strategy, dtype=query.dtype)
+
+
+def _check_page(pages, placement: Placement) -> None:
+    check_instance("placement", placement, Placement, "a ring_jax.pages.Placement")
+    if pages.shape[-3] != placement.page:
+        raise ValueError(f"pages have {pages.shape[-3]} slots on this rank, and {placement} says {placement.page}")
+
+
+def _ranks(placement: Placement, axis: Axis | None) -> int:
+    """Of the context axis, which must be the placement's."""
+    check_instance("placement", placement, Placement, "a ring_jax.pages.Placement")
+    if axis is None:
+        if placement.ranks != 1:
+            raise ValueError(f"axis must name the context axis that {placement} is over, got None")
+        return 1
+    check_mesh_axes("axis", axis)
+    try:
+        ranks = lax.axis_size(axis_names(axis))
+    except NameError:
+        raise ValueError(f"axis {axis!r} is no mesh axis here: call this inside a shard_map over it") from None
+    if ranks != placement.ranks:
+        raise ValueError(f"axis {axis!r} has {ranks} ranks, and {placement} says {placement.ranks}")
+    return ranks

@@ -47,7 +47,7 @@ def gather_pages(
         >>> gather_pages(pages, jnp.array([[2, 1, 7]]))[:, 0, :, 0, 0].tolist()
         [[2.0, 1.0, 0.0], [5.0, 4.0, 0.0]]
     """
-    *_, P, p, K, H = _check_pages(pages, table)
+    *_, P, p, K, H = check_pages(pages, table)
     table, layers = to_int32(table), math.prod(pages.shape[:-5])
     first = (2 * _layer_index(layer, layers) + jnp.arange(2, dtype=jnp.int32)) * P
     there = _is_page(table, P)
@@ -103,23 +103,20 @@ def paged_attention(
 
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, arXiv 2309.06180.
     """
-    check_array("query", query, "R T N H")
-    *_, K, H = _check_pages(pages, table)
-    check_array("query", query, "R T N H", Sizes(R=table.shape[0], H=H))
-    check_array("lengths", lengths, "R", Sizes(R=table.shape[0]), kind="integer")
+    check_array("query", query, "R T N H", sizes := Sizes())
+    *_, K, H = check_pages(pages, table, sizes)
+    check_array("lengths", lengths, "R", sizes, kind="integer")
     if query.dtype != pages.dtype:
         raise ValueError(f"query and pages must share one dtype, got {query.dtype} and {pages.dtype}: cast the query")
-    if query.shape[2] % K:
+    if query.shape[2] % K if K else query.shape[2]:
         raise ValueError(f"{query.shape[2]} query heads cannot share {K} key-value heads: N must be a multiple of K")
-    if not is_array(layer):
-        check_count("layer", layer, 0, math.prod(pages.shape[:-5]) - 1)
     options = BlockOptions.of_call(H, scale, logits_soft_cap, None)
     backend = select(implementation, query, pages, options)
+    layer = _layer_index(layer, math.prod(pages.shape[:-5]))
     if 0 in query.shape or 0 in table.shape or 0 in pages.shape:
         return jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     table, lengths = jnp.asarray(to_int32(table)), jnp.asarray(to_int32(lengths))
     lengths = jnp.clip(lengths, 0, _pages_there(table, pages.shape[-4]) * pages.shape[-3])
-    layer = _layer_index(layer, math.prod(pages.shape[:-5]))
     return _run(backend, options, query, pages, table, lengths, layer)
 
 
@@ -188,12 +185,17 @@ def select(implementation: str | None, query: Any, pages: Any, options: BlockOpt
     return BACKENDS[implementation]
 
 
-def _check_pages(pages, table) -> tuple[int, ...]:
-    """The shape of the pool."""
+def check_pages(pages, table, sizes: Sizes | None = None) -> tuple[int, ...]:
+    """The shape of the pool, which must fit the `sizes` known so far (R, K and H)."""
     check_array("pages", pages)
     if pages.ndim < 5 or pages.shape[-5] != 2:
         raise ValueError(f"pages must have shape [..., 2, P, p, K, H]: keys and values, got {pages.shape}")
-    check_array("table", table, "R n", kind="integer")
+    for axis, size in zip("KH", pages.shape[-2:], strict=True):
+        if sizes is not None and sizes.setdefault(axis, size) != size:
+            raise ValueError(
+                f"pages must have {axis}={sizes[axis]} in [..., 2, P, p, K, H], as query and key have, got {pages.shape}"
+            )
+    check_array("table", table, "R n", sizes, kind="integer")
     return pages.shape
 
 
@@ -208,5 +210,7 @@ def _pages_there(table, pages: int) -> jax.Array:
 
 
 def _layer_index(layer, layers: int) -> jax.Array:
-    check_array("layer", layer := jnp.asarray(layer), "", kind="integer")
-    return jnp.clip(to_int32(layer), 0, layers - 1)
+    if is_array(layer):
+        check_array("layer", layer, "", kind="integer")
+        return jnp.clip(jnp.asarray(to_int32(layer)), 0, layers - 1)
+    return jnp.int32(check_count("layer", layer, 0, max(layers - 1, 0)))

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as S
 
+import ring_jax
 from ring_jax.context import merge
 from ring_jax.context.merge import choose_merge, merge_costs, merge_over_ranks
-from ring_jax.context.paged import Placement, decode_attention, to_owners, write_pages
+from ring_jax.context.paged import Placement, decode_attention, most_owned, to_owners, write_pages
+from ring_jax.flash.paged import gather_pages
 from ring_jax.layout import Striped, as_layout
 from tests.support.hlo import collectives
 
@@ -38,7 +40,7 @@ def test_placement_is_a_closed_formula(ranks):
         np.testing.assert_array_equal(placement.local_length(jnp.arange(total + 1), rank), counts)
         assert placement.local_length(total - 1, rank) == counts[-2]
     held = [placement.local_length(t + 7, 0) - placement.local_length(t, 0) for t in range(total)]
-    assert max(held) == placement.most_of(7)
+    assert max(held) == most_owned(placement, 7)
     assert placement.pages(0) == 0 and placement.pages(1) == 1 and placement.pages(total) == 6
 
 
@@ -112,7 +114,7 @@ def test_a_chunk_reaches_its_pages(layout, ranks, chunk):
     np.testing.assert_array_equal(step(pages, new[:, :, :, order]), want)
     found = collectives(step.lower(pages, new).compile())
     blocks = chunk // ranks // layout.block_size(chunk, ranks)
-    most = placement.most_of(layout.block_size(chunk, ranks))
+    most = most_owned(placement, layout.block_size(chunk, ranks))
     assert found == [("all-to-all", LAYERS * 2 * R * ranks * blocks * most * K * H * 4)]
 
 
@@ -166,6 +168,39 @@ def test_decode_on_one_device_and_by_auto_over_three():
         else:
             found = decode_program(ranks, "auto", "same")(*inputs)
         np.testing.assert_allclose(found, dense(*inputs, 1), atol=5e-6)
+
+
+def test_a_prefill_in_chunks():
+    """What docs/kernels/paged.md shows: chunks go to pages from the layout in which they were computed, and later ones read them."""
+    ranks, chunk, total = 2, 16, 32
+    placement, mesh = Placement(ranks, p), mesh_of(ranks)
+    past = ring_jax.ContextParallel("context", mesh=mesh, layout=Striped(p))
+    here = ring_jax.ContextParallel("context", mesh=mesh, layout="zigzag")
+    query, key, value = (np.random.default_rng(9).normal(size=(1, total, h, H)).astype(np.float32) for h in (N, K, K))
+    table, pages = jnp.asarray([[3, 1, 4, 2]]), jnp.zeros((1, 2, 5, ranks * p, K, H))
+
+    def write(pages, new, start):
+        lengths = jnp.full(1, chunk)
+        new, at = to_owners(new, start, lengths, placement, "zigzag", "context")
+        return write_pages(pages, new, table, at, placement, jax.lax.axis_index("context"))
+
+    write = jax.jit(jax.shard_map(write, mesh=mesh, in_specs=(POOL, POOL, S()), out_specs=POOL), donate_argnums=0)
+    read = jax.jit(jax.shard_map(gather_pages, mesh=mesh, in_specs=(POOL, S()), out_specs=S(None, None, "context")))
+    outs = []
+    for start in range(0, total, chunk):
+        q, k, v = (here.to_layout(jnp.asarray(x[:, start : start + chunk])) for x in (query, key, value))
+        partial = ring_jax.ring_attention(q, k, v, is_causal=True, context=here, return_residual=True)
+        if start:
+            seen = {"key_value_seq_lengths": jnp.full(1, start), "context": past}
+            partial = ring_jax.merge_partials(
+                *partial, *ring_jax.ring_attention(q, *read(pages, table), return_residual=True, **seen)
+            )
+        outs.append(here.from_layout(partial[0], chunk))
+        pages = write(pages, jnp.stack([k, v])[None], jnp.full(1, start))
+    want = ring_jax.flash_attention(
+        query, key, value, np.zeros((1, total), np.int32), np.arange(1, total + 1, dtype=np.int32)[None]
+    )[0]
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), want, atol=5e-6)
 
 
 C = 4

@@ -130,7 +130,7 @@ def test_the_pool_is_neither_sliced_nor_transposed():
 BAD = [
     ({"query": np.zeros((R, 1, 3, H), np.float32)}, "3 query heads cannot share 2"),
     ({"query": np.zeros((R, 1, 4, H), np.float16)}, "share one dtype"),
-    ({"query": np.zeros((R, 1, 4, 8), np.float32)}, "query must have shape"),
+    ({"query": np.zeros((R, 1, 4, 8), np.float32)}, "pages must have H=8"),
     ({"pages": np.zeros((3, P, p, K, H), np.float32)}, r"\[..., 2, P, p, K, H\]"),
     ({"lengths": np.zeros(R + 1, np.int32)}, "lengths must have shape"),
     ({"layer": 6}, "layer must be in"),
