@@ -21,14 +21,19 @@ class Docstrings(griffe.Extension):
 def rewritten(text: str) -> str:
     """The docstring with section names, grouped arguments and continued lines as griffe understands them."""
     lines: list[str] = []
-    section = ""
+    section, scale = "", 0
     for line in text.splitlines():
         if re.fullmatch(r"[A-Z]\w+:", line):
-            section = line
+            section, scale = line, 0
             line = _SECTIONS.get(line, line)
         elif line and not line.startswith(" "):
             section = ""
-        lines += _items(line) if section in ("Args:", "Fields:", "Attributes:", "Raises:") else [line]
+        if section in ("Args:", "Fields:", "Attributes:", "Raises:") and line.startswith(" "):
+            indent = len(line) - len(line.lstrip())
+            scale = scale or 4 // indent  # Flax's style indents by two
+            lines += _items(" " * scale * indent + line.lstrip())
+        else:
+            lines.append(line)
     return "\n".join(lines)
 
 

@@ -19,7 +19,14 @@ PAGES = {
 }
 NOTEBOOKS = Path("examples/notebooks")
 # Folders of docs/ -> tabs, in their order; pages at the top of docs/ are guides.
-TABS = {"Guides": "", "Notebooks": "notebooks", "API": "api", "Design": "design", "Kernels": "kernels", "Measurements": "measurements"}
+TABS = {
+    "Guides": "",
+    "Notebooks": "notebooks",
+    "API": "api",
+    "Design": "design",
+    "Kernels": "kernels",
+    "Measurements": "measurements",
+}
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)]*)?\)")
 
 
@@ -45,7 +52,7 @@ def _navigation(pages: list[str]) -> list:
     for page in sorted(pages):
         if page != "index.md":
             found[folders.get(page.split("/")[0], "Guides")].append(page)
-    return ["index.md", *({tab: items} for tab, items in found.items() if items)]
+    return [{"Home": "index.md"}, *({tab: items} for tab, items in found.items() if items)]
 
 
 def _mended(markdown: str, source: str, page: str) -> str:

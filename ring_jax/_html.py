@@ -39,8 +39,8 @@ def of_mask(self: Any) -> str:
     arrays = jax.tree.leaves(self)
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         return table(repr(self), {})
-    found = [int(np.max(part.cu_q)) for part in self.parts if hasattr(part, "cu_q")]
-    found += [part.ids.shape[1] for part in self.parts if hasattr(part, "ids")]
+    found = [int(np.max(part.cu_q)) for part in self.terms if hasattr(part, "cu_q")]
+    found += [part.ids.shape[1] for part in self.terms if hasattr(part, "ids")]
     length = max(min(found, default=64), 1)
     start, end = (np.asarray(x)[0] for x in self.interval(q_len=length, kv_len=length))
     return table(repr(self), {}, mask(start, end, length))

@@ -31,6 +31,11 @@ def short(value: Any) -> str:
     return repr(value)
 
 
+def figure(x: float) -> str:
+    """A number with three digits or more, never as a power of ten."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def call(name: str, **fields: Any) -> str:
     """``name(field=value, ...)`` without the fields that are None."""
     return f"{name}({', '.join(f'{key}={short(value)}' for key, value in fields.items() if value is not None)})"

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from ring_jax import __version__, distributed
+from ring_jax import __version__, _progress, distributed
 
 COMMANDS = {
     "generate": (
@@ -83,7 +83,8 @@ def parser_of(command: str | None) -> argparse.ArgumentParser:
 
 def _run(argv: Sequence[str]) -> int:
     args = parser_of(argv[0] if argv else None).parse_args(argv)
-    return _module(args.command).run(args)
+    with _progress.shown(quiet=getattr(args, "quiet", False)):
+        return _module(args.command).run(args)
 
 
 def _module(command: str) -> ModuleType:

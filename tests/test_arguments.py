@@ -11,7 +11,7 @@ from collections import Counter
 import jax
 import pytest
 
-from tests.arguments import calls, models, pages
+from tests.arguments import calls, models, plans, pages
 from tests.arguments.engine import Call, name_of, outcome, tries
 
 MODULES = (
@@ -26,6 +26,7 @@ MODULES = (
     "ring_jax.inference",
     "ring_jax.data.byte_tokenizer",
     "ring_jax.data.passkey",
+    "ring_jax.plan",
 )
 PAIRS = 60  # tries of two bad arguments, for each call
 
@@ -37,6 +38,11 @@ _INSIDE = "called by the model, inside its shard_map"
 _PROGRAM = "Qwen3_5 makes it, and calls it: its own calls are tried"
 _ANY = "takes any pytree, and hands it on"
 EXEMPT = {
+    **dict.fromkeys(
+        (f"ring_jax.plan.result.{name}" for name in ("Memory", "Pass", "Piece", "Piece.times", "Plan")), _RESULT
+    ),
+    "ring_jax._hardware.Hardware": "facts, written down by those who measure",
+    "ring_jax._hardware.Hardware.attention_rate": "the planner asks, with a config's checked head size",
     "ring_jax.layout.BlockCyclic.padded_length": "abstract",
     "ring_jax.layout.BlockCyclic.block_size": "abstract",
     "ring_jax.layout.BlockCyclic.coarsen": "abstract",
@@ -81,7 +87,7 @@ def entries() -> list[Call]:
         calls.experts,
         calls.layers,
     )
-    return [call for group in (*groups, pages.calls, models.models, models.texts) for call in group()]
+    return [call for group in (*groups, pages.calls, models.models, models.texts, plans.plans) for call in group()]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import ring_jax
 PACKAGE = pathlib.Path(ring_jax.__file__).parent
 # From the ground up; a room is a folder of the package, or a file beside them.
 FLOORS = [
-    {"_hardware", "_arrays", "_checks", "_device", "_vma", "_repr"},
+    {"_hardware", "_arrays", "_checks", "_device", "_vma", "_repr", "_progress"},
     {"_html"},
     {"_mesh", "_mask_terms", "_segment_ids", "distributed", "layout", "mosaic"},
     {"mask"},

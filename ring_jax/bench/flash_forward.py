@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ring_jax._progress import track
 from ring_jax.flash.hopper import forward_launch
 from ring_jax.flash.hopper.config import ForwardConfig, forward_config
 from ring_jax.flash.operands import BlockOptions, Bounds
@@ -185,7 +186,7 @@ def measure(
         for name, config in configs.items():
             rows[name] = {"case": dataclasses.asdict(case), "name": name, "config": dataclasses.asdict(config)}
         prepared = {name: pool.submit(prepare, name) for name in configs}
-    for name, future in prepared.items():
+    for name, future in track(prepared.items(), "compile", unit="configs"):
         try:
             calls[name] = future.result()
         except Exception as failure:  # one config of a search must not end the search

@@ -24,6 +24,7 @@ from ring_jax.bench import ring
 from ring_jax.context.cost import costs
 from ring_jax.models.qwen3_5 import Config
 from ring_jax.plan.machine import Machine
+from ring_jax.plan.result import duration
 
 LAYERS = 4  # of a stack
 
@@ -41,7 +42,7 @@ class Term(NamedTuple):
         return self.predicted / self.measured - 1
 
     def __str__(self) -> str:
-        return f"{self.name:52s} {plan.duration(self.predicted):>10s} {plan.duration(self.measured):>10s} {self.error:+7.1%}"
+        return f"{self.name:52s} {duration(self.predicted):>10s} {duration(self.measured):>10s} {self.error:+7.1%}"
 
 
 def compare(config: Config, name: str, tokens: int, machine: Machine, repeats: int = 3) -> Iterator[Term]:
@@ -149,7 +150,7 @@ def _rule(config: Config, tokens: int, machine: Machine):
     """The gated delta rule, forward and with gradients; over ranks by passing states."""
     ranks, heads = machine.size("context"), config.linear
     context = ring.make_context(ranks, "ring") if ranks > 1 else None
-    way = {"context": context, "way": "state"} if ranks > 1 else {}
+    spread = {"context": context, "strategy": "state"} if ranks > 1 else {}
     shapes = [(1, tokens, heads.key_heads, heads.key_size)] * 2 + [(1, tokens, heads.value_heads, heads.value_size)]
     query, key, value = (_normal(shape, i, shape[-1] ** -0.5) for i, shape in enumerate(shapes))
     decay = -jnp.abs(_normal((1, tokens, heads.value_heads), 4, 0.1, jnp.float32))
@@ -160,7 +161,7 @@ def _rule(config: Config, tokens: int, machine: Machine):
 
     def forward(query, key, value, decay, beta):
         def layer(value, _):
-            return ring_jax.gated_delta_rule(query, key, value, decay, beta, **way)[0], None
+            return ring_jax.gated_delta_rule(query, key, value, decay, beta, **spread)[0], None
 
         return lax.scan(layer, value, None, length=LAYERS)[0]
 

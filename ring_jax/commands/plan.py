@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=("h100", "h200"), help="default: this machine's with --check, else h100")
     parser.add_argument("--batch", type=int, metavar="B", help="rows in all (default: one for each data rank)")
     parser.add_argument("--strategy", default="auto", help="of attention (default: auto)")
-    parser.add_argument("--way", default="auto", help="of the gated delta rule (default: auto)")
+    parser.add_argument("--gdn-strategy", default="auto", help="of the gated delta rule (default: auto)")
     parser.add_argument(
         "--weights",
         default="auto",
@@ -94,7 +94,13 @@ def _predict(args: argparse.Namespace, tokens: int, gpu: Any, **changes: Any):
     from ring_jax import plan
 
     weights = args.weights if args.weights in ("auto", "none") else tuple(args.weights.split(","))
-    options = {"mesh": args.mesh, "batch": args.batch, "strategy": args.strategy, "way": args.way, "weights": weights}
+    options = {
+        "mesh": args.mesh,
+        "batch": args.batch,
+        "strategy": args.strategy,
+        "gdn_strategy": args.gdn_strategy,
+        "weights": weights,
+    }
     try:
         return plan.predict(args.model, tokens=tokens, gpu=gpu, **(options | changes))
     except (OSError, TypeError, ValueError, NotImplementedError) as error:
@@ -125,7 +131,7 @@ def _check(args: argparse.Namespace) -> int:
     """Terms and passes on the GPUs here."""
     from ring_jax._hardware import BY_NAME
     from ring_jax.bench import terms
-    from ring_jax.plan import Machine
+    from ring_jax.plan.machine import Machine
 
     devices = find_devices()
     kind = devices[0].device_kind

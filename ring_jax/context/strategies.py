@@ -17,6 +17,7 @@ from ring_jax._arrays import Shaped
 from ring_jax._checks import check_choice
 from ring_jax._hardware import HOPPER, Hardware
 from ring_jax._mesh import Axis
+from ring_jax._repr import figure
 from ring_jax.context import cudnn_ring
 from ring_jax.context.cost import costs
 from ring_jax.context.gather import all_gather
@@ -141,7 +142,7 @@ def choose_strategy(
     able: list[StrategyName] = ["pass_q", "all_gather"] if _holds(key_len, kv_heads, head_size) else ["pass_q"]
     best = min(able, key=lambda name: found[name].seconds)
     name: StrategyName = best if found[best].seconds < (1 - _GAIN) * found["ring"].seconds else "ring"
-    figures = ", ".join(f"{name} {1e3 * found[name].seconds:.3g} ms" for name in ("ring", *able))
+    figures = ", ".join(f"{name} {figure(1e3 * found[name].seconds)} ms" for name in ("ring", *able))
     return name, f"{figures} a layer; {_BECAUSE[name]}"
 
 

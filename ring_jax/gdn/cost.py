@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ring_jax._checks import check_count, check_instance, check_number
 from ring_jax._hardware import HOPPER, Hardware
+from ring_jax._repr import figure
 from ring_jax.gdn.chunked import CHUNK
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.state_scan import GATHER_RANKS
@@ -148,8 +149,9 @@ def choose_strategy(
     best = min(able, key=lambda name: able[name].seconds(rates))
     words = []
     for name, cost in found.items():
-        padded = f" and {cost.beside / 1e9:.4g} for padding" if cost.beside else ""
-        figures = f"{cost.bytes / 2**20:.4g} MiB, {cost.flops / 1e9:.4g} GFLOP{padded}, about {cost.seconds(rates) * 1e3:.3g} ms"
+        padded = f" and {figure(cost.beside / 1e9)} for padding" if cost.beside else ""
+        work = f"{figure(cost.bytes / 2**20)} MiB, {figure(cost.flops / 1e9)} GFLOP{padded}"
+        figures = f"{work}, about {figure(cost.seconds(rates) * 1e3)} ms"
         words.append(f"{name}: {cost.obstacle or figures}")
     return best, "; ".join(words)
 

@@ -19,13 +19,11 @@ from ring_jax.models.qwen3_5 import Config
 from ring_jax.moe.exchange import choose_strategy as choose_exchange
 from ring_jax.plan import memory, passes
 from ring_jax.plan.layers import Setting, attention_shape, rule_shape
-from ring_jax.plan.machine import NETWORK
-from ring_jax.plan.machine import Machine as Machine
+from ring_jax.plan.machine import NETWORK, Machine
 from ring_jax.plan.result import Memory as Memory
 from ring_jax.plan.result import Pass as Pass
 from ring_jax.plan.result import Piece as Piece
 from ring_jax.plan.result import Plan as Plan
-from ring_jax.plan.result import duration as duration
 from ring_jax.plan.sizes import weights_of
 
 STRATEGIES = ("auto", "ring", "pass_q", "all_gather", "ulysses")
@@ -39,7 +37,7 @@ def predict(
     gpu: "str | Hardware" = "h100",
     batch: int | None = None,
     strategy: str = "auto",
-    way: str = "auto",
+    gdn_strategy: str = "auto",
     expert: str | None = "auto",
     weights: "str | Sequence[str]" = "auto",
     optimizer_bytes: float = 8.0,
@@ -52,7 +50,7 @@ def predict(
         mesh: sizes of the axes "context", "data", "tensor" and "expert"; default: one GPU. Axes lie on hosts in the order
             tensor, context, expert, data: the first are joined by NVLink as far as a host goes.
         gpu: "h100", "h200", or `Hardware` with rates of its own.
-        strategy: of attention. way: of the gated delta rule. Both "auto" as at run time.
+        strategy: of attention. gdn_strategy: of the gated delta rule. Both "auto" as at run time.
         expert: axis of the experts; "auto": an axis "expert", else the context axis where they divide over it; None: whole.
         weights: axes that weights lie over besides ("context", "data", or both); "auto": none where each pass fits without,
             else as few as make it fit; "none" or (): none.
@@ -66,7 +64,7 @@ def predict(
 
     Example:
         >>> plan = predict("qwen3.5-9b", tokens=1 << 20, mesh={"context": 8}, gpu="h100")
-        >>> plan.choices["strategy"][0], plan.choices["way"][0], plan.fits["prefill"]
+        >>> plan.choices["strategy"][0], plan.choices["gdn_strategy"][0], plan.fits["prefill"]
         ('ring', 'state', True)
         >>> 10 < plan.prefill.seconds < 40
         True
@@ -76,12 +74,13 @@ def predict(
     machine = Machine.of(mesh, gpu)
     rows = machine.size("data") if batch is None else check_count("batch", batch, 1)
     check_choice("strategy", strategy, STRATEGIES)
-    check_choice("way", way, ("auto", *GDN_STRATEGIES))
+    check_choice("gdn_strategy", gdn_strategy, ("auto", *GDN_STRATEGIES))
     check_choice("expert", expert, ("auto", "context", "expert", "data"), optional=True)
     check_number("optimizer_bytes", optimizer_bytes, low=0)
+    weights = _named_axes(weights)
     tokens = -(-tokens // (2 * machine.size("context"))) * 2 * machine.size("context")
     choices: dict[str, tuple[str, str]] = {}
-    at = _resolved(config, machine, -(-rows // machine.size("data")), tokens, strategy, way, expert, choices)
+    at = _resolved(config, machine, -(-rows // machine.size("data")), tokens, strategy, gdn_strategy, expert, choices)
 
     def settings(each: str) -> Setting:
         axes = _weight_axes(at, each, weights, optimizer_bytes)
@@ -151,15 +150,24 @@ def _config(model) -> tuple[Config, str]:
     return Config.preset(model), model.lower()
 
 
-def _resolved(config, machine, rows, tokens, strategy, way, expert, choices) -> Setting:
-    """Strategy, way and exchange by name, as `auto` takes them at run time; their reasons go to `choices`."""
+def _resolved(config, machine, rows, tokens, strategy, gdn_strategy, expert, choices) -> Setting:
+    """Both strategies and the exchange by name, as `auto` takes them at run time; their reasons go to `choices`."""
     if expert == "auto":
         expert = None
         if config.experts is not None:
             context = machine.size("context") > 1 and config.experts.count % machine.size("context") == 0
             expert = "expert" if machine.size("expert") > 1 else "context" if context else None
     at = Setting(
-        config, machine, weights_of(config, machine, expert, ()), rows, tokens, strategy, way, "gather", expert, ()
+        config,
+        machine,
+        weights_of(config, machine, expert, ()),
+        rows,
+        tokens,
+        strategy,
+        gdn_strategy,
+        "gather",
+        expert,
+        (),
     )
     context = machine.size("context")
     if strategy == "auto":
@@ -168,25 +176,37 @@ def _resolved(config, machine, rows, tokens, strategy, way, expert, choices) -> 
         reason = "asked for"
     choices["strategy"] = strategy, reason
     rates = Rates(bytes_per_second=machine.rate(machine.link("context")))
-    if way == "auto":
-        way, reason = choose_gdn(rule_shape(at), context, "zigzag", rates) if context > 1 else ("state", "one rank")
+    if gdn_strategy == "auto":
+        gdn_strategy, reason = (
+            choose_gdn(rule_shape(at), context, "zigzag", rates) if context > 1 else ("state", "one rank")
+        )
     else:
         reason = "asked for"
-    choices["way"] = way, reason
+    choices["gdn_strategy"] = gdn_strategy, reason
     exchange = "gather"
     if config.experts is not None and expert is not None and machine.size(expert) > 1:
         exchange = choose_exchange("auto", machine.size(expert), config.experts.per_token, "gpu")
         choices["exchange"] = exchange, f"experts over {expert}, {config.experts.per_token} a token"
-    return dataclasses.replace(at, strategy=strategy, way=way, exchange=exchange)
+    return dataclasses.replace(at, strategy=strategy, gdn_strategy=gdn_strategy, exchange=exchange)
+
+
+def _named_axes(weights) -> "str | tuple[str, ...]":
+    """ "auto", or the axes that `weights` names."""
+    check_instance("weights", weights, (str, tuple, list), "'auto', 'none' or mesh axes such as ('context', 'data')")
+    if isinstance(weights, str):
+        check_choice("weights", weights, ("auto", "none", "context", "data"))
+        return weights if weights == "auto" else () if weights == "none" else (weights,)
+    for name in weights:
+        check_choice("weights", name, ("context", "data"))
+    if len(set(weights)) != len(weights):
+        raise ValueError(f"weights must name each axis once, got {weights}")
+    return tuple(weights)
 
 
 def _weight_axes(at: Setting, each: str, weights, optimizer_bytes: float) -> tuple[str, ...]:
     """Axes over which weights lie in a pass."""
     if weights != "auto":
-        names = () if weights in ("none", ()) else (weights,) if isinstance(weights, str) else tuple(weights)
-        for name in names:
-            check_choice("weights", name, ("auto", "none", "context", "data"))
-        return names
+        return weights
     tries = [
         axes for axes in ((), ("context",), ("data",), ("context", "data")) if all(at.machine.size(a) > 1 for a in axes)
     ]

@@ -23,7 +23,7 @@ class Setting:
     Fields:
         config, machine, weights: model, mesh, and its parameters on a rank.
         rows: of the batch on one rank. tokens: of one row, over all ranks.
-        strategy, way, exchange: how attention, the gated delta rule and tokens for experts go over ranks.
+        strategy, gdn_strategy, exchange: how attention, the gated delta rule and tokens for experts go over ranks.
         expert: the axis of the experts. weight_axes: axes over which weights lie besides.
     """
 
@@ -33,7 +33,7 @@ class Setting:
     rows: int
     tokens: int
     strategy: str
-    way: str
+    gdn_strategy: str
     exchange: str
     expert: str | None
     weight_axes: tuple[str, ...]
@@ -135,7 +135,7 @@ def rule(at: Setting) -> list[Piece]:
         return [Piece(RULE, kernel_seconds(at.tokens, at.rows, shape.heads, gpu=at.machine.gpu))]
     link = at.machine.link("context")
     rates = Rates(bytes_per_second=at.machine.rate(link))
-    found = costs(shape, ranks, "zigzag", at.machine.gpu)[at.way]
+    found = costs(shape, ranks, "zigzag", at.machine.gpu)[at.gdn_strategy]
     moving = (found.seconds(rates) - found.kernel_seconds - found.beside / at.machine.gpu.product_flops) / shape.layers
     beside = found.beside / at.machine.gpu.product_flops / shape.layers
     pieces = [Piece(RULE, found.kernel_seconds / shape.layers, moving, moving, found.bytes / shape.layers, link)]
@@ -145,11 +145,11 @@ def rule(at: Setting) -> list[Piece]:
 def rule_backward(at: Setting) -> Piece:
     """Gradients of the rule: on one rank's tokens, states and their gradients passing as in the forward, twice."""
     shape, ranks, gpu = rule_shape(at), at.machine.size("context"), at.machine.gpu
-    folds = 2 if ranks > 1 and at.way == "state" else 1
+    folds = 2 if ranks > 1 and at.gdn_strategy == "state" else 1
     rows, heads, share = float(at.rows), shape.heads, ranks * folds
-    if at.way == "head" and ranks > 1:
+    if at.gdn_strategy == "head" and ranks > 1:
         heads, share = heads.share(ranks), 1
-    elif at.way == "batch" and ranks > 1:
+    elif at.gdn_strategy == "batch" and ranks > 1:
         rows, share = -(-at.rows // ranks), 1
     seconds = backward_seconds(at.tokens / share, rows * folds, heads, gpu)
     if folds == 2:  # of the rule, and of the transitions

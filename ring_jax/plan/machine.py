@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ring_jax._checks import check_choice, check_count, check_instance
 from ring_jax._hardware import BY_NAME, Hardware
+from ring_jax.distributed.placement import AXES
 
-AXES = ("data", "expert", "context", "tensor")  # the last ones are neighbours on a host
 NVLINK, NETWORK = "NVLink", "network"
 
 
@@ -17,7 +17,7 @@ class Machine:
 
     Fields:
         gpu: what one computes, moves and holds.
-        sizes: of the axes in `AXES`, 1 where there is none.
+        sizes: of the axes in `distributed.mesh`'s order, slowest links first; 1 where there is none.
     """
 
     gpu: Hardware

@@ -5,7 +5,7 @@ import pytest
 from ring_jax.bench import terms
 from ring_jax.gdn import Heads
 from ring_jax.models.qwen3_5 import Config
-from ring_jax.plan import Machine
+from ring_jax.plan.machine import Machine
 
 TINY = Config("qwen3_5", 64, 32, 4, 2, 1, 16, Heads(2, 2, 8, 8), mlp_size=48, max_positions=4096)
 

@@ -11,6 +11,7 @@ from ring_jax._hardware import H100, H200
 from ring_jax.cli import main
 from ring_jax.data import passkey
 from ring_jax.models.qwen3_5 import Config, Qwen3_5
+from ring_jax.plan.machine import Machine
 from ring_jax.plan.sizes import weights_of
 
 # Before the gated delta rule had kernels: docs/measurements/model.md, 2026-11-25 and -26. GPU, model, tokens, ranks, pass, ms.
@@ -37,7 +38,9 @@ MEASURED = [
 
 @pytest.mark.parametrize("gpu, model, tokens, ranks, what, milliseconds", MEASURED)
 def test_agrees_with_what_was_measured(gpu, model, tokens, ranks, what, milliseconds):
-    found = plan.predict(model, tokens=tokens, mesh={"context": ranks}, gpu=LOOPS[gpu], way="head", strategy="ring")
+    found = plan.predict(
+        model, tokens=tokens, mesh={"context": ranks}, gpu=LOOPS[gpu], gdn_strategy="head", strategy="ring"
+    )
     one = getattr(found, what)
     seconds = one.seconds - one.terms.get("optimizer", 0.0)  # the bench takes loss and gradients alone
     assert 1e3 * seconds == pytest.approx(milliseconds, rel=0.15)
@@ -53,9 +56,9 @@ def test_memory_agrees_with_what_was_measured(tokens, measured):
 def test_weights_are_those_of_the_model():
     config = Config.preset("qwen3.5-35b-a3b")
     count = sum(x.get_value().size for _, x in nnx.to_flat_state(nnx.state(Qwen3_5(config, rngs=None), nnx.Param)))
-    one = weights_of(config, plan.Machine.of(None, "h100"), None, ())
+    one = weights_of(config, Machine.of(None, "h100"), None, ())
     assert one.held == count
-    over = plan.Machine.of({"context": 8}, "h100")
+    over = Machine.of({"context": 8}, "h100")
     spread = weights_of(config, over, "context", ("context",))
     assert count / 8 <= spread.held < 1.01 * count / 8  # norms and gates stay whole
     assert spread.layers == one.layers and spread.routed == pytest.approx([x / 8 for x in one.routed])
@@ -83,8 +86,8 @@ def test_terms_add_up():
 
 def test_choices_are_those_of_auto():
     found = plan.predict("qwen3.5-9b", tokens=1 << 17, mesh={"context": 8})
-    assert found.choices["way"][0] == "state" and "MiB" in found.choices["way"][1]
-    asked = plan.predict("qwen3.5-9b", tokens=1 << 17, mesh={"context": 8}, strategy="ulysses", way="head")
+    assert found.choices["gdn_strategy"][0] == "state" and "MiB" in found.choices["gdn_strategy"][1]
+    asked = plan.predict("qwen3.5-9b", tokens=1 << 17, mesh={"context": 8}, strategy="ulysses", gdn_strategy="head")
     assert asked.choices["strategy"] == ("ulysses", "asked for") and asked.prefill.seconds > found.prefill.seconds
 
 
@@ -99,9 +102,9 @@ def test_what_does_not_fit_and_the_smallest_mesh_that_does():
 
 
 def test_axes_on_hosts():
-    machine = plan.Machine.of({"context": 8, "data": 8}, "h100")
+    machine = Machine.of({"context": 8, "data": 8}, "h100")
     assert (machine.link("context"), machine.link("data"), machine.hosts) == ("NVLink", "network", 8)
-    assert plan.Machine.of({"tensor": 2, "context": 8}, "h100").link("context") == "network"
+    assert Machine.of({"tensor": 2, "context": 8}, "h100").link("context") == "network"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_bad_arguments(change, words):
 def test_a_checkpoint_and_a_config_are_models_too():
     found = plan.predict(passkey.MODEL, tokens=16384, mesh={"context": 8})
     same = plan.predict(Config.from_hf(passkey.MODEL), tokens=16384, mesh={"context": 8})
-    assert found.prefill.seconds == same.prefill.seconds and found.choices["way"][0] == "state"
+    assert found.prefill.seconds == same.prefill.seconds and found.choices["gdn_strategy"][0] == "state"
 
 
 def test_the_command(tmp_path, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ring_jax._checks import check_dtype, check_flag, check_instance, check_path
+from ring_jax._progress import track
 from ring_jax.models.qwen3_5.config import Config
 from ring_jax.models.qwen3_5.hf import mapping
 from ring_jax.models.qwen3_5.hf.safetensors_io import DTYPES, Entry, Meter, Reader
@@ -92,7 +94,8 @@ def load(
             pieces[piece.param].append(piece)
         params: dict[Any, Any] = {}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for path, shape in plan.params.items():
+            size = lambda item: math.prod(item[1]) * dtype.itemsize  # noqa: E731
+            for path, shape in track(plan.params.items(), "load", unit="B", size=size):
                 sharding = None if mesh is None else NamedSharding(mesh, mapping.at(specs, path, "specs"))
                 kind = np.dtype(np.float32) if plan.float32(path) else dtype
                 fill = functools.partial(_fill, reader, entries, pieces[path], kind, pool)
