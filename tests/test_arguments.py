@@ -11,7 +11,7 @@ from collections import Counter
 import jax
 import pytest
 
-from tests.arguments import calls, models, plans, pages
+from tests.arguments import calls, models, pages, plans
 from tests.arguments.engine import Call, name_of, outcome, tries
 
 MODULES = (
