@@ -16,7 +16,7 @@ class Target:
 
 
 def target() -> Target:
-    """That of the mesh where it names one, else the default device."""
+    """The device that the ambient mesh names, else the default device."""
     mesh = jax.sharding.get_abstract_mesh()
     abstract = None if mesh.empty else mesh.abstract_device
     if abstract is not None and abstract.platform is not None:

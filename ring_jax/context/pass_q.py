@@ -60,8 +60,8 @@ def _gradients(
         query_dout, (lse, delta), bounds = travel
         query, dout = query_dout[..., :head_size], query_dout[..., head_size:]
         here = shard.local_bounds(Bounds(*bounds), shard.rank())
-        dq, part = block.backend.backward(query, kv, here, RowGradients(lse, delta, dout), block.options)
-        return part if dkv is None else dkv + part, dq
+        dq, added = block.backend.backward(query, kv, here, RowGradients(lse, delta, dout), block.options)
+        return added if dkv is None else dkv + added, dq
 
     query_dout = jnp.concatenate([query, rows.dout], axis=-1)
     travel = (query_dout, jnp.stack([rows.lse, rows.delta]), jnp.stack(bounds))

@@ -25,13 +25,13 @@ from ring_jax.layout import Index
 def _forward(
     block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
 ) -> Partial:
-    in_halves = block.backend.fixed_mask == "causal"
-    if not in_halves:
+    fixed_causal = block.backend.fixed_mask == "causal"
+    if not fixed_causal:
         # Bounds before the first permute, which would otherwise run beside them and nothing else.
         kv, own_bounds = lax.optimization_barrier((kv, shard.local_bounds(bounds, shard.rank())))
 
     def hop(kv: jax.Array, partial: Partial | None, source: Index, own: bool, final: bool) -> tuple[Partial, None]:
-        if in_halves:
+        if fixed_causal:
             return cudnn_ring.forward(block, shard, query, kv, bounds, partial, source, own), None
         here = own_bounds if own else shard.local_bounds(bounds, source)
         out_dtype = block.out_dtype(query) if final else None
@@ -44,16 +44,16 @@ def _forward(
 def _gradients(
     block: Block, shard: Shard, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
 ) -> Gradients:
-    in_halves = block.backend.fixed_mask == "causal"
+    fixed_causal = block.backend.fixed_mask == "causal"
     both_ends = shard.ranks > 1 and block.backend.can_split_heads(query, kv)
 
     def hop(
         kv: jax.Array, stay: tuple[jax.Array | None, jax.Array | None], source: Index, own: bool, final: bool
     ) -> tuple[tuple[jax.Array | None, jax.Array | None], jax.Array | None]:
         dq, early = stay
-        if in_halves:
-            part, dkv = cudnn_ring.backward(block, shard, query, kv, bounds, rows, source, own)
-            return (part if dq is None else dq + part, None), dkv
+        if fixed_causal:
+            added, dkv = cudnn_ring.backward(block, shard, query, kv, bounds, rows, source, own)
+            return (added if dq is None else dq + added, None), dkv
         here = shard.local_bounds(bounds, source)
         if not (own and both_ends):
             dq, dkv = block.backend.backward(query, kv, here, rows, block.options, dq=dq)

@@ -58,9 +58,9 @@ class Shard:
         return lax.all_gather(x[None] if along is None else x, self.axis, axis=along or 0, tiled=True)
 
     def sum_scatter(self, x: jax.Array, along: int | None = None) -> jax.Array:
-        """This rank's share of what `gather` would give, summed over all ranks."""
-        share = lax.psum_scatter(x, self.axis, scatter_dimension=along or 0, tiled=True)
-        return share if along is not None else lax.squeeze(share, (0,))
+        """What `gather` would give of this rank, summed over all ranks."""
+        own = lax.psum_scatter(x, self.axis, scatter_dimension=along or 0, tiled=True)
+        return own if along is not None else lax.squeeze(own, (0,))
 
 
 def rotate(
@@ -74,37 +74,40 @@ def rotate(
 ) -> tuple[Any, Any]:
     """Walk `travel` once around the ring; the engine of `ring` and `pass_q`, forward and backward.
 
-    At every hop, `hop(travel, stay, source, own, final) -> (stay, part)` works on what has come from rank `source`; `own`
-    (this rank's own) and `final` are static. `stay` is kept here. With `combine`, `part` belongs to rank `source`: parts
-    follow their `travel` one hop behind, joined by `combine(arrived, part)`, and come home at the end.
+    At every hop, `hop(travel, stay, source, own, final) -> (stay, result)` works on what has come from rank `source`; `own`
+    (it is this rank) and `final` are static. `stay` is kept here. With `combine`, the result belongs to rank `source`: it
+    follows its `travel` one hop behind, joined to others by `combine(arrived, result)`, and comes home at the end.
 
-    The permute of `travel` is issued before the hop, that of the parts beside it, so both hide behind the hop's
-    compute; C - 1 permutes of each. A rank's own comes first, where it hides the first permute of `travel`; where there
-    are parts it comes last, and hides their way home, which is longer. With `both_ends` it comes in two: first, with a part
-    of None, and last. Up to `unroll` ranks the hops are unrolled, beyond they are a scan, whose compile time does not grow
-    with C.
+    | `combine` | `both_ends` | order of hops | permutes | a rank's own hop hides |
+    | --- | --- | --- | --- | --- |
+    | None | | own, C - 1 others | C - 1 of `travel` | the first permute |
+    | given | False | C - 1 others, own | C - 1 of each | the results' way home, which takes longer |
+    | given | True | own, C - 1 others, own | C - 1 of each | both; the first of the two has result None |
 
-    Returns (stay, the parts that belong to this rank).
+    Each permute of `travel` starts before the hop that it runs beside, and so does that of the results. Up to `unroll` ranks the
+    hops are unrolled; beyond, they are a scan, whose compile time does not grow with C.
+
+    Returns (stay, the result that belongs to this rank).
     """
     C, rank, own = shard.ranks, shard.rank(), travel
 
     def one(i: Index, state: Any, final: bool) -> Any:
-        travel, stay, parts = state
-        arriving = shard.shift(parts)
+        travel, stay, results = state
+        arriving = shard.shift(results)
         departing = None if final else shard.shift(travel)
-        stay, part = hop(travel, stay, (rank - i) % C, False, final)
-        parts = combine(arriving, part) if combine and arriving is not None else part
+        stay, result = hop(travel, stay, (rank - i) % C, False, final)
+        results = combine(arriving, result) if combine and arriving is not None else result
         # Without the barrier all permutes are ready at once: memory would not fall as 1/C.
-        return lax.optimization_barrier((departing, stay, parts)) if not final else (None, stay, parts)
+        return lax.optimization_barrier((departing, stay, results)) if not final else (None, stay, results)
 
-    parts = None
+    results = None
     if C > 1:
         departing = shard.shift(travel)
         if combine is None or both_ends:
             stay, _ = hop(own, stay, rank, True, False)
         state, begun = lax.optimization_barrier((departing, stay, None)), 1
         if C > unroll:
-            if combine and C > 2:  # no parts arrive yet
+            if combine and C > 2:  # no results arrive yet
                 state, begun = one(1, state, final=False), 2
             if begun < C - 1:
                 hops = jnp.arange(begun, C - 1, dtype=jnp.int32)
@@ -112,15 +115,15 @@ def rotate(
                 begun = C - 1
         for i in range(begun, C):
             state = one(i, state, final=i == C - 1)
-        _, stay, parts = state
+        _, stay, results = state
         if combine:
-            # Or the rank's own hop could run at any time, and its part would be held until the end.
-            own, stay, parts = lax.optimization_barrier((own, stay, parts))
-        parts = shard.shift(parts)
+            # Or the rank's own hop could run at any time, and its result would be held until the end.
+            own, stay, results = lax.optimization_barrier((own, stay, results))
+        results = shard.shift(results)
     if combine or C == 1:
-        stay, part = hop(own, stay, rank, True, True)
-        parts = combine(parts, part) if combine and parts is not None else part
-    return stay, parts
+        stay, result = hop(own, stay, rank, True, True)
+        results = combine(results, result) if combine and results is not None else result
+    return stay, results
 
 
 def seq_to_axis(x: jax.Array, shard: Shard, split_axis: int, seq_axis: int = 1) -> jax.Array:

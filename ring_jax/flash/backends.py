@@ -10,7 +10,7 @@ and S; carry None or float32 (out, lse) to resume from; out and lse float32 unle
 float32. `flash.block` puts the derivative rule around them.
 
 - Keys in P segments: kv with an axis before all others and bounds [P, B, T], an interval of each segment.
-- `heads`: kv holds a share of the KV heads. `forward` computes the query heads of that share and writes them `into` (out, lse)
+- `heads`: kv holds a slice of the KV heads. `forward` computes the query heads that share them and writes those `into` (out, lse)
   (None: new arrays, whose other heads are undefined); `backward` adds to those of dq.
 - `dq`: what to add to.
 

@@ -69,16 +69,16 @@ def complete_backward(one: Callable[..., Gradients]) -> Callable[..., Gradients]
         def plain(
             query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients, dq: jax.Array | None
         ) -> tuple[jax.Array, jax.Array]:
-            part, dkv = one(query, kv, bounds, rows, options)
-            return part if dq is None else dq + part, dkv
+            added, dkv = one(query, kv, bounds, rows, options)
+            return added if dq is None else dq + added, dkv
 
         run = plain if bounds.start.ndim == 2 else lambda *x: kv_segments.backward(plain, *x)
         if heads is None:
             return run(query, kv, bounds, rows, dq)
         mine = heads.query_heads(query, kv)
-        part, dkv = run(query[:, :, mine], kv, bounds, RowGradients(*(x[:, :, mine] for x in rows)), None)
+        added, dkv = run(query[:, :, mine], kv, bounds, RowGradients(*(x[:, :, mine] for x in rows)), None)
         if dq is None:
-            dq = pcast_to(jnp.zeros(query.shape, part.dtype), varying_axes(part))
-        return dq.at[:, :, mine].add(part), dkv
+            dq = pcast_to(jnp.zeros(query.shape, added.dtype), varying_axes(added))
+        return dq.at[:, :, mine].add(added), dkv
 
     return backward

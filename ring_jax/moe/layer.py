@@ -138,21 +138,19 @@ def _run_spread(
         ragged = strategy == "ragged"
         return Ragged.of(experts, weights.gate_up.shape[0], axis, tensor) if ragged else Gathered(axis, tensor)
 
-    parts = slices(x.shape[0], lax.axis_size(axis))
-    if parts == 1:
+    count = slices(x.shape[0], lax.axis_size(axis))
+    if count == 1:
         return _run(x, routing.experts, routing.weights, weights, axis, exchange, implementation)
 
     def cut(a: jax.Array, fill: int = 0) -> jax.Array:
-        size = -(-x.shape[0] // parts)
-        a = jnp.pad(a, ((0, size * parts - a.shape[0]), (0, 0)), constant_values=fill)
-        return a.reshape(parts, size, -1)
+        size = -(-x.shape[0] // count)
+        a = jnp.pad(a, ((0, size * count - a.shape[0]), (0, 0)), constant_values=fill)
+        return a.reshape(count, size, -1)
 
     pieces = cut(x), cut(routing.experts, weights.router.shape[1]), cut(routing.weights)
     # The rows of other ranks are not kept for the backward pass: those of all slices would need the room again.
-    part = jax.checkpoint(
-        lambda x, experts, factors: _run(x, experts, factors, weights, axis, exchange, implementation)
-    )
-    return lax.map(lambda piece: part(*piece), pieces).reshape(-1, x.shape[1])[: x.shape[0]]
+    one = jax.checkpoint(lambda x, experts, factors: _run(x, experts, factors, weights, axis, exchange, implementation))
+    return lax.map(lambda piece: one(*piece), pieces).reshape(-1, x.shape[1])[: x.shape[0]]
 
 
 def _run(

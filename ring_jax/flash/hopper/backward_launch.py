@@ -225,8 +225,10 @@ def splits(group: int, fused: bool) -> list[int]:
 
 
 def _zeros_to_share(problem: Problem, kv: jax.Array, dq: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """(dq, what programs that share a KV tile add to, or None). The zeros come after dq, which differs from call to call: zeros
-    that calls have in common would be made once and copied for each."""
+    """(dq, zeros for dkv where several programs add to one KV tile, else None).
+
+    The zeros depend on dq on purpose: XLA would otherwise make one constant for all calls, and copy it before each.
+    """
     if problem.split == 1:
         return dq, None
     dq, zero = lax.optimization_barrier((dq, jnp.float32(0)))
@@ -294,8 +296,15 @@ def _dq_visits(problem: Problem, table: jax.Array) -> jax.Array:
 
 
 def _dkv_table(problem: Problem, key_start: jax.Array, key_end: jax.Array) -> jax.Array:
-    """[P B, KV tiles, 4] int32, of the query tiles: how many end before a KV tile, start before its end, do not reach its
-    end, start before it. `backward_common.span_of` makes of them what the kernel visits. One reduction in all."""
+    """[P B, KV tiles, 4] int32: four counts of query tiles for each KV tile, in one reduction.
+
+    A query tile sees keys between its rows' bounds. Counted are those
+    - whose last row ends at or before the KV tile's first key: the first query tile to visit;
+    - whose first row starts before the KV tile's end: the query tile to stop at;
+    - whose first row ends before the KV tile's end: the first to need no mask;
+    - whose last row starts at or before the KV tile's first key: where masks are needed again.
+    `backward_common.span_of` puts them in order.
+    """
     block = keys_of_a_program(problem.H, problem.Hv)
     first_start, last_start, first_end, last_end = _edges(key_start, key_end, problem.config.block_q_dkv)
     edges = jnp.stack([last_end, first_start, first_end, last_start], axis=-1)
