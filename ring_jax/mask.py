@@ -233,10 +233,10 @@ def prefix(n: "int | list[int] | Int[Array, ' B']") -> Mask:
 
 
 def lengths(
-    q: "int | list[int] | Int[Array, ' B'] | None" = None,
-    kv: "int | list[int] | Int[Array, ' B'] | None" = None,
+    q: "int | list[int] | Int[Array, ' _'] | None" = None,
+    kv: "int | list[int] | Int[Array, ' _'] | None" = None,
     *,
-    left_padding: "int | list[int] | Int[Array, ' B'] | None" = None,
+    left_padding: "int | list[int] | Int[Array, ' _'] | None" = None,
 ) -> Mask:
     """Padding: per batch row, queries at index >= q[b] see nothing and keys at >= kv[b] are not seen.
 

@@ -32,30 +32,30 @@ from ring_jax.mask import Mask, MaskAndOffset, ResolvedMask, causal, lengths, lo
 
 
 def ring_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K Hv"],
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K Hv"],
     bias: None = None,
     mask: Mask | ResolvedMask | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Int[Array, " B"] | None = None,
-    key_value_seq_lengths: Int[Array, " B"] | None = None,
+    query_seq_lengths: Int[Array, " #rows"] | None = None,
+    key_value_seq_lengths: Int[Array, " #rows"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
     context: ContextParallel,
     seq_len: int | None = None,
     key_value_seq_len: int | None = None,
-    query_offset: int | Int[Array, " B"] = 0,
+    query_offset: int | Int[Array, " #rows"] = 0,
     strategy: StrategyName | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     deterministic: bool | None = None,
-    carry: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]] | None = None,
+    carry: tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]] | None = None,
     return_partial: bool = False,
-) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+) -> Float[Array, "*B T N Hv"] | tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]:
     """Exact attention over a sequence sharded across a context-parallel mesh axis.
 
         out = softmax(scale query key^T, masked) value

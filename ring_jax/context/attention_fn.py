@@ -140,7 +140,7 @@ class AttentionFn:
         module: None = None,
         promote_dtype: Callable[..., Any] | None = None,
         is_causal: bool = False,
-        input_positions: Int[Array, "*B T"] | None = None,
+        input_positions: Int[Array, "... T"] | None = None,
         force_fp32_for_softmax: bool = False,
         einsum_dot_general: None = None,
         qk_attn_weights_einsum: None = None,

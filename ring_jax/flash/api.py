@@ -18,18 +18,18 @@ _jitted_block = jax.jit(attention_block, static_argnums=(0, 1))
 
 
 def flash_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K Hv"],
-    key_start: Int[Array, "B T"],
-    key_end: Int[Array, "B T"],
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K Hv"],
+    key_start: Int[Array, "... T"],
+    key_end: Int[Array, "... T"],
     *,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    carry: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]] | None = None,
+    carry: tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]] | None = None,
     implementation: Implementation | None = None,
     deterministic: bool | None = None,
-) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]:
     """Attention of every query row over one interval of keys, resumed from a carry.
 
         out_t = sum_s softmax(scale q_t . k_s) v_s,   s in [key_start_t, key_end_t)  (and what the carry saw)
