@@ -14,7 +14,7 @@ from ring_jax.flash.operands import BlockOptions
 from ring_jax.flash.paged import paged_attention
 from ring_jax.mosaic import compat
 from tests.flash.test_paged import dense
-from tests.marks import interpreted
+from tests.support.marks import interpreted
 
 LAYERS = 2
 
