@@ -3,6 +3,7 @@
 What is public, and what each call takes, stands in `tests/arguments`. A new public call without an entry there fails here.
 """
 
+import ast
 import importlib
 import inspect
 import time
@@ -153,17 +154,24 @@ def public_calls() -> dict[str, object]:
     """Every public function, class and method that takes arguments, by name."""
     found: dict[str, object] = {}
     for module in map(importlib.import_module, MODULES):
-        package = hasattr(module, "__path__")
+        shown = _shown(module)
         for name, value in vars(module).items():
             home = getattr(value, "__module__", None) or ""
-            # A package shows what its modules hold, a module what is its own.
-            if name.startswith("_") or not (home.startswith("ring_jax.") if package else home == module.__name__):
+            if name.startswith("_") or not (
+                home == module.__name__ or (name in shown and home.startswith("ring_jax."))
+            ):
                 continue
             if inspect.isfunction(value):
                 found[name_of(value)] = value
             elif inspect.isclass(value) and not getattr(value, "_is_protocol", False):
                 found |= _of_class(value)
     return {name: value for name, value in found.items() if _takes_arguments(value)}
+
+
+def _shown(module) -> set[str]:
+    """What a module shows of others: names that it imports as themselves."""
+    imports = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ImportFrom)]
+    return {alias.name for node in imports for alias in node.names if alias.asname == alias.name}
 
 
 def _of_class(cls: type) -> dict[str, object]:

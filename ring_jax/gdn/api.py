@@ -1,6 +1,6 @@
 """`gated_delta_rule`: the operation, on one device or over a context-parallel mesh axis."""
 
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import check_choice, renamed_arguments
 from ring_jax.context.parallel import ContextParallel
@@ -16,17 +16,17 @@ def gated_delta_rule(
     query: Float[Array, "B T K dk"],
     key: Float[Array, "B T K dk"],
     value: Float[Array, "B T N dv"],
-    log_decay: Float32[Array, "B T N"],
+    log_decay: Float[Array, "B T N"],
     beta: Float[Array, "B T N"],
     *,
     scale: float | None = None,
-    initial_state: Float32[Array, "B N dk dv"] | None = None,
+    initial_state: Float[Array, "B N dk dv"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
     context: ContextParallel | None = None,
     strategy: str = "auto",
     seq_len: int | None = None,
-) -> tuple[Float[Array, "B T N dv"], Float32[Array, "B N dk dv"]]:
+) -> tuple[Float[Array, "B T N dv"], Float[Array, "B N dk dv"]]:
     """Linear attention with a decaying state that is corrected, not only added to (gated delta rule).
 
     For every value head, with S = 0 or `initial_state` before the first token:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from ring_jax import _repr
 from ring_jax._checks import check_count, check_dtype, check_instance
@@ -44,7 +44,7 @@ class GDNCache:
         segment: id of the last valid token, negative where none was given; a first token with another id starts anew.
     """
 
-    state: Float32[Array, "B N dk dv"]
+    state: Float[Array, "B N dk dv"]
     tail: Float[Array, "B W-1 F"]
     segment: Int[Array, " B"]
     __repr__ = _repr.of_fields
@@ -74,8 +74,8 @@ class MixerWeights:
     qkv: tuple[Float[Array, "D _"], ...]  # one kernel of all three parts, or one for each
     ba: tuple[Float[Array, "D _"], ...]  # b of all heads, then a; one kernel or two
     conv: Float[Array, "W F"]
-    a_log: Float32[Array, " N"]
-    dt_bias: Float32[Array, " N"]
+    a_log: Float[Array, " N"]
+    dt_bias: Float[Array, " N"]
     heads: Heads = dataclasses.field(metadata={"static": True})
     precision: Any = dataclasses.field(default=None, metadata={"static": True})  # of the projections
 
