@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # For kernels, whose exponentials are powers of two.
 LOG2E = math.log2(math.e)
@@ -23,3 +24,12 @@ def pad_to(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Ar
     if x.shape[axis] == size:
         return x
     return jnp.pad(x, [(0, size - x.shape[a] if a == axis else 0) for a in range(x.ndim)], mode=mode)
+
+
+def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """A whole array on this host, also one that lies over several processes: all of them must ask for it."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_jax
+from ring_jax._arrays import on_host
 from ring_jax.bench import trace
 from ring_jax.bench.attention import environment
 from ring_jax.bench.flash_forward import relative_error
@@ -52,7 +53,8 @@ def stack(context, is_causal: bool, layers: int, gradients: bool, implementation
 
 
 def make_context(ranks: int, strategy: str) -> ring_jax.ContextParallel:
-    mesh = jax.make_mesh((ranks,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:ranks])
+    devices = jax.devices() if ranks > 1 else jax.local_devices()  # of several processes each times its own one
+    mesh = jax.make_mesh((ranks,), ("context",), axis_types=(AxisType.Auto,), devices=devices[:ranks])
     return ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh, strategy=strategy)
 
 
@@ -102,7 +104,7 @@ def check(
         return out, *pull(dout.astype(out.dtype))
 
     pairs = zip(*(everything(f, query, key, value, dout) for f in (ours, theirs)), strict=True)
-    return max(relative_error(a, b) for a, b in pairs)
+    return max(relative_error(on_host(a), on_host(b)) for a, b in pairs)
 
 
 def milliseconds(f, args, layers: int, repeats: int, queued: int = 3) -> float:
@@ -236,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
                     row["speed_up"] = base / row["ms_per_layer"]
                     report["rows"].append(row)
                     show(row, args.layers)
-                    if args.json:
+                    if args.json and jax.process_index() == 0:
                         with open(args.json, "w") as file:
                             json.dump(report, file, indent=1, default=str)
     if args.table:
@@ -283,7 +285,7 @@ def measure(
     }
     if activities:
         row["profile"] = [activity.summary() for activity in activities]
-        if args.png and ranks > 1:
+        if args.png and ranks > 1 and jax.process_index() == 0:
             middle = activities[0].length / 2
             title = f"{row['what']}, {row['mask']}, {length} tokens, {row['strategy']} over {ranks} GPUs: two layers"
             trace.draw(activities, args.png, title, (middle, middle + 2 * ms))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ring_jax._arrays import on_host
 from ring_jax.cli import CommandError, find_devices
 from ring_jax.commands import doctor_layers
 
@@ -223,7 +224,7 @@ def _random_qkv(seq_len: int, heads: int = 4, head_dim: int = 64) -> tuple[Any, 
 def _report(label: str, got: list[Any], want: list[Any], tolerance: float) -> bool:
     error = 0.0
     for a, b in zip(got, want, strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        a, b = on_host(a).astype(np.float64), on_host(b).astype(np.float64)
         error = max(error, float(np.abs(a - b).max() / np.abs(b).max()))
     ok = error <= tolerance
     print(f"  {label} {'agrees' if ok else 'DISAGREES'}, relative error {error:.1e} (allowed {tolerance:g})")

@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     demo = _check(args)
     prompt, sampling = _prompt(args), _sampling(args)
     devices = find_devices()
+    import jax
+
     from ring_jax.commands.session import Settings
 
     ranks = len(devices) if args.context_ranks is None else args.context_ranks
@@ -83,13 +85,18 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(
             f"--context-ranks {ranks}: this machine has {len(devices)} devices ({devices[0].device_kind})"
         )
+    several = jax.process_count() > 1
+    if several and ranks < len(devices):
+        raise CommandError(
+            f"--context-ranks {ranks}: all {len(devices)} devices must take part, or processes have none"
+        )
     # A text this short `auto` would gather on every rank; the task is to show a ring.
     strategy: StrategyName = "ring" if demo else "auto"
     settings = Settings(args.model or MODEL, args.dtype, args.shard_weights, sampling, args.seed, strategy)
     emulated = " (emulated on one CPU)" if devices[0].platform == "cpu" and len(devices) > 1 else ""
     print(f"devices   {len(devices)} x {devices[0].device_kind}{emulated}")
     if demo:
-        each = [ranks] if args.context_ranks is not None or ranks == 1 else [1, ranks]
+        each = [ranks] if args.context_ranks is not None or ranks == 1 or several else [1, ranks]
         return _find_the_key(settings, each, args.png or PNG)
     assert prompt is not None
     _continue(settings, ranks, prompt, args)
@@ -254,8 +261,12 @@ def _why_no_faster(ranks: int) -> str:
 
 
 def _draw(png: str, ranks: int, mark: tuple[int, int, str]) -> None:
+    import jax
+
     from ring_jax import plot
 
+    if jax.process_index():  # the first one draws
+        return
     try:
         plot.ranks(DEMO_TOKENS, ranks, mark=mark, path=png)
     except (OSError, ValueError) as error:  # a directory that may not be written, an unknown ending

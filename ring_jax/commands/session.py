@@ -105,6 +105,11 @@ class Session:
         return cls(settings, model, tokenizer, devices)
 
     @property
+    def local_devices(self) -> list[Any]:
+        """Those of this process, the only ones whose memory it sees."""
+        return [device for device in self.devices if device.process_index == jax.process_index()]
+
+    @property
     def eos(self) -> tuple[int, ...]:
         """Tokens that end a text, as `ring_jax.inference.generate` has them."""
         return self.model.config.eos_token_ids
@@ -144,7 +149,7 @@ class Session:
             )
         (program, params), key = self.model.split(), jax.random.key(self.settings.seed)
         prompt, static = jnp.asarray([ids], jnp.int32), (program, self.settings.sampling)
-        answer = Answer(weights=sum(_on_device(x, self.devices[0]) for x in jax.tree.leaves(params)))
+        answer = Answer(weights=sum(_on_device(x, self.local_devices[0]) for x in jax.tree.leaves(params)))
         with progress.step("compile", f"prefill {self.where}") as step:
             prefill = _prefill.lower(*static, max_new_tokens, params, prompt, key).compile()
         answer.compile_prefill = step.stop()
@@ -175,12 +180,12 @@ class Session:
 
     def memory(self) -> str:
         """Bytes on each device: the most so far where the device counts them, else those of live arrays."""
-        stats = [device.memory_stats() or {} for device in self.devices]
+        stats = [device.memory_stats() or {} for device in self.local_devices]
         if all("peak_bytes_in_use" in s for s in stats):
             sizes, what = [s["peak_bytes_in_use"] for s in stats], "at most"
         else:
             arrays, what = jax.live_arrays(), "arrays now"
-            sizes = [sum(_on_device(x, device) for x in arrays) for device in self.devices]
+            sizes = [sum(_on_device(x, device) for x in arrays) for device in self.local_devices]
         return f"{what} {', '.join(f'{size / 2**20:,.0f}' for size in sizes)} MiB on the devices"
 
 
@@ -203,7 +208,7 @@ def _fits(directory: Path, devices: Any, dtype: str | None) -> bool:
     stored = checkpoint_dtype(directory)
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     size = size * jnp.dtype(dtype or stored).itemsize // stored.itemsize
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None and devices[0].platform == "cpu":  # emulated devices share the memory
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
     return limit is None or 2 * size < limit

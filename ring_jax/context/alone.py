@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from ring_jax._arrays import on_host
 from ring_jax._checks import check_array, check_callable, check_number
 from ring_jax._mesh import AnyMesh
 
@@ -16,7 +17,7 @@ Context = TypeVar("Context")
 def mesh_of_one(mesh: AnyMesh) -> Mesh:
     """A mesh of the same axes, all of size one."""
     names = mesh.axis_names
-    device = np.array(jax.devices()[0], dtype=object).reshape((1,) * len(names))
+    device = np.array(jax.local_devices()[0], dtype=object).reshape((1,) * len(names))
     return Mesh(device, names, axis_types=(AxisType.Auto,) * len(names))
 
 
@@ -59,7 +60,7 @@ def largest_difference(
 
 def _difference(one: Any, many: Any) -> float:
     """The largest difference over the largest entry, where both are finite; infinite where only one of them is."""
-    one, many = (np.asarray(x, np.float64) for x in (one, many))
+    one, many = (on_host(x).astype(np.float64) for x in (one, many))
     finite = np.isfinite(one)
     if not np.array_equal(finite, np.isfinite(many)):
         return np.inf
