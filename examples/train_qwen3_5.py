@@ -17,6 +17,8 @@ model that comes with ring_jax (`ring_jax/data/passkey`) was trained by this scr
     # Eight GPUs, each text over four. Ctrl-C and SIGTERM save and end the run; the same command with --resume goes on, over
     # any number of GPUs.
     python examples/train_qwen3_5.py --config bundled --data 2 --context 4 --out runs/eight --resume
+    # In several processes, here four on a CPU; over several hosts: examples/multi_host.
+    ring-jax launch --processes 4 --cpu examples/train_qwen3_5.py --data 2 --context 2 --out runs/four
 
 A run leaves in --out: checkpoints/ (Orbax, to resume), model/ (safetensors and tokenizer, for transformers or
 `ring-jax generate --model`), loss.png and metrics.json (with the share of keys found in texts never seen).
@@ -27,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -130,31 +133,44 @@ def make_optimizer(learning_rate: float) -> optax.GradientTransformation:
     )
 
 
+def place(x: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """An array that every process has whole, spread over the devices of all."""
+    if sharding is None or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+
 class Trainer:
     """Model and optimizer, and the compiled step of each stage."""
 
     def __init__(self, model: Qwen3_5, optimizer: nnx.Optimizer, stages: tuple[Stage, ...]):
-        whole = spread = None
+        whole = spread = each = None
+        self.ranks = 1
         if model.sharding is not None:
             mesh = model.sharding.resolve_mesh()
             spread = jax.NamedSharding(mesh, jax.P(model.sharding.batch, model.sharding.sequence))
-            whole = jax.NamedSharding(mesh, jax.P())
+            whole, each = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+            self.ranks = mesh.size
+        self.shardings = spread, each, whole
         self.both = model, optimizer
         graph, self.state = nnx.split(self.both)
-        self.state = jax.device_put(self.state, whole)
+        self.state = jax.tree.map(lambda x: place(x, whole), self.state)
 
-        def step(state: Any, tokens: jax.Array, weights: jax.Array, progress: jax.Array) -> tuple[Any, jax.Array]:
+        def step(state: Any, tokens: jax.Array, weights: jax.Array, progress: jax.Array, told: jax.Array) -> Any:
             model, optimizer = nnx.merge(graph, state)
             loss, grads = nnx.value_and_grad(lambda model: model.loss(tokens, weights=weights))(model)
             optimizer.update(model, grads, progress=progress)
-            return nnx.state((model, optimizer)), loss
+            return nnx.state((model, optimizer)), (loss, jnp.max(told, axis=0))
 
         shapes = jax.eval_shape(lambda: self.state)
-        jitted = jax.jit(step, donate_argnums=0, in_shardings=(whole, spread, spread, whole), out_shardings=whole)
+        inputs = (whole, spread, spread, whole, each)
+        jitted = jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=whole)
 
         def compile(stage: Stage) -> Any:
             tokens = jax.ShapeDtypeStruct((stage.batch, stage.length), jnp.int32)
-            return jitted.lower(shapes, tokens, tokens.update(dtype=jnp.float32), np.float32(0)).compile()
+            told = jax.ShapeDtypeStruct((self.ranks, 2), jnp.float32)
+            return jitted.lower(shapes, tokens, tokens.update(dtype=jnp.float32), np.float32(0), told).compile()
 
         self.compiled: dict[Stage, Future] = {stage: Future() for stage in stages}
 
@@ -176,10 +192,14 @@ class Trainer:
             return False
         return True
 
-    def step(self, stage: Stage, tokens: np.ndarray, weights: np.ndarray, progress: float) -> jax.Array:
-        """One update. The loss, still being computed."""
-        self.state, loss = self.compiled[stage].result()(self.state, tokens, weights, np.float32(progress))
-        return loss
+    def step(self, stage: Stage, texts: tuple[np.ndarray, ...], progress: float, told: tuple[float, float]) -> Any:
+        """One update. The loss, and the largest of what all processes tell, both still being computed."""
+        spread, each, whole = self.shardings
+        inputs = [place(x, spread) for x in texts]
+        everyone = place(np.tile(np.float32(told), (self.ranks, 1)), each)
+        run = self.compiled[stage].result()
+        self.state, known = run(self.state, *inputs, place(np.float32(progress), whole), everyone)
+        return known
 
     def modules(self) -> tuple[Qwen3_5, nnx.Optimizer]:
         """Model and optimizer as they are now."""
@@ -214,7 +234,11 @@ def signals() -> Iterator[list[int]]:
 
 
 def train(args: argparse.Namespace, recipe: Recipe, model: Qwen3_5, begin: float) -> list[tuple[int, float]]:
-    """Trains in place; (step, mean loss of the last steps) every few steps. begin: when the run's time began."""
+    """Trains in place; (step, mean loss of the last steps) every few steps. begin: when the run's time began.
+
+    Processes must agree on every step: what one alone knows, a signal or its clock, it tells with a step, and all act on it
+    when they have read that step's loss.
+    """
     optimizer = nnx.Optimizer(model, make_optimizer(args.learning_rate), wrt=nnx.Param)
     folder, losses, recent, step, before = args.out / "checkpoints", [], list[float](), 0, 0.0
     if args.resume:
@@ -222,48 +246,57 @@ def train(args: argparse.Namespace, recipe: Recipe, model: Qwen3_5, begin: float
         step, before, losses = restored.step, restored.extra["progress"], restored.extra["losses"]
         recent = restored.extra.get("recent", [])  # of the steps since the last logged loss
     trainer, text = Trainer(model, optimizer, recipe.stages), training_text()
-    bar = tqdm(initial=step, total=args.steps, desc="compile", disable=None)
-    progress, saved, compiled, pending = before, step, None, None
+    first, alone = jax.process_index() == 0, jax.process_count() == 1
+    bar = tqdm(initial=step, total=args.steps, desc="compile", disable=None if first else True)
+    progress, saved, compiled, pending, agreed = before, step, None, None, (0.0, 0.0)
+
+    def settle() -> None:
+        nonlocal pending, agreed
+        if pending is not None:
+            loss, told = pending
+            recent.append(float(loss))
+            agreed, pending = tuple(np.asarray(told).tolist()), None
 
     def save() -> None:
-        known = recent + ([] if pending is None else [float(pending)])
-        extra = {"progress": progress, "losses": losses, "recent": known}
+        settle()
+        extra = {"progress": progress, "losses": losses, "recent": recent}
         checkpoint.save(folder, step, *trainer.modules(), extra=extra)
 
     with signals() as came:
         while progress < 1:
             stage = stage_at(progress, recipe.stages)
-            while not came and not trainer.ready(stage, 0.2):
+            while not (came and alone) and not trainer.ready(stage, 0.2):
                 pass
-            if came:
+            if (came and alone) or agreed[0]:
                 break
-            # The texts of a step depend on nothing before it: a resumed run sees those that it would have seen.
-            loss = trainer.step(stage, *texts(np.random.default_rng((args.seed, step)), stage, text), progress)
             compiled = compiled or time.perf_counter()
-            recent += (
-                [] if pending is None else [float(pending)]
-            )  # one step late, so that the device has work meanwhile
-            pending, step = loss, step + 1
-            progress = step / args.steps
+            here = 0.0
             if args.max_seconds is not None:
                 here = (time.perf_counter() - compiled) / (begin + args.max_seconds - compiled)
-                progress = max(progress, before + (1 - before) * here)
+            # The texts of a step depend on nothing before it: a resumed run sees those that it would have seen.
+            inputs = texts(np.random.default_rng((args.seed, step)), stage, text)
+            loss = trainer.step(stage, inputs, progress, (came[0] if came else 0.0, here))
+            settle()  # one step late, so that the device has work meanwhile
+            pending, step = loss, step + 1
+            progress = max(step / args.steps, before + (1 - before) * agreed[1])
             if step % LOG_EVERY == 0 or progress >= 1:
-                losses.append((step, float(np.mean([*recent, float(pending)]))))
-                recent, pending = [], None
+                settle()
+                losses.append((step, float(np.mean(recent))))
+                recent.clear()
                 shown = f"{stage.length} tokens, loss {losses[-1][1]:.3f}"
                 bar.set_description(shown, refresh=False)
                 bar.update(step - bar.n)
-                if bar.disable and step % (10 * LOG_EVERY) == 0:  # not a terminal
+                if first and bar.disable and step % (10 * LOG_EVERY) == 0:  # not a terminal
                     print(f"{time.perf_counter() - begin:6.0f} s  step {step:5}  {shown}", flush=True)
             if step % args.save_every == 0 or progress >= 1:
                 save()
                 saved = step
         bar.close()
-        if came:
+        if progress < 1:
             if step > saved:
                 save()
-            raise Stopped(came[0], f"stopped after step {step}: the same command with --resume goes on")
+            number = came[0] if came else int(agreed[0])
+            raise Stopped(number, f"stopped after step {step}: the same command with --resume goes on")
     return losses
 
 
@@ -278,8 +311,9 @@ class Stopped(SystemExit):
 def retrieval(model: Qwen3_5, length: int, count: int) -> dict[str, Any]:
     """How often the whole answer is the most likely one, in `count` texts never seen, with keys at all depths."""
     graph, state = nnx.split(model)
+    whole = None if model.sharding is None else jax.NamedSharding(model.sharding.resolve_mesh(), jax.P())
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=whole)
     def guesses(state: Any, tokens: jax.Array) -> jax.Array:
         out = nnx.merge(graph, state)(tokens, logits="all")
         return jnp.argmax(out.logits[:, -ANSWER - 1 : -1], axis=-1)  # type: ignore[index]
@@ -293,6 +327,14 @@ def retrieval(model: Qwen3_5, length: int, count: int) -> dict[str, Any]:
     answers = np.concatenate([guesses(state, part) for part in np.split(tokens, len(tokens) // rows)])
     right = np.all(answers == tokens[:, -ANSWER:], axis=1)[:count]
     return {"tokens": length, "texts": count, "exact": right.mean().item(), "missed_depths": depths[~right].tolist()}
+
+
+def draw(losses: list[tuple[int, float]], path: Path) -> None:
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*losses, strict=True))
+    axes.set(xlabel="step", ylabel="loss, nats per byte (answers weigh a third)", yscale="log")
+    figure.savefig(path, dpi=150)
 
 
 def save_model(model: Qwen3_5, directory: Path) -> None:
@@ -345,6 +387,7 @@ def positive(kind: type, low: float | None = None) -> Any:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains, saves and checks; what metrics.json holds."""
     begin, args = time.perf_counter(), parse(argv)
+    ring_jax.distributed.initialize()
     recipe = {"tiny": TINY, "bundled": BUNDLED}.get(args.config)
     try:
         recipe = recipe or dataclasses.replace(BUNDLED, model=Config.from_hf(args.config))
@@ -362,30 +405,31 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"{args.out} holds checkpoints of an earlier run: give --resume or another --out")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    sharding, ranks = None, args.data * args.context
-    if ranks > len(jax.devices()):
+    sharding, ranks, found = None, args.data * args.context, len(jax.devices())
+    if ranks > found:
         raise SystemExit(
-            f"--data {args.data} --context {args.context} need {ranks} devices, this machine has {len(jax.devices())}; "
+            f"--data {args.data} --context {args.context} need {ranks} devices, this machine has {found}; "
             "XLA_FLAGS=--xla_force_host_platform_device_count=8 emulates eight on a CPU"
         )
-    if ranks > 1:
-        mesh = jax.make_mesh(
-            (args.data, args.context), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    if ranks < found and jax.process_count() > 1:
+        raise SystemExit(
+            f"--data {args.data} --context {args.context} take {ranks} of the {found} devices of {jax.process_count()} "
+            "processes: all must take part"
         )
+    if ranks > 1:
+        mesh = ring_jax.distributed.mesh(args.context, data=args.data, devices=jax.devices()[:ranks])
         sharding = Sharding(ring_jax.ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh))
     options: dict[str, Any] = {"sharding": sharding, "implementation": args.implementation}
     # Parameters and the optimizer's moments are float32 whatever the activations are.
     dtypes = {"dtype": args.compute, "param_dtype": jnp.float32}
     model = Qwen3_5(recipe.model, rngs=nnx.Rngs(args.seed), remat=args.remat, **dtypes, **options)
     count, device = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))), jax.devices()[0].device_kind
-    print(f"{count:,} parameters, {ranks} x {device}")
+    say = print if jax.process_index() == 0 else lambda *_, **__: None
+    say(f"{count:,} parameters, {ranks} x {device}")
 
     losses = train(args, recipe, model, begin)
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*losses, strict=True))
-    axes.set(xlabel="step", ylabel="loss, nats per byte (answers weigh a third)", yscale="log")
-    figure.savefig(args.out / "loss.png", dpi=150)
+    if jax.process_index() == 0:
+        draw(losses, args.out / "loss.png")
     save_model(model, args.out / "model")
 
     # What was saved is what is checked.
@@ -394,12 +438,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics |= {"seed": args.seed, "seconds": round(time.perf_counter() - begin, 1), "losses": losses, "retrieval": []}
     for length, number in recipe.checks:
         metrics["retrieval"].append(retrieval(model, length, number))
-        print("{tokens:>6} tokens: {exact:.0%} of {texts} keys found".format(**metrics["retrieval"][-1]))
-        (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        say("{tokens:>6} tokens: {exact:.0%} of {texts} keys found".format(**metrics["retrieval"][-1]))
+        if jax.process_index() == 0:
+            (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """`main`, and out."""
     status = 0
     try:
         main()
@@ -407,5 +453,10 @@ if __name__ == "__main__":
         status = stop.status if isinstance(stop, Stopped) else 130
         print(stop.message if isinstance(stop, Stopped) else "interrupted", file=sys.stderr)
     sys.stdout.flush()
+    jax.distributed.shutdown()  # of several processes none leaves before the others have saved
     # All is saved. An ordinary exit would wait for a compilation that is under way, or crash in the midst of it.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run()
