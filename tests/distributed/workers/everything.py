@@ -16,8 +16,8 @@ from flax import nnx
 import ring_jax
 from ring_jax.gdn import Heads
 from ring_jax.inference import generate
-from ring_jax.training import checkpoint
 from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
+from ring_jax.training import checkpoint
 
 LENGTH = 37
 CONFIG = Config(
@@ -48,7 +48,7 @@ def operands():
 
 
 def model_of(ranks, seed=0):
-    sharding = Sharding(context_of(ranks), weights="context", way="state")
+    sharding = Sharding(context_of(ranks), weights="context", gdn_strategy="state")
     return Qwen3_5(CONFIG, rngs=nnx.Rngs(seed), dtype=jnp.float32, sharding=sharding)
 
 
