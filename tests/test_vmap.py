@@ -26,7 +26,9 @@ BOUND = {np.float32: 1e-5, np.float64: 1e-12}  # relative to the largest entry
 DTYPES = pytest.mark.parametrize(
     "dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)], ids=["float64", "float32"]
 )
-STRATEGIES = ("ring", "pass_q", "all_gather", "ulysses", "ring_ulysses")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+# `pass_q` sends as `ring` does, `ulysses` as `ring_ulysses`.
+STRATEGIES = ("ring", slow("pass_q"), "all_gather", slow("ulysses"), "ring_ulysses")
 
 
 def check(function, arrays, dtype):
@@ -95,7 +97,7 @@ def test_attention(strategy, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("ranks, way", [(4, "batch"), (4, "head"), (2, "state"), (4, "state"), (8, "state")])
+@pytest.mark.parametrize("ranks, way", [slow(4, "batch"), (4, "head"), slow(2, "state"), (4, "state"), (8, "state")])
 def test_gated_delta_rule(ranks, way, dtype):
     """`state` gathers all pairs up to four ranks and scans beyond."""
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=make_mesh(context=ranks))

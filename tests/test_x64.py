@@ -1,5 +1,7 @@
 """The core where 64-bit types are on: the numbers of a 32-bit run, with integers and Python numbers that are now wide."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,10 @@ def x64():
         yield
 
 
-@pytest.mark.parametrize("strategy", ["ring", "pass_q", "all_gather", "ulysses"])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("strategy", ["ring", slow("pass_q"), "all_gather", slow("ulysses")])
 def test_ring_attention(strategy):
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 2, 13, 4, 8))
@@ -45,7 +50,7 @@ def test_ring_attention(strategy):
     assert oracle.relative(run(*(x.astype(np.float32) for x in (q, k, v))), want) < 1e-6
 
 
-@pytest.mark.parametrize("way", ["batch", "head", "state"])
+@pytest.mark.parametrize("way", [slow("batch"), "head", "state"])
 def test_gated_delta_rule(way):
     arrays = operands(0, 2, 16, 2, 2, 8, 8, dtype=np.float64)
     ids = np.array([[0] * 5 + [1] * 11, [3] * 16])

@@ -60,7 +60,11 @@ def check_every_mask(ranks, strategy, layout):
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("ranks, strategy, layout", COVER)
+# Of these, one rank and a number that nothing divides by are for the full product.
+@pytest.mark.parametrize(
+    "ranks, strategy, layout",
+    [pytest.param(*case, marks=pytest.mark.slow) if case[0] in (1, 5) else case for case in COVER],
+)
 def test_every_mask(ranks, strategy, layout):
     check_every_mask(ranks, strategy, layout)
 
