@@ -296,11 +296,11 @@ class HeadSplit:
         operands = query, key, value, log_decay, beta
         check_operands(*operands, initial_state, self.segment_ids)
         self.check_heads(key.shape[2], value.shape[2])
-        operands = [seq_to_axis(x, self.shard, 2) for x in operands]
+        split = [seq_to_axis(x, self.shard, 2) for x in operands]
         if initial_state is not None:
             initial_state = self.own(initial_state, 1)
         out, state = self.inside.gated_delta_rule(
-            *operands, scale=scale, initial_state=initial_state, implementation=implementation
+            *split, scale=scale, initial_state=initial_state, implementation=implementation
         )
         return axis_to_seq(out, self.shard, 2), self.everyone(state, 1)
 

@@ -96,10 +96,10 @@ class StatePassing:
             initial_state = jnp.zeros(shape, state_dtype(*operands))
         if 0 in value.shape:
             return jnp.zeros_like(value), initial_state
-        operands = segments.blank_padding(self.segment_ids, *operands)
-        operands = [_merge(chunks.split(x)) for x in operands]
+        rows = [_merge(chunks.split(x)) for x in segments.blank_padding(self.segment_ids, *operands)]
         ids = None if self.segment_ids is None else _merge(chunks.split(self.segment_ids))
-        maps = transition(*operands[1:], ids)
+        _, k, v, g, b = rows
+        maps = transition(k, v, g, b, ids)
         m, b = (x.reshape(chunks.folds, batch, *x.shape[1:]) for x in maps)
         joins = None
         if self.borders is not None:
@@ -109,7 +109,7 @@ class StatePassing:
         if joins is not None:
             entering = jnp.where(joins, entering, jnp.zeros_like(entering))
         out, state = delta_rule(
-            *operands, scale=scale, initial_state=_merge(entering), segment_ids=ids, implementation=implementation
+            *rows, scale=scale, initial_state=_merge(entering), segment_ids=ids, implementation=implementation
         )
         state = chunks.of_last(state.reshape(entering.shape))
         return chunks.join(out.reshape(chunks.folds, batch, *out.shape[1:])), state
@@ -133,6 +133,7 @@ class StatePassing:
             last = buffer.reshape(chunks.folds, batch, *buffer.shape[1:])[:, :, chunks.size :]
             leaving = chunks.of_last(last)
         else:
+            assert self.segment_ids is not None
             ids = _merge(self._with_halo(chunks.split(self.segment_ids)[..., None] + 1, history)[..., 0] - 1)
             each = [jnp.tile(x, chunks.folds) for x in (self.borders.first, self.borders.first_segment)]
             buffer, ids = insert_tail(_merge(buffer), ids, tails, each[0] - starts, each[1])
@@ -156,6 +157,7 @@ class StatePassing:
         return jnp.concatenate([halo[:, :, halo.shape[2] - history :], x], axis=2)
 
     def _leaving_tail(self, buffer, ids, starts, tail):
+        assert self.borders is not None
         chunks, history, batch = self.chunks, tail.shape[1], tail.shape[0]
         here = jnp.tile(self.borders.last, chunks.folds) - starts
         owns = (here >= 0) & (here < chunks.size)
