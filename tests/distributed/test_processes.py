@@ -84,7 +84,7 @@ def test_four_processes_save_and_two_restore(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_save_and_four_restore(tmp_path):
-    run_everything(tmp_path, (2, 2), (4, 1), "generate")
+    run_everything(tmp_path, (2, 2), (4, 1))
 
 
 @pytest.mark.slow
@@ -106,6 +106,7 @@ def example(monkeypatch):
     jax.config.update("jax_numpy_dtype_promotion", before)
 
 
+@pytest.mark.slow
 def test_a_run_of_four_that_is_killed_goes_on_with_two(example, tmp_path):
     """And ends with the losses of a run that nothing disturbed."""
     mesh = ["--data", "2", "--context", "2", "--save-every", "2"]
