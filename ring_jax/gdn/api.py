@@ -56,8 +56,8 @@ def gated_delta_rule(
 
     Returns:
         out in value's dtype, and the state after the last valid token in float32 (float64 for float64 inputs).
-        All arithmetic is float32 at highest precision, but for "mosaic": 16-bit operands with float32 accumulation and state
-        (relative error about 3e-3); its gradients are those of "chunked".
+        All arithmetic is float32 at highest precision, but for "mosaic": 16-bit operands with float32 accumulation and state,
+        forward and backward (relative error about 3e-3).
 
     Raises:
         TypeError: what is no array, number or name.

@@ -254,8 +254,8 @@ def _issue(products: list[tuple[Any, ...]], transposed: list[bool]) -> tuple[Any
         if in_registers:
             inputs += [(register, "r") for register in _registers(a)]
         else:
-            inputs.append((_descriptor(a, leading=0, stride=depth // 64 * _TILE_BYTES), "l"))
-        b_stride = _logical_shape(b)[1] // 64 * _TILE_BYTES
+            inputs.append((_descriptor(a, leading=0, stride=_row_stride(a)), "l"))
+        b_stride = _row_stride(b)
         b_base = f"${used + len(inputs)}"
         inputs.append((_descriptor(b, leading=0 if turned else _TILE_BYTES, stride=b_stride), "l"))
         for k in range(depth // _K):
@@ -294,6 +294,12 @@ def _instruction(n: int, kind: str, accumulator: list[str], a: str, b: str, flag
 def _logical_shape(ref: ir.Value) -> tuple[int, int]:
     row_tiles, column_tiles, rows, columns = ir.MemRefType(ref.type).shape
     return row_tiles * rows, column_tiles * columns
+
+
+def _row_stride(ref: ir.Value) -> int:
+    """Bytes from one 8 rows to the next; the tiles may be some columns of wider ones."""
+    strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    return strides[0] * 2
 
 
 def _descriptor(ref: ir.Value, *, leading: int, stride: int) -> ir.Value:

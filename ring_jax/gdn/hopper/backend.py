@@ -1,6 +1,7 @@
 """The Hopper kernels as an implementation of the gated delta rule: device check, types over mesh axes, gradients.
 
-The gradients are those of the chunked form in XLA, from the operands alone.
+What the forward takes the backward takes too, so gradients are always those of the kernels (`backward_launch`), from the
+operands alone: nothing else is kept.
 """
 
 from functools import partial
@@ -8,9 +9,8 @@ from functools import partial
 import jax
 
 from ring_jax._arrays import Shaped
-from ring_jax._vma import pcast_to, varying_axes
-from ring_jax.gdn.chunked import chunked
-from ring_jax.gdn.hopper import launch
+from ring_jax._vma import align, pcast_to, varying_axes
+from ring_jax.gdn.hopper import backward_launch, launch
 from ring_jax.mosaic.device import hopper_reason
 
 
@@ -21,13 +21,13 @@ def unsupported(query: Shaped, key: Shaped, value: Shaped) -> str | None:
 
 def hopper(query, key, value, log_decay, beta, *, scale, initial_state, segment_ids):
     """See `ring_jax.gated_delta_rule`; initial_state may be None, which saves reading zeros."""
-    return _rule(scale, query, key, value, log_decay, beta, initial_state, segment_ids)
+    return _rule(scale, *align(query, key, value, log_decay, beta, initial_state, segment_ids))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rule(scale, query, key, value, log_decay, beta, initial_state, segment_ids):
     operands = query, key, value, log_decay, beta
-    axes = varying_axes(*operands, initial_state, segment_ids)
+    axes = varying_axes(*operands)
     with jax.enable_x64(False):  # the kernels compute indices in int32
         results = launch.forward(*operands, scale=scale, initial_state=initial_state, segment_ids=segment_ids)
     return pcast_to(results, axes)
@@ -39,17 +39,11 @@ def _forward(scale, *arguments):
 
 def _backward(scale, arguments, cotangents):
     *operands, initial_state, segment_ids = arguments
-    state = initial_state
-    if state is None:
-        batch, _, heads, value_size = operands[2].shape
-        state = jax.numpy.zeros((batch, heads, operands[1].shape[3], value_size), jax.numpy.float32)
-
-    def plain(*operands_and_state):
-        *operands, state = operands_and_state
-        return chunked(*operands, scale=scale, initial_state=state, segment_ids=segment_ids)
-
-    *gradients, state_gradient = jax.vjp(plain, *operands, state)[1](cotangents)
-    return *gradients, None if initial_state is None else state_gradient, None
+    options = dict(scale=scale, initial_state=initial_state, segment_ids=segment_ids)
+    with jax.enable_x64(False):
+        *gradients, state_gradient = backward_launch.backward(operands, cotangents, **options)
+    gradients = *gradients, None if initial_state is None else state_gradient
+    return *pcast_to(gradients, varying_axes(*operands)), None
 
 
 _rule.defvjp(_forward, _backward)

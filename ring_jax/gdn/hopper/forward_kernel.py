@@ -141,7 +141,7 @@ def _body(problem: Problem, query, key, value, inverse, gates, *refs, **scratch)
     def _():
         action = "increase" if config.scores_registers > 128 else "decrease"
         plgpu.set_max_registers(config.scores_registers, action=action)
-        _scores(problem, count, **scratch)
+        compute_scores(problem, count, **scratch)
 
     @pl.when(warpgroup == config.state_warpgroups + 1)
     def _():
@@ -176,7 +176,7 @@ def _memory(problem, count, copies, *, full, free, p_full, p_free, p_smem, o_sme
             plgpu.barrier_wait(free.at[slot])
 
 
-def _scores(problem, count, *, q_smem, k_smem, p_smem, gates_smem, starts_smem, full, free, p_full, p_free, **_):
+def compute_scores(problem, count, *, q_smem, k_smem, p_smem, gates_smem, starts_smem, full, free, p_full, p_free, **_):
     """P of every chunk, rounded, to shared memory."""
     for slot in range(problem.config.stages):
         plgpu.barrier_arrive(free.at[slot])

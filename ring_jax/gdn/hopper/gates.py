@@ -44,6 +44,14 @@ def document_starts(segment_ids: jax.Array) -> jax.Array:
     return lax.cummax(jnp.where(begins, place, -1), axis=2)
 
 
+def document_spans(starts: jax.Array) -> jax.Array:
+    """`starts` [B, chunks, 64] and, beside them, where in the chunk the document of each token ends: [B, chunks, 2, 64]."""
+    place = lax.broadcasted_iota(jnp.int32, starts.shape, 2)
+    begins = jnp.where(starts == place, place, CHUNK)
+    following = jnp.pad(begins[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=CHUNK)
+    return jnp.stack([starts, lax.cummin(following, axis=2, reverse=True)], axis=2)
+
+
 def gate_rows(rows: jax.Array, starts: jax.Array | None) -> jax.Array:
     """`gates` [..., 4, 64] of `chunked_rows` [..., 2, 64] and starts [..., 64], of one rank."""
     total = jnp.cumsum(rows[..., 0, :] * LOG2E, axis=-1)

@@ -84,7 +84,7 @@ def forward(
     config, pieces = config or best, pieces or (1 if config else cuts)
     if (used := config.shared_memory_bytes(key_size)) > SHARED_MEMORY_BYTES:
         raise ValueError(f"{config} needs {used} bytes of shared memory for {key_size=}")
-    query, key, value, inverse, gates, starts = _prepared(query, key, value, log_decay, beta, segment_ids)
+    query, key, value, inverse, gates, starts = prepared(query, key, value, log_decay, beta, segment_ids)
     initial = None
     if initial_state is not None:
         initial = jnp.swapaxes(initial_state, 2, 3)[:, :, None]
@@ -122,19 +122,19 @@ def transition(
     reason = unsupported_reason(key, key, value)
     if reason is not None:
         raise NotImplementedError(f"the Hopper kernel of the gated delta rule {reason}")
-    _, key, value, inverse, gates, _ = _prepared(None, key, value, log_decay, beta, segment_ids)
+    _, key, value, inverse, gates, _ = prepared(None, key, value, log_decay, beta, segment_ids)
     through = _transition(key, value, inverse, gates, 1, gates.shape[2])[:, :, 0]
     through = jnp.swapaxes(through, 2, 3)
     return through[..., value.shape[3] :], through[..., : value.shape[3]]
 
 
-def _prepared(query, key, value, log_decay, beta, segment_ids):
+def prepared(query, key, value, log_decay, beta, segment_ids, *, backward: bool = False):
     """The operands as TMA can read them, and what `prepare` and `gates` make of them."""
     operands = [key, value, log_decay, beta, *([] if query is None else [query])]
     key, value, log_decay, beta, *rest = blank_padding(segment_ids, *operands)
     starts = None if segment_ids is None else document_starts(segment_ids)
     # TMA reads whole tiles, of an array whose length is a multiple of 8.
-    key, value, *rest = (_lengthened(x) for x in (key, value, *rest))
+    key, value, *rest = (lengthened(x) for x in (key, value, *rest))
     batch, time, key_heads, key_size = key.shape
     problem = prepare.Problem(
         batch=batch,
@@ -144,6 +144,7 @@ def _prepared(query, key, value, log_decay, beta, segment_ids):
         key_size=key_size,
         documents=starts is not None,
         dtype=jnp.dtype(key.dtype),
+        backward=backward,
     )
     inverse, gates = prepare.prepare(problem, key, chunked_rows(log_decay, beta), starts)
     return *(rest or [None]), key, value, inverse, gates, starts
@@ -176,6 +177,7 @@ def _entering(initial, through, value_size: int):
     return jnp.stack(states, axis=2)
 
 
-def _lengthened(x: jax.Array) -> jax.Array:
+def lengthened(x: jax.Array) -> jax.Array:
+    """[B, T, ...] as TMA can read it, in tiles of a chunk: zeros at the end."""
     length = max(pl.cdiv(x.shape[1], 8) * 8, CHUNK)
     return x if length == x.shape[1] else jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))

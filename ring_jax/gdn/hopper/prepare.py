@@ -38,6 +38,7 @@ class Problem:
     key_size: int
     documents: bool
     dtype: Any
+    backward: bool = False  # T = (I + strict_lower[K K^T . D] diag(beta))^-1 instead, see `recurrence_kernel`
     multiprocessors: int = 132
 
     @property
@@ -160,9 +161,13 @@ def _item(problem, targets, load_next, *, k_smem, x_smem, y_smem, t_smem, rows_s
         gate = gates_smem.at[r]
         plgpu.copy_smem_to_gmem(gate, gates_target)
         decay = jnp.exp2(across(compat.load(gate.at[0], _ROWS)) - down(compat.load(gate.at[0], _COLUMNS)))
-        strict = products * across(-compat.load(gate.at[3], _ROWS)) * decay
+        if problem.backward:
+            strict = products * down(-compat.load(gate.at[3], _COLUMNS)) * decay
+        else:
+            strict = products * across(-compat.load(gate.at[3], _ROWS)) * decay
         inverse = _inverse(wgmma.mask(strict, low, row, 0.0), x_smem, y_smem)
-        inverse = inverse * down(compat.load(gate.at[3], _COLUMNS))
+        if not problem.backward:
+            inverse = inverse * down(compat.load(gate.at[3], _COLUMNS))
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last T has left; the gates may be on their way
         store(t_smem, inverse.astype(problem.dtype))
         plgpu.commit_smem()

@@ -219,30 +219,6 @@ def test_interpreted_wide():
         compare(arrays, None, config=WIDE)
 
 
-@interpreted
-@needs_kernel
-@pytest.mark.slow
-@pytest.mark.parametrize("initial", [False, True])
-def test_gradients_are_those_of_the_chunked_form(initial):
-    arrays, state = inputs(13, 1, 70, 1, 1, 64, 64)
-    segment_ids = jnp.asarray(ids(70, 30)[None])
-
-    def loss(rule, arrays, state):
-        out, final = rule(*arrays, scale=0.1, initial_state=state, segment_ids=segment_ids)
-        return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(final**2)
-
-    state = state if initial else None
-    with compat.interpret_mode():
-        got = jax.grad(functools.partial(loss, backend.hopper), argnums=(0, 1))(arrays, state)
-    start = jnp.zeros((1, 1, 64, 64), jnp.float32) if state is None else state
-    want = jax.grad(functools.partial(loss, chunked), argnums=(0, 1))(arrays, start)
-    want = want if initial else (want[0], None)
-    # The cotangents come from outputs that are rounded differently.
-    for found, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert found.dtype == expected.dtype
-        assert relative(found.astype(jnp.float32), expected.astype(jnp.float32)) < 1e-2
-
-
 # On a GPU.
 
 
