@@ -9,7 +9,7 @@ import ring_jax
 from ring_jax import gdn
 from ring_jax.models.qwen3_5 import Sharding
 from ring_jax.moe import MoEWeights, moe
-from tests.context.harness import make_mesh
+from tests.support.mesh import make_mesh
 
 
 def context():
