@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_jax.gdn import Heads, causal_convolution, gated_delta_rule
+from ring_jax.gdn.convolved import l2_normalize
 from ring_jax.gdn.hopper import conv, decode, launch
 from ring_jax.gdn.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig
-from ring_jax.gdn.mixer import l2_normalize
 from ring_jax.nn.gdn import gated_rms_norm
 
 WIDTH = 4  # of the convolution
@@ -250,50 +250,50 @@ def tuned_convolutions(case: Case, gradient: bool) -> list[Part]:
 # -- decode --------------------------------------------------------------------------------------------------------
 
 
-def _decode_operands(case: Case, dtype: Any, layers: int) -> tuple[jax.Array, ...]:
-    """mixed, ba, gate, tail, weight, a_log, dt_bias, norm weight, stacked states."""
+def _decode_operands(case: Case, dtype: Any, layers: int) -> tuple[Any, ...]:
+    """projections, tail, weights, stacked states."""
 
     def draw(key):
         heads, batch = case.heads, case.batch
         keys = iter(jax.random.split(key, 9))
         normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
         n, dk, dv = heads.value_heads, heads.key_size, heads.value_size
-        few = normal(batch, 1, heads.features), normal(batch, 1, 2 * n), normal(batch, 1, n, dv)
-        few += normal(batch, WIDTH - 1, heads.features), normal(WIDTH, heads.features)
-        gates = normal(n), normal(n) - 2, 1 + 0.1 * normal(dv)
-        return *(x.astype(dtype) for x in few), *gates, normal(layers, batch, n, dk, dv)
+        few = normal(batch, 1, heads.features + n * (dv + 2)), normal(batch, WIDTH - 1, heads.features)
+        conv = tuple(normal(WIDTH, size).astype(dtype) for size in heads.parts)
+        weights = decode.StepWeights(conv, normal(n), normal(n) - 2, 1 + 0.1 * normal(dv))
+        return *(x.astype(dtype) for x in few), weights, normal(layers, batch, n, dk, dv)
 
     return jax.jit(draw)(seed())
 
 
 def decode_step(case: Case, config: decode.DecodeConfig | None = None) -> Part:
     """A step of as many layers as have states beyond the cache of the GPU, one after the other."""
-    heads = case.heads
-    state = 4 * case.batch * heads.value_heads * heads.key_size * heads.value_size
+    state = 4 * case.batch * case.heads.value_heads * case.heads.key_size * case.heads.value_size
     layers = max(2, -(-(80 << 20) // state))
 
-    def ours(mixed, ba, gate, tail, weight, a_log, dt_bias, norm_weight, states):
-        heads = _decode_heads(case, mixed, gate)
+    def ours(projected, tail, weights, states):
+        options = dict(heads=_heads_of(case, weights), config=config)
+        weights = jax.tree.map(lambda w: w[None], weights)
+        tails = jnp.stack([tail] * states.shape[0])
         for layer in range(states.shape[0]):
-            options = dict(weight=weight, a_log=a_log, dt_bias=dt_bias, heads=heads, config=config)
-            options |= dict(gate=gate, norm_weight=norm_weight, layer=layer)
-            out, states, _ = decode.step(mixed, ba, states, tail, **options)
+            out, states, _ = decode.step(projected, states, tails, weights, at=(layer, 0), **options)
         return out, states
 
-    def plain(mixed, ba, gate, tail, weight, a_log, dt_bias, norm_weight, states):
-        heads = _decode_heads(case, mixed, gate)
-        left = []
-        y = jax.nn.silu(causal_convolution(mixed, weight, tail=tail)[0])
-        parts = jnp.split(y, np.cumsum(heads.parts)[:-1], axis=2)
+    def plain(projected, tail, weights, states):
+        heads = _heads_of(case, weights)
+        n, values, left = heads.value_heads, heads.parts[2], []
+        sizes = heads.features, values, n, n
+        mixed, z, b, a = jnp.split(projected, list(itertools.accumulate(sizes[:-1])), axis=2)
+        y = jax.nn.silu(causal_convolution(mixed, jnp.concatenate(weights.conv, axis=1), tail=tail)[0])
+        parts = jnp.split(y, list(itertools.accumulate(heads.parts[:-1])), axis=2)
         sizes = heads.key_size, heads.key_size, heads.value_size
         q, k, v = (x.reshape(*x.shape[:2], -1, size) for x, size in zip(parts, sizes, strict=True))
-        b, a = jnp.split(ba, 2, axis=2)
-        g = -jnp.exp(a_log)[None, None] * jax.nn.softplus(a + dt_bias[None, None])
+        g = -jnp.exp(weights.a_log)[None, None] * jax.nn.softplus(a + weights.dt_bias[None, None])
         for state in states:
             options = dict(initial_state=state, implementation="reference")
             out, state = gated_delta_rule(l2_normalize(q), l2_normalize(k), v, g, jax.nn.sigmoid(b), **options)
             left.append(state)
-        return gated_rms_norm(out, gate, norm_weight, 1e-6), jnp.stack(left)
+        return gated_rms_norm(out, z.reshape(out.shape), weights.norm, 1e-6), jnp.stack(left)
 
     return Part(
         what="decode step",
@@ -310,13 +310,9 @@ def decode_step(case: Case, config: decode.DecodeConfig | None = None) -> Part:
     )
 
 
-def _decode_heads(case: Case, mixed, gate) -> Heads:
-    values = gate.shape[2]
-    return dataclasses.replace(
-        case.heads,
-        value_heads=values,
-        key_heads=(mixed.shape[2] - values * case.heads.value_size) // (2 * case.heads.key_size),
-    )
+def _heads_of(case: Case, weights: decode.StepWeights) -> Heads:
+    keys, values = (w.shape[1] // case.heads.key_size for w in weights.conv[1:])
+    return dataclasses.replace(case.heads, key_heads=keys, value_heads=values)
 
 
 def tuned_decode_steps(case: Case) -> list[Part]:

@@ -21,13 +21,11 @@ from ring_jax import _repr
 from ring_jax._checks import check_count, check_dtype, check_instance
 from ring_jax.context.shard import axis_to_seq
 from ring_jax.gdn import segments
-from ring_jax.gdn.backends import select
 from ring_jax.gdn.checks import widened
+from ring_jax.gdn.convolved import convolved, joined
 from ring_jax.gdn.cost import gathers_input
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.partition import HeadSplit, Partition
-
-NORM_EPSILON = 1e-6
 
 
 @jax.tree_util.register_dataclass
@@ -79,14 +77,13 @@ class MixerWeights:
     heads: Heads = dataclasses.field(metadata={"static": True})
     precision: Any = dataclasses.field(default=None, metadata={"static": True})  # of the projections
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """mixed [B, T, F] and (b | a) [B, T, 2N], in x's dtype."""
+    def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """q, k and v, or the three in one array [B, T, F], and (b | a) [B, T, 2N], in x's dtype."""
 
-        def product(kernels):
-            parts = [jnp.matmul(x, kernel.astype(x.dtype), precision=self.precision) for kernel in kernels]
-            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        def product(kernel):
+            return jnp.matmul(x, kernel.astype(x.dtype), precision=self.precision)
 
-        return product(self.qkv), product(self.ba)
+        return tuple(product(kernel) for kernel in self.qkv), product(joined(self.ba))
 
 
 def mix(
@@ -95,7 +92,7 @@ def mix(
     cache: GDNCache | None,
     partition: Partition,
     implementation=None,
-    projected: tuple[Float[Array, "B T F"], Float[Array, "B T _"]] | None = None,
+    projected: tuple[tuple[Float[Array, "B T _"], ...], Float[Array, "B T _"]] | None = None,
 ) -> tuple[Float[Array, "B T N dv"], GDNCache]:
     """Layer input to heads before the output norm, and the cache to go on from.
 
@@ -108,11 +105,14 @@ def mix(
         projected: `weights.project(x)`, from a caller who has it already; not used where `projects_own_heads`.
     """
     if cache is None:
-        cache = GDNCache.empty(x.shape[0], weights.heads, weights.conv.shape[0], x.dtype)
+        tail = jnp.zeros((x.shape[0], weights.conv.shape[0] - 1, weights.heads.features), x.dtype)
+        segment = jnp.full(x.shape[:1], segments.PADDING, jnp.int32)
+        cache = GDNCache(None, tail, segment)  # type: ignore[arg-type]  # no state to read
     edges = partition.edge_segments()
     if edges is not None:
         first, last = edges
-        state, tail = (segments.carried(c, cache.segment, first) for c in (cache.state, cache.tail))
+        carried = lambda c: segments.carried(c, cache.segment, first)  # noqa: E731
+        state, tail = jax.tree.map(carried, (cache.state, cache.tail))
         cache = GDNCache(state, tail, jnp.where(last >= 0, last, cache.segment))
     if projects_own_heads(weights.heads, x.shape[-1], partition):
         return _mix_head_split(weights, x, None, cache, partition, implementation)
@@ -128,25 +128,12 @@ def projects_own_heads(heads: Heads, width: int, partition: Partition) -> bool:
     return isinstance(partition, HeadSplit) and gathers_input(heads, width, partition.shard.ranks)
 
 
-def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, partition: Partition, implementation=None):
+def mix_projected(weights: MixerWeights, parts, ba, cache: GDNCache, partition: Partition, implementation=None):
     """From the projections on. `cache.segment` is already that of the last token."""
-    heads, (batch, time, _) = weights.heads, mixed.shape
-    mixed, tail = partition.causal_convolution(mixed, weights.conv, tail=cache.tail)
-    mixed = jax.nn.silu(mixed)
-    query, key, value = (
-        part.reshape(batch, time, part.shape[-1] // size, size)
-        for part, size in zip(
-            _split(mixed, heads.parts), (heads.key_size, heads.key_size, heads.value_size), strict=True
-        )
-    )
+    query, key, value, tail = convolved(parts, weights.conv, weights.heads, cache.tail, partition, implementation)
     b, a = jnp.split(widened(ba), 2, axis=-1)
     a_log, dt_bias = (widened(x)[None, None] for x in (weights.a_log, weights.dt_bias))
     log_decay = -jnp.exp(a_log) * jax.nn.softplus(a + dt_bias)
-    query, key = l2_normalize(query), l2_normalize(key)
-    # The Hopper kernel takes 16 bits; the float32 forms keep all digits of the norms.
-    rounded = query.astype(value.dtype), key.astype(value.dtype)
-    if select(implementation, *rounded, value).name == "mosaic":
-        query, key = rounded
     out, state = partition.gated_delta_rule(
         query,
         key,
@@ -159,12 +146,6 @@ def mix_projected(weights: MixerWeights, mixed, ba, cache: GDNCache, partition: 
     return out, GDNCache(state, tail, cache.segment)
 
 
-def l2_normalize(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """x / sqrt(sum x^2 + 1e-6) over the last axis, in float32 and left there: the delta rule takes it so."""
-    x = widened(x)
-    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
-
-
 def _mix_head_split(weights: MixerWeights, x, projected, cache: GDNCache, partition, implementation):
     """`projected` is None where own heads are projected here, from the gathered input."""
     heads, shard = weights.heads, partition.shard
@@ -173,12 +154,14 @@ def _mix_head_split(weights: MixerWeights, x, projected, cache: GDNCache, partit
     own = _own_weights(weights, rank, ranks)
     if projected is None:
         x = lax.all_gather(x, shard.axis, axis=1, tiled=True)
-        mixed, ba = own.project(shard.layout.restore(x, 1, ranks))
+        parts, ba = own.project(shard.layout.restore(x, 1, ranks))
     else:
-        mixed, ba = projected
-        mixed, ba = _exchange(mixed, ba, heads, partition)
-    here = GDNCache(partition.own(cache.state, 1), _own(cache.tail, heads.parts, rank, ranks), cache.segment)
-    out, here = mix_projected(own, mixed, ba, here, partition.inside, implementation)
+        parts, ba = projected
+        mixed, ba = _exchange(joined(parts), ba, heads, partition)
+        parts = (mixed,)
+    state = jax.tree.map(lambda state: partition.own(state, 1), cache.state)  # None where there is none
+    here = GDNCache(state, _own(cache.tail, heads.parts, rank, ranks), cache.segment)
+    out, here = mix_projected(own, parts, ba, here, partition.inside, implementation)
     out = axis_to_seq(out, shard, 2)
     return out, GDNCache(partition.everyone(here.state, 1), _everyone(here.tail, heads.parts, partition), cache.segment)
 

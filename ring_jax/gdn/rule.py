@@ -30,9 +30,10 @@ def delta_rule(
     batch, _, _, dk = key.shape
     heads, dv = value.shape[2:]
     backend = select(implementation, query, key, value)
-    if initial_state is None:
+    empty = 0 in value.shape or dk == 0
+    if initial_state is None and (empty or backend.name != "mosaic"):  # which begins with zeros without reading them
         initial_state = jnp.zeros((batch, heads, dk, dv), state_dtype(*operands))
-    if 0 in value.shape or dk == 0:
+    if empty:
         return jnp.zeros_like(value), initial_state
     scale = dk**-0.5 if scale is None else scale
     return _rule(backend, float(scale), operands, initial_state, segment_ids)

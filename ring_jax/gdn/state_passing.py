@@ -13,9 +13,11 @@ from jax import lax
 from ring_jax._checks import to_int32
 from ring_jax.context.shard import Shard
 from ring_jax.gdn import segments
+from ring_jax.gdn.backends import select
 from ring_jax.gdn.checks import check_operands, state_dtype
 from ring_jax.gdn.chunked import transition
 from ring_jax.gdn.conv import check_convolution, convolve_buffer, insert_tail, tail_at
+from ring_jax.gdn.hopper import transition as hopper
 from ring_jax.gdn.rule import delta_rule
 from ring_jax.gdn.state_scan import Chunks
 
@@ -98,8 +100,7 @@ class StatePassing:
             return jnp.zeros_like(value), initial_state
         rows = [_merge(chunks.split(x)) for x in segments.blank_padding(self.segment_ids, *operands)]
         ids = None if self.segment_ids is None else _merge(chunks.split(self.segment_ids))
-        _, k, v, g, b = rows
-        maps = transition(k, v, g, b, ids)
+        maps = self._transition(implementation, rows, ids)
         m, b = (x.reshape(chunks.folds, batch, *x.shape[1:]) for x in maps)
         joins = None
         if self.borders is not None:
@@ -113,6 +114,21 @@ class StatePassing:
         )
         state = chunks.of_last(state.reshape(entering.shape))
         return chunks.join(out.reshape(chunks.folds, batch, *out.shape[1:])), state
+
+    def _transition(self, implementation: str | None, rows: list[jax.Array], ids) -> tuple[jax.Array, jax.Array]:
+        """M and B of each chunk here, by the kernel where the rule itself runs it."""
+        query, key, *rest = rows
+        kernel = select(implementation, query, key, rest[0]).name == "mosaic"
+        return hopper.transition(key, *rest, ids) if kernel else transition(key, *rest, ids)
+
+    def passes_whole_tails(self, history: int) -> bool:
+        """Whether the last `history` inputs of each chunk are what its successor has to know: no documents, no shorter chunks."""
+        return self.borders is None and 0 < history <= self.chunks.size
+
+    def entering_tails(self, last, tail):
+        """From the last inputs of each chunk here [folds, B, W-1, F] and those before the sequence: what each chunk begins with."""
+        begins = (self.chunks.starts() == 0)[:, None, None, None]
+        return jnp.where(begins, tail[None], self.chunks.predecessors(last))
 
     def causal_convolution(self, x, weight, *, tail=None):
         check_convolution(x, weight, tail, self.segment_ids)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from ring_jax._checks import Sizes, check_array
 from ring_jax.gdn.checks import check_operands
@@ -72,6 +73,19 @@ def unsupported_reason(
     return None
 
 
+class StepWeights(NamedTuple):
+    """Of a layer, or with an axis of groups in front of each.
+
+    Fields:
+        conv: filters of q, k and v. a_log, dt_bias: of the decay. norm: of the output norm, if it is to be made.
+    """
+
+    conv: tuple[Float[Array, "... W _"], Float[Array, "... W _"], Float[Array, "... W _"]]
+    a_log: Float[Array, "... N"]
+    dt_bias: Float[Array, "... N"]
+    norm: Float[Array, "... dv"] | None = None
+
+
 def recurrent(
     query: Float[Array, "B T K dk"],
     key: Float[Array, "B T K dk"],
@@ -104,50 +118,46 @@ def recurrent(
 
 
 def step(
-    mixed: Float[Array, "B T F"],
-    ba: Float[Array, "B T 2N"],
+    projected: Float[Array, "B T P"],
     state: Float32[Array, "... B N dk dv"],
-    tail: Float[Array, "B W-1 F"],
+    tail: Float[Array, "... B W-1 F"],
+    weights: StepWeights,
     *,
-    weight: Float[Array, "W F"],
-    a_log: Float[Array, " N"],
-    dt_bias: Float[Array, " N"],
     heads: Heads,
     scale: float | None = None,
-    gate: Float[Array, "B T N dv"] | None = None,
-    norm_weight: Float[Array, " dv"] | None = None,
     norm_epsilon: float = 1e-6,
-    layer: int | Int[Array, ""] | None = None,
+    at: tuple[int, int] | None = None,
     config: DecodeConfig | None = None,
 ) -> tuple[Float[Array, "B T N dv"], Float32[Array, "... B N dk dv"], Float[Array, "B W-1 F"]]:
     """A GDN layer's token mixer between its projections: one or a few tokens in one launch; no gradient.
 
     Args:
-        mixed: projections q | k | v. ba: b of all heads, then a.
-        state: float32, updated in its own buffer wherever nobody else reads it. With `layer`, those of several layers, stacked.
+        projected: q | k | v | z | b | a of all heads; without z where `weights` have no norm.
+        state: float32, updated in its own buffer wherever nobody else reads it.
         tail: the last W - 1 inputs of the convolution.
-        weight, a_log, dt_bias: as in `MixerWeights`.
+        weights: as in `MixerWeights`; with those of the output norm it is made here, with z as its gate.
         scale: of the query, d_k^-0.5 by default.
-        gate, norm_weight: z and the weight of the output norm, which is made here where they are given.
-        layer: which of the stacked states is this layer's; where traced, it is cut to those that are there.
+        at: (layer, group) where states and tails are those of several layers, stacked, and weights those of several groups:
+            which of them are this layer's.
 
     Returns:
-        out (normalised where a gate is given) in the dtype of `mixed`, the states, and the leaving tail.
+        out (normalised where there is a norm) in the dtype of `projected`, the states, and this layer's leaving tail.
 
     Raises:
         NotImplementedError: if `unsupported_reason` gives one.
         ValueError: shapes that do not fit.
     """
-    stacked = state if layer is not None else state[None]
-    _check_step(heads, mixed, ba, stacked, tail, weight, a_log, dt_bias, gate, norm_weight)
-    batch, time, _ = mixed.shape
+    operands: tuple[jax.Array, ...] = (tail, *weights.conv, weights.a_log, weights.dt_bias)
+    operands += () if weights.norm is None else (weights.norm,)
+    if at is None:
+        state, *operands = (x[None] for x in (state, *operands))  # type: ignore[assignment]
+    _check_step(heads, projected, state, operands, at)
+    batch, time, features = projected.shape
     n, dk, dv = heads.value_heads, heads.key_size, heads.value_size
-    operands = (mixed, tail, weight, ba, a_log, dt_bias)
-    if gate is not None:
-        operands += (gate, norm_weight)
-    _refuse(unsupported_reason(time, dk, dv, *operands))
-    config = config or decode_config(batch, n, dk, dv, whole_heads=gate is not None)
-    _check_config(config, dv, whole_heads=gate is not None)
+    _refuse(unsupported_reason(time, dk, dv, projected, *operands))
+    gated = weights.norm is not None
+    config = config or decode_config(batch, n, dk, dv, whole_heads=gated)
+    _check_config(config, dv, whole_heads=gated)
     problem = Problem(
         batch=batch,
         time=time,
@@ -158,22 +168,20 @@ def step(
         columns=config.columns,
         warpgroups=config.warpgroups,
         scale=dk**-0.5 if scale is None else scale,
-        width=weight.shape[0],
-        norm_epsilon=None if gate is None else norm_epsilon,
+        width=weights.conv[0].shape[-2],
+        norm_epsilon=norm_epsilon if gated else None,
+        stacked=at is not None,
     )
-    if layer is not None and not isinstance(layer, int):
-        problem = dataclasses.replace(problem, layer=None)
-        operands += (jnp.asarray(layer, jnp.int32).reshape(1),)
-    elif layer is not None:
-        if not 0 <= layer < state.shape[0]:
-            raise ValueError(f"layer must be one of the {state.shape[0]} whose states are stacked, got {layer}")
-        problem = dataclasses.replace(problem, layer=layer)
+    projected = jnp.pad(projected, ((0, 0), (0, 0), (0, -features % 8)))  # rows begin where 16 bytes do
+    operands = (projected, *operands)
     outputs = (
-        compat.output_like((batch, time, n, dv), mixed.dtype, *operands, state),
-        compat.output_like(tail.shape, tail.dtype, *operands, state),
+        compat.output_like((batch, time, n, dv), projected.dtype, *operands, state),
+        compat.output_like(tail.shape[-3:], tail.dtype, *operands, state),
     )
-    out, leaving, stacked = _launch(problem, outputs, operands, stacked)
-    return out, stacked if layer is not None else stacked[0], leaving
+    if at is not None:
+        operands += (jnp.asarray(at, jnp.int32),)
+    out, leaving, states = _launch(problem, outputs, operands, state)
+    return out, states if at is not None else states[0], leaving
 
 
 def _launch(problem: Problem, outputs, operands, states):
@@ -205,22 +213,26 @@ def _check_config(config: DecodeConfig, dv: int, whole_heads: bool) -> None:
         raise ValueError(f"{config} does not fit a value head of {dv}" + (" with its norm" if whole_heads else ""))
 
 
-def _check_step(heads: Heads, mixed, ba, states, tail, weight, a_log, dt_bias, gate, norm_weight) -> None:
-    sizes = Sizes(N=heads.value_heads, dk=heads.key_size, dv=heads.value_size, F=heads.features)
-    check_array("mixed", mixed, "B T F", sizes)
-    check_array("ba", ba, f"B T {2 * heads.value_heads}", sizes)
-    check_array("weight", weight, "W F", sizes)
+def _check_step(heads: Heads, projected, states, operands, at) -> None:
+    """`operands`: tail, three filters, a_log, dt_bias, perhaps the norm's weight; all stacked."""
+    tail, *filters, a_log, dt_bias = operands[:6]
+    norm = operands[6:]
+    n, (keys, _, values) = heads.value_heads, heads.parts
+    features = heads.features + 2 * n + (values if norm else 0)
+    sizes = Sizes(N=n, dk=heads.key_size, dv=heads.value_size, F=heads.features)
+    check_array("projected", projected, f"B T {features}", sizes, advice="q | k | v | z | b | a")
+    for name, x, size in zip(("q", "k", "v"), filters, (keys, keys, values), strict=True):
+        check_array(f"the filter of {name}", x, f"G W {size}", sizes)
     sizes["W-1"] = sizes["W"] - 1
-    check_array("tail", tail, "B W-1 F", sizes, advice="the last W - 1 inputs")
-    check_array("a_log", a_log, "N", sizes)
-    check_array("dt_bias", dt_bias, "N", sizes)
+    check_array("a_log", a_log, "G N", sizes)
+    check_array("dt_bias", dt_bias, "G N", sizes)
+    if norm:
+        check_array("the norm's weight", norm[0], "G dv", sizes)
     check_array("state", states, "L B N dk dv", sizes)
+    check_array("tail", tail, "L B W-1 F", sizes, advice="the last W - 1 inputs")
     if states.dtype != jnp.float32:
         raise ValueError(f"state must be float32, got {states.dtype}: states are never rounded")
-    if tail.dtype != mixed.dtype:
-        raise ValueError(f"tail must be {mixed.dtype} like the inputs, got {tail.dtype}: it holds inputs")
-    if (gate is None) != (norm_weight is None):
-        raise ValueError("gate and norm_weight come together: z, and the weight of the output norm")
-    if gate is not None:
-        check_array("gate", gate, "B T N dv", sizes)
-        check_array("norm_weight", norm_weight, "dv", sizes)
+    if tail.dtype != projected.dtype:
+        raise ValueError(f"tail must be {projected.dtype} like the inputs, got {tail.dtype}: it holds inputs")
+    if at is not None and not (0 <= at[0] < sizes["L"] and 0 <= at[1] < sizes["G"]):
+        raise ValueError(f"at must be one of {sizes['L']} layers and one of {sizes['G']} groups, got {at}")

@@ -42,7 +42,7 @@ class Problem:
         columns, warpgroups: see `DecodeConfig`.
         width: of the convolution, where the operands are projections.
         norm_epsilon: None for no gate and no output norm.
-        layer: whose states these are of those stacked; None where an operand says it.
+        stacked: whether an operand (layer, group) says whose states and tail, and whose weights, of all these are.
     """
 
     batch: int
@@ -56,7 +56,12 @@ class Problem:
     scale: float
     width: int | None
     norm_epsilon: float | None
-    layer: int | None = 0
+    stacked: bool = False
+
+    @property
+    def features(self) -> int:
+        """Of the convolution, q | k | v."""
+        return 2 * self.key_heads * self.dk + self.value_heads * self.dv
 
     @property
     def programs(self) -> int:
@@ -159,31 +164,46 @@ class _Given:
 
 
 class _Projected:
-    """Operands made from projections, and the tail that the convolution leaves."""
+    """Operands made from projections q | k | v | z (where there is a gate) | b | a, and the tail that the convolution leaves."""
 
-    def __init__(self, head: _Head, refs, leaving_ref):
+    def __init__(self, head: _Head, refs, layer, group, leaving_ref):
         self.head = head
-        self.x_ref, self.tail_ref, self.w_ref, self.ba_ref, self.a_log_ref, self.dt_bias_ref = refs
+        self.x_ref, tail_ref, *filters, a_log_ref, dt_bias_ref = refs
+        self.tail_ref, self.filters = tail_ref.at[layer], [ref.at[group] for ref in filters]
+        self.a_log_ref, self.dt_bias_ref = a_log_ref.at[group], dt_bias_ref.at[group]
         self.leaving_ref, self.qk_smem = leaving_ref, None
         problem = head.problem
         keys = problem.key_heads * problem.dk
+        self.key_channels = pl.ds(head.key_head * problem.dk, problem.dk)  # of their filters
         self.channels = [pl.ds(part * keys + head.key_head * problem.dk, problem.dk) for part in range(2)]
-        self.value_channels = pl.ds(2 * keys + head.head * problem.dv + head.columns.start, problem.columns)
+        self.own = pl.ds(head.head * problem.dv + head.columns.start, problem.columns)
+        self.value_channels = pl.ds(2 * keys + self.own.start, problem.columns)
+        self.gates = problem.features + problem.value_heads * problem.dv * (problem.norm_epsilon is not None)
 
     def load(self) -> None:
         """Everything at once: each load that waits for another costs as much as the state of one row of a batch."""
         head, problem = self.head, self.head.problem
-        self.parts = [self._inputs(channels, channel_layout(problem.dk)) for channels in self.channels]
-        self.parts.append(self._inputs(self.value_channels, head.column_layout))
-        heads = problem.value_heads
-        self.ba = [[self.ba_ref[head.batch, t, head.head + i * heads] for i in range(2)] for t in range(problem.time)]
+        self.parts = [
+            self._inputs(channels, w.at[:, self.key_channels], channel_layout(problem.dk))
+            for channels, w in zip(self.channels, self.filters, strict=False)
+        ]
+        self.parts.append(self._inputs(self.value_channels, self.filters[2].at[:, self.own], head.column_layout))
+        at = self.gates + head.head
+        self.ba = [
+            [self.x_ref[head.batch, t, at + i * problem.value_heads] for i in range(2)] for t in range(problem.time)
+        ]
         self.a_log, self.dt_bias = self.a_log_ref[head.head], self.dt_bias_ref[head.head]
 
-    def _inputs(self, channels, layout):
+    def z(self, t: int):
+        """The gate of this program's columns."""
+        problem = self.head.problem
+        return self.x_ref.at[self.head.batch, t, pl.ds(problem.features + self.own.start, problem.columns)]
+
+    def _inputs(self, channels, filters, layout):
         problem, batch = self.head.problem, self.head.batch
         x = [compat.load(self.tail_ref.at[batch, i, channels], layout) for i in range(problem.width - 1)]
         x += [compat.load(self.x_ref.at[batch, t, channels], layout) for t in range(problem.time)]
-        return x, [compat.load(self.w_ref.at[j, channels], layout) for j in range(problem.width)]
+        return x, [compat.load(filters.at[j], layout) for j in range(problem.width)]
 
     def _convolved(self, x, w) -> list[jax.Array]:
         """silu of the convolution, for each token."""
@@ -228,23 +248,28 @@ class _Projected:
 
 
 def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None) -> None:
-    """refs: the operands; z, the norm's weight where there is a gate; the layer where it is an operand; the states; out, and
-    the leaving tail of projected operands."""
+    """refs: the operands; the output norm's weight where there is a gate; (layer, group) where they are an operand; the states;
+    out, and the leaving tail of projected operands."""
     head = _Head(problem)
     *inputs, state_ref, out_ref = refs if problem.width is None else refs[:-1]
-    layer = problem.layer
-    if layer is None:
-        *inputs, layer_ref = inputs
-        layer = lax.max(lax.min(layer_ref[0], state_ref.shape[0] - 1), 0)
+    layer = group = 0
+    if problem.stacked:
+        *inputs, at_ref = inputs
+        sizes = state_ref.shape[0], inputs[-1].shape[0]
+        layer, group = (lax.max(lax.min(at_ref[i], size - 1), 0) for i, size in enumerate(sizes))
     operands: Any
+    norm_ref = None
     if problem.width is None:
-        operands, gate_refs = _Given(head, inputs[:5]), inputs[5:]
+        operands = _Given(head, inputs)
     else:
-        operands, gate_refs = _Projected(head, inputs[:6], refs[-1]), inputs[6:]
+        if problem.norm_epsilon is not None:
+            *inputs, norm_ref = inputs
+            norm_ref = norm_ref.at[group]
+        operands = _Projected(head, inputs, layer, group, refs[-1])
     state_ref = state_ref.at[layer, head.batch, head.head, :, head.columns]
     state = compat.load(state_ref, head.layout)
     operands.load()
-    gate = _OutputNorm(head, *gate_refs) if gate_refs else None
+    gate = None if norm_ref is None else _OutputNorm(head, operands.z, norm_ref)
     operands.prepare(qk_smem)
     outs = []
     for t in range(problem.time):
@@ -268,13 +293,13 @@ def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None) -> N
 class _OutputNorm:
     """weight o / rms(o) silu(z); the squares of a head come together through shared memory."""
 
-    def __init__(self, head: _Head, z_ref, weight_ref):
+    def __init__(self, head: _Head, z_ref_of, weight_ref):
         def load(ref):
             return compat.load(ref, head.column_layout)
 
         assert head.problem.norm_epsilon is not None
         self.head, self.epsilon = head, head.problem.norm_epsilon
-        self.z = [load(z_ref.at[head.batch, t, head.head, head.columns]) for t in range(head.problem.time)]
+        self.z = [load(z_ref_of(t)) for t in range(head.problem.time)]
         self.weight = load(weight_ref.at[head.columns])
 
     def apply(self, outs, o_smem, o_full) -> list[jax.Array]:

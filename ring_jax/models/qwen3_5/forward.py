@@ -7,6 +7,7 @@ where it lies: a scan copies every weight before its product, and with one token
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, cast
@@ -22,6 +23,7 @@ from ring_jax._vma import pcast_to
 from ring_jax.layout import Contiguous, Layout, Striped
 from ring_jax.models.qwen3_5.cache import Cache, append, put
 from ring_jax.models.qwen3_5.config import FULL, LINEAR
+from ring_jax.models.qwen3_5.in_place import StatesInPlace
 from ring_jax.models.qwen3_5.layers import norm
 from ring_jax.models.qwen3_5.pass_ import Pass, embed, lay_out, same_tokens
 from ring_jax.models.qwen3_5.past import Chunk, Chunks, Past
@@ -168,23 +170,36 @@ def loop_layers(model: Structure, params: Any, x, here: Pass) -> tuple[Array, La
     caller's to write. States are written layer by layer, each in place where the past is donated.
     """
     assert here.past is not None
-    states, keys = here.past.gdn, []
+    keys: list[Array] = []
+    held: Any = _SlicedStates(here.past.gdn)
+    if StatesInPlace.runs(model.config, here, here.past.gdn):
+        held = StatesInPlace(model.layers(params["groups"]), here.past.gdn)
     for g in range(model.config.groups):
-
-        def read(n: int, g=g) -> States:
-            return jax.tree.map(lambda c: c[g, n], states)
-
-        def write(n: int, left: States, g=g) -> None:
-            nonlocal states
-            state, tail = put(states.state, (g, n), left.state), put(states.tail, (g, n), left.tail)
-            states = dataclasses.replace(states, state=state, tail=tail)  # ids change between documents only
-
         layers = model.layers(jax.tree.map(lambda w, g=g: w[g], params["groups"]))
+        read, write = functools.partial(held.read, g), functools.partial(held.write, g)
         x, own, *_ = _run_layers(layers, x, here, read, write, g, Wanted())
         keys += own
     # The barrier keeps whoever writes the keys behind the last layer's reading: it would have to be to a copy otherwise.
     x, stacked = jax.lax.optimization_barrier((x, jnp.stack(keys)))
-    return x, LayerOutputs(stacked, states, None, None)
+    return x, LayerOutputs(stacked, held.result(), None, None)
+
+
+@dataclasses.dataclass
+class _SlicedStates:
+    """The states of all layers from one layer to the next, each cut out and put back: in place where the past is donated."""
+
+    states: States
+
+    def read(self, group: int, n: int) -> States:
+        return jax.tree.map(lambda c: c[group, n], self.states)
+
+    def write(self, group: int, n: int, left: States) -> None:
+        old, at = self.states, (group, n)
+        state, tail = put(old.state, at, left.state), put(old.tail, at, left.tail)
+        self.states = dataclasses.replace(old, state=state, tail=tail)  # ids change between documents only
+
+    def result(self) -> States:
+        return self.states
 
 
 def _run_layers(layers: Any, x, here: Pass, read: Callable, write: Callable, group: Any, wanted: Wanted):

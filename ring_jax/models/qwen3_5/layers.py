@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -18,9 +19,12 @@ from jaxtyping import Array
 
 from ring_jax import gdn
 from ring_jax.gdn.checks import widened
+from ring_jax.gdn.hopper import decode
+from ring_jax.gdn.hopper.decode import StepWeights
 from ring_jax.gdn.mixer import MixerWeights, mix, projects_own_heads
 from ring_jax.models.qwen3_5.collectives import Collectives
 from ring_jax.models.qwen3_5.config import FULL, Config
+from ring_jax.models.qwen3_5.in_place import InPlace
 from ring_jax.models.qwen3_5.init import stacked
 from ring_jax.models.qwen3_5.pass_ import Pass
 from ring_jax.models.qwen3_5.sharding import (
@@ -119,24 +123,44 @@ class GatedDeltaNet(nnx.Module):
         self.norm = make((heads.value_size,), (WHOLE,), "ones", jnp.float32)
         self.o = make((values, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
 
-    def __call__(self, x_btd: Array, cache: gdn.GDNCache | None, here: Pass) -> tuple[Array, gdn.GDNCache]:
+    def __call__(self, x_btd: Array, cache: gdn.GDNCache | InPlace | None, here: Pass) -> tuple[Array, Any]:
+        if isinstance(cache, InPlace):
+            return self._step(x_btd, cache, here)
         partition, width, heads = here.partition, x_btd.shape[-1], self.config.linear.share(here.tensor_ranks)
         conv = jnp.concatenate([self.conv_q[...], self.conv_k[...], self.conv_v[...]], axis=-1)
         weights: Any = functools.partial(
             MixerWeights, conv=conv, a_log=self.A_log[...], dt_bias=self.dt_bias[...], heads=heads
         )
-        flat = lambda parts: [part.reshape(*part.shape[:-2], -1) for part in parts]  # noqa: E731
-        if projects_own_heads(heads, width, partition):
-            q, k, v, z, b, a = flat(_by_head(here.weight(self.in_proj[...], 0, width, x_btd), self.sizes))
+        if projects_own_heads(heads, width, partition) or math.prod(x_btd.shape[:2]) >= width:
+            # As many tokens as the weight has rows: it is cheaper to cut than what it gives.
+            q, k, v, z, b, a = self._parts(here.weight(self.in_proj[...], 0, width, x_btd))
             gate = here.product(x_btd, z)
             out, cache = mix(weights((q, k, v), (b, a)), x_btd, cache, partition)
         else:
-            q, k, v, gate, b, a = flat(_by_head(here.product(x_btd, self.in_proj[...]), self.sizes))
-            projected = jnp.concatenate([q, k, v], axis=-1), jnp.concatenate([b, a], axis=-1)
+            q, k, v, gate, b, a = self._parts(here.product(x_btd, self.in_proj[...]))
+            projected = (jnp.concatenate([q, k, v], axis=-1),), jnp.concatenate([b, a], axis=-1)
             out, cache = mix(weights((), ()), x_btd, cache, partition, projected=projected)
         out = gated_rms_norm(out, gate.reshape(out.shape), self.norm[...], self.config.norm_epsilon)
-        y = here.sum_tensor(here.product(out.reshape(*x_btd.shape[:2], -1), self.o[...]))
-        return y, cache
+        return self._leave(out, here), cache
+
+    def _parts(self, x: Array) -> list[Array]:
+        """q, k, v, z, b, a of all heads, each [..., its features]."""
+        return [part.reshape(*part.shape[:-2], -1) for part in _by_head(x, self.sizes)]
+
+    def _leave(self, out_btnh: Array, here: Pass) -> Array:
+        return here.sum_tensor(here.product(out_btnh.reshape(*out_btnh.shape[:2], -1), self.o[...]))
+
+    def _step(self, x_btd: Array, cache: InPlace, here: Pass) -> tuple[Array, tuple[Array, Array]]:
+        """One token in one kernel between the projections: y, and for `StatesInPlace` all states and this layer's tail."""
+        projected = jnp.concatenate(self._parts(here.product(x_btd, self.in_proj[...])), axis=-1)
+        whole = cache.mixer
+        conv = whole.conv_q[...], whole.conv_k[...], whole.conv_v[...]
+        weights = StepWeights(conv, whole.A_log[...], whole.dt_bias[...], whole.norm[...])
+        heads, epsilon = self.config.linear.share(here.tensor_ranks), self.config.norm_epsilon
+        out, states, tail = decode.step(
+            projected, cache.states, cache.tails, weights, heads=heads, norm_epsilon=epsilon, at=cache.at
+        )
+        return self._leave(out, here), (states, tail)
 
 
 class MLP(nnx.Module):

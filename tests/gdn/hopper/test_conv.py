@@ -11,9 +11,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from ring_jax.gdn import causal_convolution
+from ring_jax.gdn.convolved import l2_normalize
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.hopper import conv
-from ring_jax.gdn.mixer import l2_normalize
 from ring_jax.mosaic import compat
 from tests.gdn.helpers import relative
 from tests.support.marks import interpreted, needs_in_place

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from ring_jax.gdn import causal_convolution, gated_delta_rule
+from ring_jax.gdn.convolved import l2_normalize
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.hopper import decode
 from ring_jax.gdn.hopper.decode import DecodeConfig
-from ring_jax.gdn.mixer import l2_normalize
 from ring_jax.mosaic import compat
 from ring_jax.nn.gdn import gated_rms_norm
 from tests.gdn.helpers import BOUND, numpy_rule, operands, relative
@@ -65,14 +65,29 @@ def in_float64(function, *arguments):
         return jax.tree.map(np.asarray, jax.jit(function)(*jax.tree.map(widen, arguments)))
 
 
-def check_step(seed, batch, time, heads, dtype, gated, config=None, layers=None, static=True):
+def packed(heads, mixed, ba, rest):
+    """What `decode.step` takes: projections as one array, and the weights."""
+    parts = [mixed, ba]
+    if "gate" in rest:
+        parts.insert(1, rest["gate"].reshape(*mixed.shape[:2], -1))
+    conv = tuple(jnp.split(rest["weight"], np.cumsum(heads.parts)[:-1], axis=-1))
+    weights = decode.StepWeights(conv, rest["a_log"], rest["dt_bias"], rest.get("norm_weight"))
+    return jnp.concatenate(parts, axis=-1), weights
+
+
+def check_step(seed, batch, time, heads, dtype, gated, config=None, layers=None):
     mixed, ba, state, tail, rest = step_inputs(seed, batch, time, heads, dtype, layers)
     if not gated:
         del rest["gate"], rest["norm_weight"]
     layer = None if layers is None else layers - 1
-    run = jax.jit(functools.partial(decode.step, heads=heads, config=config, **({"layer": layer} if static else {})))
+    projected, weights = packed(heads, mixed, ba, rest)
+    at, tails = None, tail
+    if layers is not None:  # the weights of the first of two groups, the tail of the last layer
+        at, tails = (layer, 0), jnp.stack([jnp.full_like(tail, jnp.nan)] * layer + [tail])
+        weights = jax.tree.map(lambda w: jnp.stack([w, jnp.full_like(w, jnp.nan)]), weights)
+    run = jax.jit(functools.partial(decode.step, heads=heads, config=config, at=at))
     before = np.asarray(state)
-    out, new, leaving = run(mixed, ba, state, tail, **({} if static else {"layer": layer}), **rest)
+    out, new, leaving = run(projected, state, tails, weights)
     np.testing.assert_array_equal(before, state)  # the caller's array is its own
     if layers is not None:
         np.testing.assert_array_equal(new[:layer], before[:layer])
@@ -112,7 +127,7 @@ def check_rule(seed, batch, time, key_heads, value_heads, size, dtype, decay, co
 )
 def test_interpreted_step(gated, config, layers):
     with compat.interpret_mode():
-        check_step(1, 2, 2, Heads(1, 2, 64, 64), jnp.float32, gated, config, layers, static=gated)
+        check_step(1, 2, 2, Heads(1, 2, 64, 64), jnp.float32, gated, config, layers)
 
 
 @interpreted
@@ -150,7 +165,8 @@ def test_lowers_step(gated, config):
         del rest["gate"], rest["norm_weight"]
 
     def run(mixed, ba, state, tail, rest):
-        return decode.step(mixed, ba, state, tail, heads=heads, config=config, **rest)
+        projected, weights = packed(heads, mixed, ba, rest)
+        return decode.step(projected, state, tail, weights, heads=heads, config=config)
 
     text = lower(run, *arrays, rest, donate=(2,))
     assert text.count("custom_call @mosaic_gpu") == 1
@@ -210,14 +226,19 @@ def test_default_config_fits(dk, dv, whole_heads):
 def test_errors():
     heads = Heads(1, 2, 64, 64)
     mixed, ba, state, tail, rest = step_inputs(0, 1, 1, heads, jnp.float32)
-    with pytest.raises(ValueError, match="ba must have shape"):
-        decode.step(mixed, ba[..., 1:], state, tail, heads=heads, **rest)
+    projected, weights = packed(heads, mixed, ba, rest)
+    step = functools.partial(decode.step, heads=heads)
+    with pytest.raises(ValueError, match="projected must have shape"):
+        step(projected[..., 1:], state, tail, weights)
+    with pytest.raises(ValueError, match="projected must have shape"):  # a gate without its norm
+        step(projected, state, tail, weights._replace(norm=None))
     with pytest.raises(ValueError, match="state must be float32"):
-        decode.step(mixed, ba, state.astype(jnp.bfloat16), tail, heads=heads, **rest)
+        step(projected, state.astype(jnp.bfloat16), tail, weights)
     with pytest.raises(ValueError, match="does not fit a value head of 64 with its norm"):
-        decode.step(mixed, ba, state, tail, heads=heads, config=DecodeConfig(columns=32, warpgroups=1), **rest)
-    with pytest.raises(ValueError, match="norm_weight come together"):
-        decode.step(mixed, ba, state, tail, heads=heads, **{**rest, "norm_weight": None})
+        step(projected, state, tail, weights, config=DecodeConfig(columns=32, warpgroups=1))
+    with pytest.raises(ValueError, match="one of 1 layers and one of 1 groups, got \\(1, 0\\)"):
+        stacked = jax.tree.map(lambda x: x[None], (state, tail, weights))
+        step(projected, *stacked, at=(1, 0))
 
 
 # On a GPU.
