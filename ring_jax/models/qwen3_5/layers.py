@@ -134,8 +134,11 @@ class GatedDeltaNet(nnx.Module):
         if projects_own_heads(heads, width, partition) or math.prod(x_btd.shape[:2]) >= width:
             # As many tokens as the weight has rows: it is cheaper to cut than what it gives.
             q, k, v, z, b, a = self._parts(here.weight(self.in_proj[...], 0, width, x_btd))
+            parts = jnp.concatenate([q, k, v], axis=-1), z, jnp.concatenate([b, a], axis=-1)
+            # Cut before the products: XLA would take the cuts into them, and those run at 60% of the speed (32K tokens).
+            qkv, z, ba = jax.lax.optimization_barrier(parts)
             gate = here.product(x_btd, z)
-            out, cache = mix(weights((q, k, v), (b, a)), x_btd, cache, partition)
+            out, cache = mix(weights((qkv,), (ba,)), x_btd, cache, partition)
         else:
             q, k, v, gate, b, a = self._parts(here.product(x_btd, self.in_proj[...]))
             projected = (jnp.concatenate([q, k, v], axis=-1),), jnp.concatenate([b, a], axis=-1)
