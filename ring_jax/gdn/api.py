@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 from ring_jax._checks import check_choice, renamed_arguments
 from ring_jax.context.parallel import ContextParallel
 from ring_jax.gdn import segments
+from ring_jax.gdn.backends import exact
 from ring_jax.gdn.checks import check_operands, check_segments
 from ring_jax.gdn.cost import STRATEGIES
 from ring_jax.gdn.rule import check_options, delta_rule
@@ -23,6 +24,7 @@ def gated_delta_rule(
     initial_state: Float[Array, "B N dk dv"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
+    precision: str | None = None,
     context: ContextParallel | None = None,
     strategy: str = "auto",
     seq_len: int | None = None,
@@ -47,6 +49,9 @@ def gated_delta_rule(
             gives zeros, whatever the other arrays hold there.
         implementation: "mosaic" (Hopper kernels, bfloat16 and float16, head sizes 64 and 128), "chunked" (sequences),
             "recurrent" (one or a few tokens) or "reference" (token by token, for tests); None takes the best that runs here.
+        precision: "default": 16-bit inputs may be multiplied as they are, with states and corrections rounded to 16 bits before
+            products (relative error about 3e-3); "highest": float32 arithmetic whatever the inputs, which no kernel has (as
+            "chunked" on a GPU 20 to 30 times the time). None is "default".
         context: the mesh axes and the layout that the arrays lie in, for a sequence that is spread over ranks; the
             state is then the same on all context ranks, before and after.
         strategy: with a context: "batch", "head", "state" or "auto" (see `ring_jax.gdn.sharded`, also for running whole
@@ -61,6 +66,7 @@ def gated_delta_rule(
 
     Raises:
         TypeError: what is no array, number or name.
+        NotImplementedError: a named implementation that cannot run here, or not in the precision that is asked for.
         ValueError: shapes or dtypes that do not fit, an unknown implementation, a strategy without a context or one that the
             layout or the number of heads does not allow, a positive log_decay (of NumPy: a device's is not read).
 
@@ -75,6 +81,9 @@ def gated_delta_rule(
     """
     scale = check_options(scale, implementation)
     check_choice("strategy", strategy, ("auto", *STRATEGIES))
+    check_choice("precision", precision, ("default", "highest"), optional=True)
+    if precision == "highest":
+        implementation = exact(implementation)
     operands = query, key, value, log_decay, beta
     options = {"initial_state": initial_state, "scale": scale, "implementation": implementation}
     if context is not None:

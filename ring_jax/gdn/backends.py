@@ -56,3 +56,17 @@ def select(implementation: str | None, query: Any, key: Any, value: Any) -> Back
             f"implementation={implementation!r} cannot run here: {reason}. None lets ring_jax choose"
         )
     return BACKENDS[implementation]
+
+
+def exact(implementation: str | None) -> str:
+    """The backend for float32 arithmetic throughout.
+
+    Raises:
+        NotImplementedError: `implementation` names one that rounds.
+    """
+    if implementation == "mosaic":
+        raise NotImplementedError(
+            "implementation='mosaic' rounds operands of products to 16 bits, precision='highest' asks for float32: leave one "
+            "of them out (None lets ring_jax choose)"
+        )
+    return implementation or "chunked"

@@ -470,6 +470,7 @@ def rule_operands() -> dict[str, Any]:
 
 def rules() -> list[Call]:
     good = rule_operands() | {"scale": 0.5, "implementation": "chunked", "strategy": "auto", "context": None}
+    good |= {"precision": "highest"}
     kinds = {
         "query": Arr(bound=(0, 1, 2, 3)),
         "key": Arr(bound=(0, 1, 2, 3)),
@@ -482,6 +483,7 @@ def rules() -> list[Call]:
         "segment_ids": maybe(Arr("signed", (0, 1))),
         "scale": SCALE,
         "implementation": IMPLEMENTATION,
+        "precision": maybe(Choice()),
         "strategy": Choice(),
         "context": maybe(Instance()),
     }

@@ -43,14 +43,19 @@ def test_the_kernel_is_the_default_wherever_it_runs():
 
 
 @pytest.mark.skipif(not RUNS, reason="the kernel needs jax 0.11.2 or later")
-@pytest.mark.parametrize("implementation", [None, "chunked"])
-def test_what_was_chosen_runs(implementation):
+@pytest.mark.parametrize("options", [{}, {"implementation": "chunked"}, {"precision": "highest"}], ids=str)
+def test_what_was_chosen_runs(options):
     def loss(*operands):
-        return ring_jax.gated_delta_rule(*operands, implementation=implementation)[0].astype(jnp.float32).sum()
+        return ring_jax.gated_delta_rule(*operands, **options)[0].astype(jnp.float32).sum()
 
     with on_hopper():
         text = jax.jit(jax.value_and_grad(loss)).trace(*operands()).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("mosaic_gpu" in text) == (implementation is None)
+    assert ("mosaic_gpu" in text) == (not options)
+
+
+def test_no_kernel_is_exact():
+    with pytest.raises(NotImplementedError, match="'mosaic' rounds operands .* precision='highest' asks for float32"):
+        ring_jax.gated_delta_rule(*operands(), implementation="mosaic", precision="highest")
 
 
 @pytest.mark.skipif(not RUNS, reason="the kernel needs jax 0.11.2 or later")
