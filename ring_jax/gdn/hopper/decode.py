@@ -112,15 +112,14 @@ def recurrent(
     _check_config(config, dv, whole_heads=False)
     problem = Problem(batch, time, key_heads, heads, dk, dv, config.columns, config.warpgroups, scale, None, None)
     operands = (query, key, value, log_decay, beta)
-    outputs = (compat.output_like(value.shape, value.dtype, *operands, initial_state),)
-    out, state = _launch(problem, outputs, operands, initial_state[None])
+    out, state = _launch(problem, operands, initial_state[None])
     return out, state[0]
 
 
 def step(
     projected: Float[Array, "B T P"],
     state: Float32[Array, "... B N dk dv"],
-    tail: Float[Array, "... B W-1 F"],
+    tail: Float[Array, "... B _ F"],
     weights: StepWeights,
     *,
     heads: Heads,
@@ -128,7 +127,7 @@ def step(
     norm_epsilon: float = 1e-6,
     at: tuple[int, int] | None = None,
     config: DecodeConfig | None = None,
-) -> tuple[Float[Array, "B T N dv"], Float32[Array, "... B N dk dv"], Float[Array, "B W-1 F"]]:
+) -> tuple[Float[Array, "B T N dv"], Float32[Array, "... B N dk dv"], Float[Array, "B _ F"]]:
     """A GDN layer's token mixer between its projections: one or a few tokens in one launch; no gradient.
 
     Args:
@@ -174,21 +173,26 @@ def step(
     )
     projected = jnp.pad(projected, ((0, 0), (0, 0), (0, -features % 8)))  # rows begin where 16 bytes do
     operands = (projected, *operands)
-    outputs = (
-        compat.output_like((batch, time, n, dv), projected.dtype, *operands, state),
-        compat.output_like(tail.shape[-3:], tail.dtype, *operands, state),
-    )
     if at is not None:
         operands += (jnp.asarray(at, jnp.int32),)
-    out, leaving, states = _launch(problem, outputs, operands, state)
+    out, leaving, states = _launch(problem, operands, state)
     return out, states if at is not None else states[0], leaving
 
 
-def _launch(problem: Problem, outputs, operands, states):
+# Layers with the same shapes are lowered and compiled once: a third of a second for each.
+@functools.partial(jax.jit, static_argnums=0)
+def _launch(problem: Problem, operands, states):
+    like = operands[0] if problem.width is not None else operands[2]  # projections, values
+    shape = problem.batch, problem.time, problem.value_heads, problem.dv
+    outputs = [compat.output_like(shape, like.dtype, *operands, states)]
+    if problem.width is not None:
+        outputs.append(
+            compat.output_like((problem.batch, problem.width - 1, problem.features), like.dtype, *operands, states)
+        )
     call = compat.kernel(
         functools.partial(_body, decode_kernel.kernel, problem),
         name="gdn_decode",
-        out_type=outputs,
+        out_type=tuple(outputs),
         scratch=decode_kernel.scratch(problem),
         grid=(problem.programs,),
         grid_names=("program",),
