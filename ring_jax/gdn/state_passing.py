@@ -117,9 +117,9 @@ class StatePassing:
 
     def _transition(self, implementation: str | None, rows: list[jax.Array], ids) -> tuple[jax.Array, jax.Array]:
         """M and B of each chunk here, by the kernel where the rule itself runs it."""
-        query, key, *rest = rows
-        kernel = select(implementation, query, key, rest[0]).name == "mosaic"
-        return hopper.transition(key, *rest, ids) if kernel else transition(key, *rest, ids)
+        q, k, v, g, b = rows
+        kernel = select(implementation, q, k, v).name == "mosaic"
+        return hopper.transition(k, v, g, b, ids) if kernel else transition(k, v, g, b, ids)
 
     def passes_whole_tails(self, history: int) -> bool:
         """Whether the last `history` inputs of each chunk are what its successor has to know: no documents, no shorter chunks."""
