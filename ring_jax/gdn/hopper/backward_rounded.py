@@ -1,6 +1,6 @@
 """What the Hopper backward computes, in plain JAX: as `rounded` for the forward; see `recurrence_kernel` and `gradient_kernel`.
 
-In float64 nothing is rounded, so that the formulas themselves can be held to autodiff.
+In float32 and float64 nothing is rounded, so that the formulas themselves can be held to autodiff.
 """
 
 import jax
@@ -77,7 +77,7 @@ def rounded_backward(operands, cotangents, *, scale, initial_state, segment_ids=
     d_beta = jnp.where(strong, _dot(dv, z) / jnp.where(strong, beta, 1.0), _dot(k, column))
     # Sums of what depends on each log decay: of pairs i >= l > j, of reads at i >= l, of writes at j < l.
     ones = jnp.ones((CHUNK, CHUNK), wide)
-    pair_dtype = wide if wide == jnp.float64 else jnp.bfloat16
+    pair_dtype = jnp.bfloat16 if jnp.dtype(dtype).itemsize == 2 else wide
 
     def crossing(x):
         x = jnp.tril(x, -1).astype(pair_dtype).astype(wide)

@@ -197,7 +197,7 @@ def test_lowers_inside_shard_map(check_vma):
     ],
 )
 def test_interpreted(documents, sizes, decay):
-    """Against the plain form itself: they round at the same places."""
+    """Against the plain form, which is exact in float32, at most half as wrong again as where it rounds as the kernels do."""
     time, segment_ids = 100, None
     arrays, state = inputs(2, 1, time, 1, 2, *sizes, decay=decay)
     given = cotangents(arrays, state)
@@ -212,11 +212,12 @@ def test_interpreted(documents, sizes, decay):
     with compat.interpret_mode():
         got = backward_launch.backward(arrays, given, **options)
         got = [np.asarray(x.astype(jnp.float32)) for x in got]
-    want = jax.jit(functools.partial(rounded_backward, scale=0.1))(
-        arrays, given, initial_state=state, segment_ids=segment_ids
-    )
-    for name, found, expected in zip(NAMES, got, want, strict=True):
-        assert relative(found, expected.astype(jnp.float32)) < 1e-3, name
+    plain = jax.jit(functools.partial(rounded_backward, **options))
+    rounded = plain(arrays, given)
+    want = plain([x.astype(jnp.float32) for x in arrays], (given[0].astype(jnp.float32), given[1]))
+    for name, found, other, expected in zip(NAMES, got, rounded, want, strict=True):
+        error, allowed = (relative(x, expected) for x in (found, other.astype(jnp.float32)))
+        assert error <= 1.5 * allowed, name
 
 
 @interpreted
