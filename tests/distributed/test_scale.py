@@ -33,7 +33,9 @@ def check(rows, few, ranks):
         # Tokens a rank are equal, so a rank holds as much and its program is as long. all_gather has the keys of all.
         gathered = name == "all_gather"
         assert row["arguments"] == before["arguments"]
-        assert row["temporaries"] < before["temporaries"] * (ranks / 8 if gathered else 1.05) + 2**16
+        # The model's tokens are given whole: some numbers for each of a rank's 64 tokens are on all ranks.
+        whole = 512 * ranks if name == "model, gradient" else 0
+        assert row["temporaries"] < before["temporaries"] * (ranks / 8 if gathered else 1.05) + 2**16 + whole
         assert row["instructions"] < before["instructions"] * 1.25 + 200
         kinds = row["collectives"]
         if name == "ring":
