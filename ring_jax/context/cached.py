@@ -8,7 +8,7 @@ A chunk of a prompt attends to what is cached here, and resumes from the partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from ring_jax.context.call import Call
 from ring_jax.context.parallel import ContextParallel
@@ -29,9 +29,9 @@ def attend_cached(
     layout: Layout,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    carry: tuple[Float32[Array, "B T N Hv"], Float32[Array, "B T N"]] | None = None,
+    carry: tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]] | None = None,
     implementation: Implementation | None = None,
-) -> tuple[Float32[Array, "B T N Hv"], Float32[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """(out, lse), float32, of a rank's queries over the first `lengths` cached keys of each row; inside a shard_map.
 
     Keys or queries travel, whichever is fewer bytes, unless `context.strategy` names `ring`, `pass_q` or `all_gather`.

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from ring_jax.models.qwen3_5 import Chunks
-from tests.gdn.helpers import jit
 from tests.models.qwen3_5.golden import LENGTHS
 from tests.models.qwen3_5.harness import KNOWN, ROWS, STATE_RELATIVE, Spread, close, model, prefill
+from tests.support.hlo import collectives, kinds
+from tests.support.numbers import jit
 
 _slow = pytest.mark.slow
 WIDTH = 56  # tokens of a chunk at most; no multiple of what a layout divides into
@@ -122,3 +123,21 @@ def test_errors():
             tiny(tokens, **({"past": past} | options))
     with pytest.raises(TypeError, match="past must be a past"):
         tiny(tokens, past=3)
+
+
+def test_nothing_of_the_cached_length_moves():
+    """A short chunk after long cached keys: its queries travel, and what it leaves is not gathered."""
+    spread, places = Spread(context=4), 1 << 18
+    program, params = model("dense pair", spread).split()
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    past = jax.eval_shape(lambda params, tokens: program(params, tokens, return_new=True).new, params, tokens)
+    chunk = past.chunks[0]
+    kv = jax.ShapeDtypeStruct((*chunk.kv.shape[:2], places, *chunk.kv.shape[3:]), chunk.kv.dtype)
+    past = dataclasses.replace(past, chunks=(dataclasses.replace(chunk, kv=kv),))
+    mesh = program.sharding.resolve_mesh()
+    on_mesh = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))  # noqa: E731
+    past = jax.tree.map(on_mesh, past, past.specs(program.sharding))
+    run = jit(lambda params, past, tokens: program(params, tokens, past=past, logits="last", return_new=True))
+    found = collectives(run.lower(params, past, tokens).compile())
+    assert {"collective-permute", "all-reduce"} <= set(kinds(found))
+    assert max(size for _, size in found) < 1 << 20 < kv.size * 4 // 8
