@@ -27,6 +27,7 @@ COMMANDS = {
         "ring_jax.commands.generate",
         "continue a text with a Qwen3.5 checkpoint, its prompt spread over all devices; without one, find a hidden pass key",
     ),
+    "serve": ("ring_jax.commands.serve", "answer OpenAI's completions and chat API with a checkpoint"),
     "launch": ("ring_jax.commands.launch", "run a script, a module or a subcommand in several processes on this host"),
     "bench": ("ring_jax.commands.bench", "time kernels, rings and whole models on this host's GPUs"),
     "plan": ("ring_jax.commands.plan", "predict time, memory and traffic of a model over a mesh of GPUs"),

@@ -7,6 +7,7 @@ from ring_jax.cli import CommandError, find_devices, need
 
 BENCHES = {
     "attention": ("ring_jax.bench.attention", "the flash-attention kernels beside cuDNN, on one GPU"),
+    "engine": ("ring_jax.bench.engine", "chunked prefill, prefix hits and decode of many rows through the engine"),
     "experts": ("ring_jax.bench.experts", "the experts of a layer beside XLA's loop and grouped products, on one GPU"),
     "gdn": ("ring_jax.bench.gdn", "the gated delta rule, its convolution and decode step, on one GPU or over ranks"),
     "model": ("ring_jax.bench.model", "prefill, decode and training of a whole model, and what the GPU could do"),

@@ -8,9 +8,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ring_jax.cli import CommandError, find_devices, need
+from ring_jax.commands.options import RULE, sampling_of
 from ring_jax.commands.progress import Progress
 from ring_jax.context.strategies import StrategyName
 from ring_jax.data.passkey import MODEL
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 DEMO_TOKENS = 16384
 PNG = "ring-jax-ranks.png"
-RULE = "-" * 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="the prompt as it is, without the checkpoint's chat template"
     )
+    parser.add_argument(
+        "--interactive", action="store_true", help="chat: each line is a question, with what came before it cached"
+    )
+    parser.add_argument(
+        "--chunk", type=int, metavar="N", help="tokens of the prompt that are computed at a time (default: all)"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the checkpoint's; float32 on CPUs")
     parser.add_argument(
         "--shard-weights",
@@ -74,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     need("tokenizers", "jinja2", "tqdm")
     demo = _check(args)
-    prompt, sampling = _prompt(args), _sampling(args)
+    prompt, sampling = _prompt(args), sampling_of(args)
     devices = find_devices()
     import jax
 
@@ -98,6 +104,11 @@ def run(args: argparse.Namespace) -> int:
     if demo:
         each = [ranks] if args.context_ranks is not None or ranks == 1 or several else [1, ranks]
         return _find_the_key(settings, each, args.png or PNG)
+    if args.interactive or args.chunk is not None:
+        from ring_jax.commands.chat import chat
+
+        chat(settings, ranks, prompt, args)
+        return 0
     assert prompt is not None
     _continue(settings, ranks, prompt, args)
     return 0
@@ -105,7 +116,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> bool:
     """Refuses what cannot run, before anything is loaded; returns whether this is the bundled task."""
-    without_prompt = args.prompt is None and args.prompt_file is None
+    without_prompt = args.prompt is None and args.prompt_file is None and not args.interactive
+    if args.interactive and args.prompt_file == "-":
+        raise CommandError("--interactive reads standard input: give the text's own file, or --prompt")
+    if args.chunk is not None and (without_prompt or args.chunk < 1):
+        raise CommandError("--chunk N goes with --prompt or --interactive, and is positive")
     if without_prompt and args.model is not None:
         raise CommandError("give --prompt TEXT or --prompt-file F")
     if args.model is not None and args.model.is_file():
@@ -128,7 +143,7 @@ def _check(args: argparse.Namespace) -> bool:
 def _continue(settings: "Settings", ranks: int, prompt: str, args: argparse.Namespace) -> None:
     """Streams what a checkpoint writes after `prompt`."""
     from ring_jax.commands.session import STEPS, Session
-    from ring_jax.inference.tokenizer import TextStream
+    from ring_jax.inference.tokenizer import StopAt, TextStream
 
     with Progress(STEPS) as progress:
         session = Session.open(settings, ranks, progress)
@@ -147,42 +162,6 @@ def _continue(settings: "Settings", ranks: int, prompt: str, args: argparse.Name
     speed = answer.tokens_per_second
     print(f"decode    {len(answer.tokens)} tokens" + (f", {speed:.1f} tokens/s" if speed else ""))
     print(f"memory    {session.memory()}")
-
-
-class StopAt:
-    """A text stream that ends before the first of some texts; what could begin one waits."""
-
-    def __init__(self, pieces: Any, stops: tuple[str, ...]):
-        self._pieces, self._stops, self._out = pieces, stops, 0
-        self.stopped = False
-
-    @property
-    def text(self) -> str:
-        return self._pieces.text[: self._out]
-
-    def add(self, token: int) -> str:
-        self._pieces.add(token)
-        return self._release(final=False)
-
-    def finish(self) -> str:
-        if not self.stopped:
-            self._pieces.finish()
-        return self._release(final=True)
-
-    def _release(self, final: bool) -> str:
-        text = self._pieces.text
-        if self.stopped:
-            return ""
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self.stopped, end = True, min(found)
-        elif final:
-            end = len(text)
-        else:
-            held = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-            end = len(text) - max(held, default=0)
-        begin, self._out = self._out, max(end, self._out)
-        return text[begin : self._out]
 
 
 def _find_the_key(settings: "Settings", each: list[int], png: str) -> int:
@@ -273,15 +252,6 @@ def _draw(png: str, ranks: int, mark: tuple[int, int, str]) -> None:
         print(f"picture   not drawn: {error}")
     else:
         print(f"picture   {png}: which rank holds and computes what")
-
-
-def _sampling(args: argparse.Namespace) -> Any:
-    from ring_jax.inference import Sampling
-
-    try:
-        return Sampling(args.temperature, args.top_k, args.top_p)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
 
 
 def _prompt(args: argparse.Namespace) -> str | None:

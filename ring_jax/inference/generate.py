@@ -1,22 +1,19 @@
-"""Prefill once over all ranks, then decode token by token where keys and states lie."""
+"""A few prompts continued together: the engine, filled once and run until all have ended."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ring_jax._checks import check_callable, check_count, check_instance, describe, is_array
+from ring_jax._checks import check_callable, check_count, check_instance
 from ring_jax._mesh import axis_size
-from ring_jax.inference.sampling import Sampling, sample
-
-GREEDY = Sampling()
+from ring_jax.inference.engine import GREEDY, Engine
+from ring_jax.inference.prompts import check_length, check_prompts, check_stop_ids, check_vocabulary, config_of
+from ring_jax.inference.sampling import Sampling
 
 
 @dataclasses.dataclass
@@ -80,7 +77,7 @@ def generate(
     """
     begin = time.perf_counter()
     check_callable("on_tokens", on_tokens, "a function of each step's tokens", optional=True)
-    rows: Any = _rows(prompts)
+    rows: Any = check_prompts(prompts)
     steps = stream(model, rows, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids)
     result = Generation([[] for _ in rows], sum(len(row) for row in rows))
     second = begin
@@ -110,115 +107,55 @@ def stream(
     stop_ids: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """As `generate`, one step at a time: yields each row's new token, None for rows that have ended."""
-    rows = _rows(prompts)
-    config = _config(model)
+    rows = check_prompts(prompts)
+    config = config_of(model)
     check_count("max_new_tokens", max_new_tokens, 1)
     check_instance("sampling", sampling, Sampling, "a ring_jax.inference.Sampling")
     check_count("seed", seed, -(2**63), 2**63 - 1)
-    stop = frozenset(config.eos_token_ids if stop_ids is None else _stop_ids(stop_ids, config.vocab_size))
-    longest = max(map(len, rows))
-    if longest + max_new_tokens > config.max_positions:
-        raise ValueError(
-            f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones exceed the model's "
-            f"{config.max_positions:,} positions"
-        )
+    stop = check_stop_ids(stop_ids, config)
+    check_length(max(map(len, rows)), max_new_tokens, config)
     for number, row in enumerate(rows):
-        outside = (row < 0) | (row >= config.vocab_size)
-        if outside.any():
-            raise ValueError(
-                f"prompts[{number}] holds token id {row[outside][0]}, which is outside of the model's vocabulary of "
-                f"{config.vocab_size}: do tokenizer and checkpoint belong together?"
-            )
+        check_vocabulary(f"prompts[{number}]", row, config)
     return _steps(model, rows, int(max_new_tokens), sampling, int(seed), stop)
 
 
 def _steps(
     model: Any, prompts: list[np.ndarray], max_new_tokens: int, sampling: Sampling, seed: int, stop: frozenset[int]
 ) -> Iterator[list[int | None]]:
-    rows = len(prompts)
-    if model.sharding is not None:  # rows of a data axis: the last are made up and never shown
-        ranks = axis_size(model.sharding.resolve_mesh(), model.sharding.batch)
-        prompts = [*prompts, *([np.zeros(1, np.int32)] * (-len(prompts) % ranks))]
-    tokens, lengths = _batch(prompts, model.config.max_positions - max_new_tokens)
-    (program, params), key = model.split(), jax.random.key(seed)
-    last, cache = _prefill(program, sampling, max_new_tokens, params, tokens, lengths, key)
-    running = [True] * rows
+    engine = Engine(model, **_sizes(model, prompts, max_new_tokens))
+    options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop_ids": stop}
+    requests = [engine.submit(row, seed=_seed(seed, number), **options) for number, row in enumerate(prompts)]
     for step in range(max_new_tokens):
-        if step:
-            last, cache = _step(program, sampling, params, last, cache, jax.random.fold_in(key, step))
-        found: list[int | None] = [
-            int(t) if alive else None for t, alive in zip(np.asarray(last)[:rows], running, strict=True)
-        ]
-        yield found
-        running = [alive and t not in stop for t, alive in zip(found, running, strict=True)]
-        if not any(running):
+        for request in requests:
+            while len(request.tokens) <= step and not request.done:
+                engine.step()
+            if request.error is not None:
+                raise RuntimeError(f"generation failed: {request.error}") from request.error
+        found = [request.tokens[step] if step < len(request.tokens) else None for request in requests]
+        if all(token is None for token in found):
             return
+        yield found
 
 
-def _config(model: Any) -> Any:
-    """The model's config; raises TypeError for what cannot generate."""
-    if not callable(getattr(model, "decode", None)) or not hasattr(model, "config"):
-        raise TypeError(f"model must be a ring_jax.models.qwen3_5.Qwen3_5, got {describe(model)}")
-    return model.config
+def _seed(seed: int, number: int) -> int:
+    """Rows of one call differ, the first has the seed itself."""
+    return (seed + number * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
 
 
-def _rows(prompts: Any) -> list[np.ndarray]:
-    """Each prompt as integers [S]."""
-    if isinstance(prompts, (str, bytes)):
-        raise TypeError(
-            f"prompts must be token ids, got the text {describe(prompts)}: encode it with the tokenizer first"
-        )
-    if not (is_array(prompts) and prompts.ndim) and not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts must be a sequence of prompts, each of token ids, got {describe(prompts)}")
-    rows = [_row(f"prompts[{number}]", prompt) for number, prompt in enumerate(prompts)]
-    if not rows or not all(map(len, rows)):
-        raise ValueError("every prompt needs at least one token, got an empty one (or none at all)")
-    return rows
+def _sizes(model: Any, prompts: list[np.ndarray], max_new_tokens: int) -> dict[str, Any]:
+    """Rows for all prompts, up to 32, and pages for what runs at once; rounded up, so that similar calls share programs."""
+    sharding = model.sharding
+    ranks = 1 if sharding is None else axis_size(sharding.resolve_mesh(), sharding.sequence)
+    rows = next((r for r in (1, 8) if r >= len(prompts)), 32)
+    page = 64 if ranks <= 8 else 32
+    longest = min(_power(max(map(len, prompts)) + max_new_tokens), model.config.max_positions)
+    pages = -(-longest // (ranks * page))
+    return {"rows": rows, "page": page, "pages": rows * pages, "snapshots": 0}
 
 
-def _row(name: str, prompt: Any) -> np.ndarray:
-    if isinstance(prompt, (str, bytes)):
-        raise TypeError(
-            f"{name} must be token ids, got the text {describe(prompt)}: encode it with the tokenizer first"
-        )
-    if not is_array(prompt) and not isinstance(prompt, Sequence) or is_array(prompt) and prompt.ndim == 0:
-        raise TypeError(
-            f"{name} must be a sequence of token ids, got {describe(prompt)}: one prompt is a list in a list"
-        )
-    if isinstance(prompt, jax.core.Tracer):
-        raise ValueError(f"{name} must be known, got a traced array: generation is a loop on the host")
-    if not is_array(prompt):
-        return np.asarray([check_count(f"a token id in {name}", t, -(2**63), 2**63 - 1) for t in prompt], np.int64)
-    if prompt.ndim != 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers [S], got {describe(prompt)}")
-    return np.asarray(prompt)
-
-
-def _stop_ids(stop_ids: Any, vocabulary: int) -> list[int]:
-    if isinstance(stop_ids, (str, bytes)) or not (
-        isinstance(stop_ids, (Sequence, Set)) or (is_array(stop_ids) and stop_ids.ndim == 1)
-    ):
-        raise TypeError(f"stop_ids must be a sequence of token ids or None, got {describe(stop_ids)}")
-    return [check_count("stop_ids", token, 0, vocabulary - 1) for token in stop_ids]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(program, sampling: Sampling, room: int, params, tokens, lengths, key):
-    out = program(params, tokens, lengths=lengths, logits="last", cache_room=room)
-    return sample(out.logits, key, sampling), out.cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def _step(program, sampling: Sampling, params, tokens, cache, key):
-    logits, cache = program.decode(params, tokens, cache)
-    return sample(logits, key, sampling), cache
-
-
-def _batch(prompts: Sequence[np.ndarray], limit: int) -> tuple[jax.Array, jax.Array]:
-    """Prompts padded on the right to one length, a little rounded up so that similar lengths share one program."""
-    longest = max(map(len, prompts))
-    step = max(64, 1 << max(longest.bit_length() - 4, 0))
-    padded = np.zeros((len(prompts), min(-(-longest // step) * step, limit)), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return jnp.asarray(padded), jnp.asarray([len(p) for p in prompts], jnp.int32)
+def _power(n: int) -> int:
+    """The next power of four times 64 that is not less."""
+    size = 64
+    while size < n:
+        size *= 4
+    return size

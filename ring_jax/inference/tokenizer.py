@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,28 @@ class Tokenizer:
             ValueError: there is no chat template, or it fails, or it needs more than ten seconds, a GiB of memory, or a
                 million characters beyond the text.
         """
+        _check_text("text", text)
+        return self.conversation([{"role": "user", "content": text}])
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the next answer begins.
+
+        Args:
+            messages: each with `role` ("system", "user", "assistant") and `content`, text.
+
+        Raises:
+            TypeError: no such messages. ValueError: as for `chat`.
+        """
         if self.chat_template is None:
             raise ValueError("this checkpoint has no chat template: encode the text as it is")
-        _check_text("text", text)
-        messages = [{"role": "user", "content": text}]
-        rendered = _render(self.chat_template, {"messages": messages, "add_generation_prompt": True, **self._special})
+        if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+            raise TypeError(f"messages must be a sequence of messages, got {describe(messages)}")
+        for number, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise TypeError(f"messages[{number}] must have a role and a content, got {describe(message)}")
+            _check_text(f"the content of messages[{number}]", message.get("content"))
+        known = [{"role": message["role"], "content": message["content"]} for message in messages]
+        rendered = _render(self.chat_template, {"messages": known, "add_generation_prompt": True, **self._special})
         return self._encode("the chat template's text", rendered, add_special_tokens=False)
 
     def _encode(self, name: str, text: str, **options: Any) -> list[int]:
@@ -126,6 +143,42 @@ class TextStream:
         piece = now[len(before) :]
         self.text += piece
         return piece
+
+
+class StopAt:
+    """A text stream that ends before the first of some texts; what could begin one waits."""
+
+    def __init__(self, pieces: Any, stops: tuple[str, ...]):
+        self._pieces, self._stops, self._out = pieces, stops, 0
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        return self._pieces.text[: self._out]
+
+    def add(self, token: int) -> str:
+        self._pieces.add(token)
+        return self._release(final=False)
+
+    def finish(self) -> str:
+        if not self.stopped:
+            self._pieces.finish()
+        return self._release(final=True)
+
+    def _release(self, final: bool) -> str:
+        text = self._pieces.text
+        if self.stopped:
+            return ""
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped, end = True, min(found)
+        elif final:
+            end = len(text)
+        else:
+            held = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            end = len(text) - max(held, default=0)
+        begin, self._out = self._out, max(end, self._out)
+        return text[begin : self._out]
 
 
 def _check_text(name: str, text: Any) -> None:

@@ -1,11 +1,14 @@
 """A tiny checkpoint directory with random weights and a byte-level tokenizer, as tests of generation need it."""
 
+import functools
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import tokenizers
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import decoders, models, pre_tokenizers
 
 from ring_jax.gdn import Heads
@@ -29,8 +32,21 @@ CONFIG = Config(
 )
 
 
+@functools.cache
+def _values():
+    return Qwen3_5(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32).split()[1]
+
+
 def tiny_model(**options) -> Qwen3_5:
-    return Qwen3_5(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32, **options)
+    """The same random weights each time: making them takes seconds."""
+    model, values = Qwen3_5(CONFIG, rngs=None, dtype=jnp.float32, **options), _values()
+    if model.sharding is not None:
+        mesh = model.sharding.resolve_mesh()
+        is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+        specs = model.param_specs(model.sharding, mesh)
+        values = jax.device_put(values, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec))
+    model.set_parameters(values)
+    return model
 
 
 def tiny_checkpoint(directory: Path, *, chat_template: str | None = None) -> Path:

@@ -5,9 +5,8 @@ import time
 
 import pytest
 
-from ring_jax.commands.generate import StopAt
 from ring_jax.inference import tokenizer as tokenizer_module
-from ring_jax.inference.tokenizer import TextStream, Tokenizer
+from ring_jax.inference.tokenizer import StopAt, TextStream, Tokenizer
 from ring_jax.models.qwen3_5 import Qwen3_5
 from tests.inference.checkpoint import EOS, tiny_checkpoint, tiny_model
 

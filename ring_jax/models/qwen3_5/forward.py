@@ -133,7 +133,7 @@ class Decode:
         here = same_tokens(model, tokens[:, None], None, cache.past(layout))
         x, left = loop_layers(model, params, embed(model, params, here, tokens[:, None]), here)
         new = append(cache, left.keys, rank, ranks)
-        return here.whole_vocabulary(_logits(model, params, here, x[:, 0])), new, left.states
+        return here.whole_vocabulary(next_logits(model, params, here, x[:, 0])), new, left.states
 
 
 def scan_layers(model: Structure, params: Any, x, here: Pass, wanted: Wanted) -> tuple[Array, LayerOutputs]:
@@ -259,17 +259,17 @@ def _logits_of(call: Forward, params: Any, here: Pass, x, lengths) -> Array | No
     if wanted == "none":
         return None
     if wanted == "all":
-        return _logits(model, params, here, _natural(x, here))
+        return next_logits(model, params, here, _natural(x, here))
     if here.same_tokens:
         x = x[:, 0]
     else:
         last = jnp.full(x.shape[:1], call.seq_len - 1, jnp.int32) if lengths is None else lengths - 1
         at_last = here.order[None] == last[:, None]
         x = here.sum_context(jnp.sum(jnp.where(at_last[..., None], x, jnp.zeros_like(x)), axis=1))
-    return here.whole_vocabulary(_logits(model, params, here, x))
+    return here.whole_vocabulary(next_logits(model, params, here, x))
 
 
-def _logits(model: Structure, params: Any, here: Pass, x) -> Array:
+def next_logits(model: Structure, params: Any, here: Pass, x) -> Array:
     return here.product(norm(x, params["final_norm"], model.config), head(params), jnp.float32)
 
 

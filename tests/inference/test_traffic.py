@@ -1,0 +1,108 @@
+"""What each program moves between ranks, and what a rank holds."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ring_jax
+from ring_jax.inference import programs
+from ring_jax.inference.control import COLUMNS
+from ring_jax.inference.pool import Geometry, specs
+from ring_jax.models.qwen3_5 import Qwen3_5, Sharding
+from tests.inference.checkpoint import CONFIG
+
+RANKS, ROWS, CHUNK = 4, 4, 512
+SIZES = {"f32": 4, "i32": 4, "ui32": 4, "i1": 1}
+COLLECTIVE = re.compile(
+    r"stablehlo\.(all_gather|all_reduce|all_to_all|collective_permute|reduce_scatter)\b.*?-> tensor<([\dx]*)(\w+)>",
+    re.DOTALL,
+)
+
+
+def structure(ranks: int, strategy: str = "auto"):
+    mesh = jax.make_mesh(
+        (ranks,), ("context",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:ranks]
+    )
+    sharding = Sharding(ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh, strategy=strategy))
+    return Qwen3_5(CONFIG, rngs=None, dtype=jnp.float32, sharding=sharding).split()
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """(kind, bytes) of every collective of a program, from its lowered text: nothing is compiled, no array is there."""
+    model, params = structure(RANKS, "pass_q")
+    geometry = Geometry(64, 8, ROWS, 4)
+    own, run = programs.Programs(model, params, geometry, 2), programs._run
+
+    def of(call):
+        captured = []
+        monkeypatch.setattr(programs, "_run", lambda *operands: captured.append(operands))
+        call(own, geometry.shapes(model))
+        text = run.lower(*captured[0]).as_text()
+        found = [
+            (m[1], math.prod(int(n) for n in m[2].split("x") if n), SIZES[m[3]]) for m in COLLECTIVE.finditer(text)
+        ]
+        return sorted((kind, elements * size) for kind, elements, size in found)
+
+    return of
+
+
+def test_decode_moves_nothing_of_the_cached_length(moved):
+    def decode(width):
+        control, table = np.zeros((ROWS, COLUMNS), np.int32), np.zeros((ROWS, width), np.int32)
+        return moved(lambda run, pool: run.decode(pool, control, table))
+
+    short, long = decode(2), decode(64)
+    assert short == long and short, "queries, or partial results of them"
+    partial = ROWS * CONFIG.num_heads * (CONFIG.head_dim + 1) * 4
+    full_layers = CONFIG.layer_types.count("full_attention")
+    assert sum(size for _, size in short) <= 4 * full_layers * partial
+    assert {kind for kind, _ in short} == {"all_reduce"} and len(short) == 2 * full_layers
+
+
+def test_states_move_only_to_come_back(moved):
+    assert moved(lambda run, pool: run.save(pool, 0, 0)) == []
+    assert moved(lambda run, pool: run.copy(pool, 1, 2)) == []
+    back = moved(lambda run, pool: run.restore(pool, 0, 0))
+    assert [kind for kind, _ in back] == ["all_gather"] * 2
+    states = (CONFIG.num_layers - 1) * CONFIG.linear.value_heads * CONFIG.linear.key_size * CONFIG.linear.value_size * 4
+    assert max(size for _, size in back) == states
+
+
+def test_a_chunk_sends_its_new_keys_once(moved):
+    """One all-to-all of all layers' new keys, beside what attention and states move; more cached keys cost no more where the
+    queries travel."""
+
+    def prefill(width, start):
+        tokens, table = np.zeros(CHUNK, np.int32), np.zeros((1, width), np.int32)
+        return moved(lambda run, pool: run.prefill(pool, tokens, start, CHUNK, 0, table, whole=False))
+
+    new_keys = 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 4 * CHUNK // RANKS
+    first = prefill(16, 0)
+    sends = [size for kind, size in first if kind == "all_to_all"]
+    assert new_keys <= max(sends) <= 2 * new_keys
+    some, many = prefill(256, CHUNK), prefill(1024, CHUNK)
+    assert sum(size for _, size in some) == sum(size for _, size in many)
+    assert max(size for _, size in many) < 256 * 32 * 2 * CONFIG.head_dim * 4 // RANKS
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_a_rank_holds_its_share(ranks):
+    """At C = 8 at most a seventh of the keys and snapshots; dimensions that do not divide are padded."""
+    tokens = 1 << 14
+    alone = Qwen3_5(CONFIG, rngs=None, dtype=jnp.float32).split()[0]
+    model = structure(ranks)[0]
+    geometry = Geometry(tokens // (ranks * 8), 8, ROWS, 64)
+    shapes, places, whole = (
+        geometry.shapes(model),
+        specs(model.sharding),
+        Geometry(tokens // 8, 8, ROWS, 64).shapes(alone),
+    )
+    for name in ("pages", "saved", "saved_tail"):
+        place = jax.sharding.NamedSharding(model.sharding.resolve_mesh(), getattr(places, name))
+        held = math.prod(place.shard_shape(getattr(shapes, name).shape))
+        assert held <= math.prod(getattr(whole, name).shape) / ranks * (8 / 7)
