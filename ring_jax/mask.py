@@ -227,16 +227,16 @@ def local_window(size: "int | tuple[int | None, int | None]") -> Mask:
     return window(*sides)
 
 
-def prefix(n: "int | list[int] | Int[Array, ' B']") -> Mask:
+def prefix(n: "int | np.integer | list[int] | Int[Array, ''] | Int[Array, ' B']") -> Mask:
     """Prefix-LM: causal, but the first `n` keys are visible to every query. `n`: int or int32 [B]."""
     return Mask((Prefix(per_row("prefix(n)", n)),))
 
 
 def lengths(
-    q: "int | list[int] | Int[Array, ' _'] | None" = None,
-    kv: "int | list[int] | Int[Array, ' _'] | None" = None,
+    q: "int | np.integer | list[int] | Int[Array, ''] | Int[Array, ' _'] | None" = None,
+    kv: "int | np.integer | list[int] | Int[Array, ''] | Int[Array, ' _'] | None" = None,
     *,
-    left_padding: "int | list[int] | Int[Array, ' _'] | None" = None,
+    left_padding: "int | np.integer | list[int] | Int[Array, ''] | Int[Array, ' _'] | None" = None,
 ) -> Mask:
     """Padding: per batch row, queries at index >= q[b] see nothing and keys at >= kv[b] are not seen.
 

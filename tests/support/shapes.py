@@ -6,8 +6,9 @@ without a shape are left to mypy.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any, get_args
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, get_args, get_origin
 
 import jax
 import jaxtyping
@@ -22,6 +23,11 @@ def has_shape(hint: Any) -> bool:
     return any(map(has_shape, get_args(hint)))
 
 
+def has_items(hint: Any) -> bool:
+    """Whether beartype looks at one item of a container, which it draws: hypothesis wants nobody else to draw."""
+    return get_origin(hint) in (list, dict, Sequence) or any(map(has_items, get_args(hint)))
+
+
 def after(stub: Callable) -> Callable:
     """The check of a function, from the stubs that jaxtyping makes of it: one of its parameters, and one, called after it, that takes
     its result, too. It is made at the first call: most functions are never called in a process."""
@@ -31,11 +37,18 @@ def after(stub: Callable) -> Callable:
         return stub
     stub.__annotations__ = hints
     made: list[Callable] = []
+    draws = any(map(has_items, hints.values()))
 
     def late(*args, **kwargs):
         if not made:
             made.append(beartype(stub))
-        return made[0](*args, **kwargs)
+        if not draws:
+            return made[0](*args, **kwargs)
+        state = random.getstate()
+        try:
+            return made[0](*args, **kwargs)
+        finally:
+            random.setstate(state)
 
     return late
 
