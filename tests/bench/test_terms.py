@@ -10,7 +10,8 @@ from ring_jax.plan.machine import Machine
 TINY = Config("qwen3_5", 64, 32, 4, 2, 1, 16, Heads(2, 2, 8, 8), mlp_size=48, max_positions=4096)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_every_term_is_timed(ranks):
     found = list(terms.compare(TINY, "tiny", 128, Machine.of({"context": ranks}, "h100"), repeats=1))
     names = [term.name.split(" ")[0] for term in found]
