@@ -216,7 +216,7 @@ def test_flags():
     ahead = [any(expected[i : i + conv.AHEAD]) for i in range(len(expected))]
     np.testing.assert_array_equal(flags >= conv.FLAG_AHEAD, ahead)
     whole = jnp.zeros((2, 40), jnp.int32)
-    np.testing.assert_array_equal(conv.one_document(whole[..., None]), conv.document_flags(whole))
+    np.testing.assert_array_equal(conv.one_document(whole[..., None].astype(jnp.float32)), conv.document_flags(whole))
 
 
 def test_unsupported_reasons():
