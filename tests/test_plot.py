@@ -47,7 +47,8 @@ def test_timeline_is_as_long_as_the_group():
 
 
 def test_values_show_themselves_in_a_notebook():
-    mesh = jax.sharding.AbstractMesh((4,), ("context",))
+    # Newer versions of jax make explicit axes unless told otherwise, and say so.
+    mesh = jax.sharding.AbstractMesh((4,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh)
     shown = context._repr_html_()
     assert shown.count("<rect") == 64 and "Zigzag" in shown and "Mesh(context=4)" in shown

@@ -41,12 +41,13 @@ def check(rows, few, ranks):
         if name == "ring":
             assert kinds == {"collective-permute": ranks - 1}
         elif name == "ring, gradient":
-            assert kinds == {"collective-permute": 3 * ranks - 4}
+            # Keys and values in both passes, their gradients in one. XLA may share the first permute of the two passes.
+            assert kinds in ({"collective-permute": 3 * ranks - 3}, {"collective-permute": 3 * ranks - 4})
         elif gathered:
             assert kinds == {"all-gather": 1}
         else:  # a ring, and scans over ranks of log2 C steps: one layer of each kind
             gradient = name == "model, gradient"
-            steps = kinds["collective-permute"] - (3 * ranks - 4 if gradient else ranks - 1)
+            steps = kinds["collective-permute"] - (3 * ranks - 3 if gradient else ranks - 1)
             assert 0 < steps <= (24 + 4 * math.log2(ranks) if gradient else 16 + 2 * math.log2(ranks))
             assert sum(kinds.values()) - kinds["collective-permute"] <= 24, "a fixed number of the others"
 
