@@ -86,13 +86,17 @@ class _Server:
             if not isinstance(body, dict):
                 raise _Refused("the body must be a JSON object")
             prompts = self._prompts(body, chat)
+            stream, logged = (
+                _flag(body, "stream"),
+                _flag(body, "logprobs") if chat else body.get("logprobs") is not None,
+            )
             choices = self._submit(body, prompts, chat)
         except (ValueError, TypeError) as error:  # json's own is a ValueError too
             return _error(400, "invalid_request_error", str(error))
         except RuntimeError as error:
             return _error(500, "server_error", str(error))
-        form = _Form(self._name, chat, _flag(body, "logprobs") if chat else body.get("logprobs") is not None)
-        if _flag(body, "stream"):
+        form = _Form(self._name, chat, logged)
+        if stream:
             with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
             events = self._events(form, choices, with_usage)
             return StreamingResponse(events, media_type="text/event-stream")

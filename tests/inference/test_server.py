@@ -72,6 +72,7 @@ def test_chat(client, engine, tokenizer):
         ({"prompt": "x", "n": 99}, "n must be from 1 to 16"),
         ({"prompt": "x", "temperature": "hot"}, "temperature must be a number"),
         ({"prompt": "x", "tools": [1]}, "tools is not supported"),
+        ({"prompt": "x", "stream": "yes"}, "stream must be true or false"),
         ({"prompt": "x" * 600}, "exceed the model's 512"),
         ({"prompt": [999]}, "token id 999"),
     ],
