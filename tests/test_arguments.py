@@ -61,7 +61,7 @@ EXEMPT = {
     "ring_jax.moe.layer.MoEWeights": _TREE,
     "ring_jax.moe.router.RouterStats": _TREE,
     "ring_jax.moe.router.Routing": _TREE,
-    **{f"ring_jax.gdn.partition.OneDevice.{name}": _ANY for name in ("enter", "leave", "enter_rows", "leave_rows")},
+    **{f"ring_jax.gdn.stay.Stay.{name}": _ANY for name in ("enter", "leave", "enter_rows", "leave_rows")},
     "ring_jax.gdn.cost.Cost": _RESULT,
     "ring_jax.data.passkey.PassKeyText": _RESULT,
     "ring_jax.inference.generate.Generation": _RESULT,

@@ -178,11 +178,16 @@ def environment() -> dict[str, Any]:
 
 
 def save(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1, default=str)
+    write_json(args.json, report)
     if args.png:
         draw(report, args.png)
+
+
+def write_json(path: str | None, report: dict[str, Any]) -> None:
+    """All figures so far, where a file was asked for."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(report, file, indent=1, default=str)
 
 
 def draw(report: dict[str, Any], path: str) -> None:

@@ -7,7 +7,6 @@ spent waiting for the devices.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ring_jax.bench.attention import environment
+from ring_jax.bench.attention import environment, write_json
 from ring_jax.bench.model import make_model
 from ring_jax.inference import Engine
 from ring_jax.models.qwen3_5 import Config
@@ -55,9 +54,7 @@ def run(args: argparse.Namespace) -> int:
         report["figures"] |= found
         for name, value in found.items():
             print(f"{name:<40}{value:>14,.3f}", flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1, default=str)
+    write_json(args.json, report)
     return 0
 
 

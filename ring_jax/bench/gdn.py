@@ -23,9 +23,9 @@ from jax.sharding import PartitionSpec as P
 
 import ring_jax
 from ring_jax.bench import fla_peer, gdn_cases, trace
-from ring_jax.bench.attention import environment
+from ring_jax.bench.attention import environment, write_json
 from ring_jax.bench.gdn_cases import Case, Part
-from ring_jax.bench.model import PEAKS
+from ring_jax.bench.model import peaks
 from ring_jax.bench.ring import milliseconds
 from ring_jax.gdn import gated_delta_rule
 from ring_jax.gdn.cost import STRATEGIES
@@ -76,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         report["rows"].append(row)
         print(line(row), flush=True)
-        save(args, report)
+        write_json(args.json, report)
     if args.peer:
         report["peer"] = fla(args)
         for row in report["peer"]:
             print(line(row) if "kernels_ms" in row else f"fla: {row['failure']}", flush=True)
-        save(args, report)
+        write_json(args.json, report)
     return 1 if any("error" in row.get("failure", "") for row in report["rows"]) else 0
 
 
@@ -126,7 +126,7 @@ def measure(part: Part, args: argparse.Namespace) -> dict[str, Any]:
         times = trace.device_times(call, args.repeats)
         row |= {"kernels_ms": times["kernels_ms"] / part.calls, "span_ms": times["span_ms"] / part.calls}
         row["each_ms"] = {name: ms / part.calls for name, ms in times["each_ms"].items()}
-        peak = next((peaks for name, peaks in PEAKS.items() if name in jax.devices()[0].device_kind), None)
+        peak = peaks()
         row["roofline_ms"] = 1e3 * part.seconds_at_peak(*peak) if peak else None
     except Exception as failure:
         row["failure"] = f"{type(failure).__name__}: {failure}"[:600]
@@ -209,12 +209,6 @@ def line(row: dict[str, Any]) -> str:
     speed_up = f", {row['speed_up']:.2f}x" if "speed_up" in row else ""
     error = f", error {row['error']:.1e}" if "error" in row else ""
     return f"{head} {row['kernels_ms']:9.4f}{span} ms{roofline}{speed_up}{error}"
-
-
-def save(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1, default=str)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,6 @@ times that, the head included, and no recomputation.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,13 +25,17 @@ from jax.sharding import AxisType
 import ring_jax
 from ring_jax._hardware import BY_NAME
 from ring_jax.bench import trace
-from ring_jax.bench.attention import environment
+from ring_jax.bench.attention import environment, write_json
 from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
 from ring_jax.models.qwen3_5.config import FULL, LINEAR, PRESETS
 
-# Dense bfloat16 FLOP/s and bytes a second of memory, by what the device's name contains.
-PEAKS = {gpu.name: (gpu.peak_flops, gpu.memory_bytes_per_s) for gpu in BY_NAME.values()}
 GDN_FLOPS = 1.7e11 / (32768 * 32 * 128 * 128)  # of one token, value head, and entry of its state
+
+
+def peaks() -> tuple[float, float] | None:
+    """Dense bfloat16 FLOP/s and bytes a second of this GPU's memory; None where it is not in the table of hardware facts."""
+    kind = jax.devices()[0].device_kind
+    return next(((g.peak_flops, g.memory_bytes_per_s) for g in BY_NAME.values() if g.name in kind), None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,9 +90,7 @@ def run(args: argparse.Namespace) -> int:
             if args.png and activities:
                 title = f"{row['what']}, {length} tokens, {args.ranks} GPU(s)"
                 trace.draw([activity for activity, _ in activities], args.png, title)
-            if args.json:
-                with open(args.json, "w") as file:
-                    json.dump(report, file, indent=1, default=str)
+            write_json(args.json, report)
     return 0
 
 
@@ -249,7 +250,7 @@ def _row(what: str, args, length: int, seconds: float, compiled: float, *, flops
         "ms": 1e3 * seconds,
         "first_s": compiled,
     }
-    peak = next((peaks for name, peaks in PEAKS.items() if name in jax.devices()[0].device_kind), None)
+    peak = peaks()
     if flops is not None:
         row |= {"tflops_per_gpu": flops / seconds / args.ranks / 1e12}
         row |= {"share_of_peak": flops / seconds / args.ranks / peak[0] if peak else None}

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_jax.bench import trace
-from ring_jax.bench.attention import environment, save
-from ring_jax.bench.model import PEAKS
+from ring_jax.bench.attention import environment, write_json
+from ring_jax.bench.model import peaks
 from ring_jax.flash.hopper import paged_launch
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.flash.paged import paged_attention
@@ -113,7 +113,6 @@ def unavailable(_: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    args.png = None
     report: dict[str, Any] = {"environment": environment(), "rows": []}
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     for sizes in args.batches:
@@ -121,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         for row in measure(case, args):
             report["rows"].append(row)
             print(line(row), flush=True)
-            save(args, report)
+            write_json(args.json, report)
     return 1 if any("error" in row.get("failure", "") for row in report["rows"]) else 0
 
 
@@ -162,7 +161,7 @@ def measure(case: Case, args: argparse.Namespace):
     operands = case.operands(dtype, time.time_ns() % 2**31)
     moved = case.bytes(operands[3], dtype.itemsize)
     wanted = exact(case, *operands) if args.check else None
-    peak = next((peaks[1] for name, peaks in PEAKS.items() if name in jax.devices()[0].device_kind), None)
+    peak = peaks()
     for name, form in forms(case, args).items():
         row: dict[str, Any] = {"shape": case.text, "name": name, "bytes": moved}
         try:
@@ -178,7 +177,7 @@ def measure(case: Case, args: argparse.Namespace):
             times = trace.device_times(lambda: run(query, pages, table, lengths, next(layers)), args.repeats)  # noqa: B023
             row |= {"kernels_ms": times["kernels_ms"], "span_ms": times["span_ms"], "each_ms": times["each_ms"]}
             row["bytes_per_s"] = moved / times["kernels_ms"] * 1e3
-            row["share_of_peak"] = row["bytes_per_s"] / peak if peak else None
+            row["share_of_peak"] = row["bytes_per_s"] / peak[1] if peak else None
         except Exception as failure:
             row["failure"] = f"{type(failure).__name__}: {failure}"[:600]
         yield row

@@ -10,7 +10,6 @@ ranks could be at best.
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 import ring_jax
 from ring_jax._arrays import on_host
 from ring_jax.bench import trace
-from ring_jax.bench.attention import environment
+from ring_jax.bench.attention import environment, write_json
 from ring_jax.bench.flash_forward import relative_error
 from ring_jax.context.shard import Shard
 from ring_jax.context.strategies import STRATEGIES
@@ -238,9 +237,8 @@ def run(args: argparse.Namespace) -> int:
                     row["speed_up"] = base / row["ms_per_layer"]
                     report["rows"].append(row)
                     show(row, args.layers)
-                    if args.json and jax.process_index() == 0:
-                        with open(args.json, "w") as file:
-                            json.dump(report, file, indent=1, default=str)
+                    if jax.process_index() == 0:
+                        write_json(args.json, report)
     if args.table:
         print_table(report["rows"])
     return 0

@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -122,12 +123,16 @@ def check_implementations(seq_len: int) -> bool:
     print("implementations, causal, forward and gradients")
     arrays = _random_qkv(seq_len)
     want = results("reference", arrays)
+    return _compare(BACKENDS, lambda name, dtype: results(name, tuple(x.astype(dtype) for x in arrays)), want)
+
+
+def _compare(names: Iterable[str], run: Callable[[str, str], list[Any]], want: list[Any]) -> bool:
+    """`run(name, dtype)` of each against what is wanted, a line each; True where all agree."""
     ok = True
-    for name in BACKENDS:
-        for dtype in ("float32", "bfloat16"):
-            cast = tuple(x.astype(dtype) for x in arrays)
+    for name in names:
+        for dtype in doctor_layers.DTYPES:
             try:
-                got = results(name, cast)
+                got = run(name, dtype)
             except NotImplementedError as reason:
                 print(f"  {name:<14} {dtype:<9} does not run: {reason}")
                 continue
@@ -177,15 +182,7 @@ def check_layers(seq_len: int) -> bool:
     ok = True
     for what, make in (("gated delta rule", doctor_layers.rules), ("experts", doctor_layers.experts)):
         print(f"{what}, forward")
-        names, run, want = make(seq_len)
-        for name in names:
-            for dtype in doctor_layers.DTYPES:
-                try:
-                    got = run(name, dtype)
-                except NotImplementedError as reason:
-                    print(f"  {name:<14} {dtype:<9} does not run: {reason}")
-                    continue
-                ok &= _report(f"{name:<14} {dtype:<9}", got, want, TOLERANCE[dtype])
+        ok &= _compare(*make(seq_len))
     return ok
 
 

@@ -143,7 +143,7 @@ def gather_heads(x: Float[Array, "R T n H"], axis: Axis) -> Float[Array, "R T N 
 
 def _reduce_scatter(out, lse, axes, ranks):
     every = lax.all_gather(lse, axes)  # [C, R, T, N]
-    share = weight(lse, _log_sum(every))[..., None]
+    share = weight(lse, jax.nn.logsumexp(every, axis=0))[..., None]
     return lax.psum_scatter(out * share, axes, scatter_dimension=2, tiled=True)
 
 
@@ -152,13 +152,5 @@ def _all_to_all(out, lse, axes, ranks):
     packed = jnp.concatenate([out, lse[..., None]], axis=-1).reshape(R, T, ranks, N // ranks, H + 1)
     packed = lax.all_to_all(packed, axes, 2, 2, tiled=True)  # of each rank
     out, lse = packed[..., :-1], packed[..., -1]
-    share = weight(lse, _log_sum(lse, 2)[:, :, None])
+    share = weight(lse, jax.nn.logsumexp(lse, axis=2, keepdims=True))
     return jnp.sum(out * share[..., None], axis=2)
-
-
-def _log_sum(lse: jax.Array, axis: int = 0) -> jax.Array:
-    """log of the sum of exponentials, -inf where all are."""
-    top = jnp.max(lse, axis=axis)
-    finite = jnp.where(jnp.isneginf(top), 0, top)
-    total = jnp.sum(jnp.exp(lse - jnp.expand_dims(finite, axis)), axis=axis)
-    return jnp.where(total == 0, -jnp.inf, finite + jnp.log(jnp.where(total == 0, 1, total)))

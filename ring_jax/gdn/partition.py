@@ -41,6 +41,7 @@ from ring_jax.gdn.cost import STRATEGIES, GDNShape, choose_strategy
 from ring_jax.gdn.rule import delta_rule
 from ring_jax.gdn.state_passing import StatePassing
 from ring_jax.gdn.state_scan import Chunks
+from ring_jax.gdn.stay import Stay
 
 
 @runtime_checkable
@@ -160,7 +161,7 @@ def resolve_strategy(strategy: str, shape: GDNShape | None, batch: int, shard: S
 
 
 @dataclass(frozen=True)
-class OneDevice:
+class OneDevice(Stay):
     """The whole sequence is here, in natural order."""
 
     segment_ids: jax.Array | None = None
@@ -168,22 +169,6 @@ class OneDevice:
     def __post_init__(self):
         if self.segment_ids is not None:
             check_array("OneDevice(segment_ids=...)", self.segment_ids, "B T", kind="signed")
-
-    def enter(self, x):
-        """x, which is here already."""
-        return x
-
-    def leave(self, y):
-        """Inverse of `enter`."""
-        return y
-
-    def enter_rows(self, cache):
-        """The cache, whose rows are all here."""
-        return cache
-
-    def leave_rows(self, cache):
-        """Inverse of `enter_rows`."""
-        return cache
 
     def gated_delta_rule(self, *operands, **options):
         """As `ring_jax.gated_delta_rule`."""
@@ -254,24 +239,12 @@ class OneRank(OneDevice):
 
 
 @dataclass(frozen=True)
-class HeadSplit:
+class HeadSplit(Stay):
     """Tokens are spread between operations, heads inside them: this rank's share of heads for the whole sequence."""
 
     shard: Shard
     segment_ids: jax.Array | None = None  # of the tokens here
     natural_ids: jax.Array | None = None  # of the whole sequence in natural order
-
-    def enter(self, x):
-        return x
-
-    def leave(self, y):
-        return y
-
-    def enter_rows(self, cache):
-        return cache
-
-    def leave_rows(self, cache):
-        return cache
 
     @property
     def inside(self) -> OneDevice:

@@ -20,6 +20,7 @@ from ring_jax.gdn.conv import check_convolution, convolve_buffer, insert_tail, t
 from ring_jax.gdn.hopper import transition as hopper
 from ring_jax.gdn.rule import delta_rule
 from ring_jax.gdn.state_scan import Chunks
+from ring_jax.gdn.stay import Stay
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Borders:
 
 
 @dataclass(frozen=True)
-class StatePassing:
+class StatePassing(Stay):
     """Each rank runs its one or two chunks; states pass between ranks as affine maps, convolution inputs as halos."""
 
     chunks: Chunks
@@ -71,18 +72,6 @@ class StatePassing:
             return cls(chunks, None, None)
         segment_ids = to_int32(segment_ids)
         return cls(chunks, segment_ids, Borders.of(chunks.split(segment_ids), chunks))
-
-    def enter(self, x):
-        return x
-
-    def leave(self, y):
-        return y
-
-    def enter_rows(self, cache):
-        return cache
-
-    def leave_rows(self, cache):
-        return cache
 
     def edge_segments(self):
         return None if self.borders is None else (self.borders.first_segment, self.borders.last_segment)

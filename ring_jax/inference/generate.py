@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ring_jax._checks import check_callable, check_count, check_instance
-from ring_jax._mesh import axis_size
 from ring_jax.inference.engine import GREEDY, Engine
+from ring_jax.inference.pool import context_ranks, default_page
 from ring_jax.inference.prompts import check_length, check_prompts, check_stop_ids, check_vocabulary, config_of
 from ring_jax.inference.sampling import Sampling
 
@@ -144,10 +144,9 @@ def _seed(seed: int, number: int) -> int:
 
 def _sizes(model: Any, prompts: list[np.ndarray], max_new_tokens: int) -> dict[str, Any]:
     """Rows for all prompts, up to 32, and pages for what runs at once; rounded up, so that similar calls share programs."""
-    sharding = model.sharding
-    ranks = 1 if sharding is None else axis_size(sharding.resolve_mesh(), sharding.sequence)
+    ranks = context_ranks(model.sharding)
     rows = next((r for r in (1, 8) if r >= len(prompts)), 32)
-    page = 64 if ranks <= 8 else 32
+    page = default_page(ranks)
     longest = min(_power(max(map(len, prompts)) + max_new_tokens), model.config.max_positions)
     pages = -(-longest // (ranks * page))
     return {"rows": rows, "page": page, "pages": rows * pages, "snapshots": 0}

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ring_jax import _repr
+from ring_jax._arrays import round_up
 from ring_jax._checks import check_count
 from ring_jax._mesh import axis_names, axis_size
 from ring_jax.context.paged import Placement
@@ -58,12 +59,12 @@ class Geometry:
     slots: int
 
     def placement(self, sharding: Any) -> Placement:
-        return Placement(1 if sharding is None else _ranks(sharding), self.page)
+        return Placement(context_ranks(sharding), self.page)
 
     def shapes(self, model: Structure) -> Pool:
         """Shapes and dtypes of the whole pool."""
         config, sharding = model.config, model.sharding
-        ranks = 1 if sharding is None else _ranks(sharding)
+        ranks = context_ranks(sharding)
         tensor = 1 if sharding is None else axis_size(sharding.resolve_mesh(), sharding.tensor)
         heads, kinds = config.linear, config.layer_types[: config.period]
         linear = sum(kind == "linear_attention" for kind in kinds)
@@ -77,9 +78,9 @@ class Geometry:
             pages=shape(keys, model.dtype),
             state=shape((*states, self.rows, *matrix, heads.value_size), wide),
             tail=shape((*states, self.rows, history, heads.features), model.dtype),
-            saved=shape((self.slots, *states, *matrix, _round_up(heads.value_size, ranks)), wide),
+            saved=shape((self.slots, *states, *matrix, round_up(heads.value_size, ranks)), wide),
             saved_tail=shape(
-                (self.slots, *states, history, tensor * _round_up(heads.features // tensor, ranks)), model.dtype
+                (self.slots, *states, history, tensor * round_up(heads.features // tensor, ranks)), model.dtype
             ),
             token=shape((self.rows,), jnp.int32),
             position=shape((self.rows,), jnp.int32),
@@ -128,12 +129,14 @@ def specs(sharding: Any) -> Any:
     )
 
 
-def _ranks(sharding: Any) -> int:
-    return axis_size(sharding.resolve_mesh(), sharding.sequence)
+def context_ranks(sharding: Any) -> int:
+    """Over how many ranks a model's sequence lies."""
+    return 1 if sharding is None else axis_size(sharding.resolve_mesh(), sharding.sequence)
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+def default_page(ranks: int) -> int:
+    """Tokens of a page on one of so many ranks."""
+    return 64 if ranks <= 8 else 32
 
 
 def choose_geometry(
@@ -152,17 +155,15 @@ def choose_geometry(
     Raises:
         ValueError: less memory than one page and the running rows take.
     """
-    ranks = 1 if model.sharding is None else _ranks(model.sharding)
-    page = (64 if ranks <= 8 else 32) if page is None else check_count("page", page, 1)
+    ranks = context_ranks(model.sharding)
+    page = default_page(ranks) if page is None else check_count("page", page, 1)
     if pages is not None:
         check_count("pages", pages, 1)
         slots = min(pages, 8 * rows) if slots is None else check_count("snapshots", slots)
         return Geometry(pages + 1, page, rows, slots)
     budget = _default_memory(model) if memory is None else check_count("memory", memory, 1)
-    base, of_page, of_slot = (
-        Geometry(p, page, rows, z).bytes_per_rank(model) - less
-        for p, z, less in ((1, 0, 0), (2, 0, _fixed(model, page, rows)), (1, 1, _fixed(model, page, rows)))
-    )
+    base, with_page, with_slot = (Geometry(p, page, rows, z).bytes_per_rank(model) for p, z in ((1, 0), (2, 0), (1, 1)))
+    of_page, of_slot = with_page - base, with_slot - base
     left = budget - base
     if left < of_page:
         raise ValueError(
@@ -175,10 +176,6 @@ def choose_geometry(
     else:
         check_count("snapshots", slots)
     return Geometry(1 + max(1, min((left - slots * of_slot) // of_page, useful)), page, rows, slots)
-
-
-def _fixed(model: Structure, page: int, rows: int) -> int:
-    return Geometry(1, page, rows, 0).bytes_per_rank(model)
 
 
 def _default_memory(model: Structure) -> int:

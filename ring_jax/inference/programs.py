@@ -126,24 +126,7 @@ class Programs:
         in_specs = pool_specs, param_specs if params else {}, each
         leaves, tree = jax.tree.flatten(in_specs, is_leaf=lambda x: isinstance(x, P))
         out_specs = (pool_specs, P()) if written else pool_specs
-        return _run(local, mesh, tuple(leaves), tree, _Static(out_specs), pool, given, operands)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """A tree of specs that compares by its leaves."""
-
-    tree: Any
-
-    def _key(self):
-        leaves, structure = jax.tree.flatten(self.tree, is_leaf=lambda x: isinstance(x, P))
-        return tuple(leaves), structure
-
-    def __eq__(self, other):
-        return isinstance(other, _Static) and self._key() == other._key()
-
-    def __hash__(self):
-        return hash(self._key())
+        return _run(local, mesh, tuple(leaves), tree, out_specs, pool, given, operands)
 
 
 @functools.partial(jax.jit, static_argnums=range(5), donate_argnums=5)
@@ -152,7 +135,7 @@ def _run(local, mesh, leaves, tree, out_specs, pool, params, operands):
         return local(pool, params, operands)
     in_specs = jax.tree.unflatten(tree, leaves)
     given = reshard_explicit((pool, params, operands), mesh, in_specs)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs.tree)(*given)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*given)
 
 
 @dataclasses.dataclass(frozen=True)

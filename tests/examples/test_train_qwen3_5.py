@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ring_jax.gdn import Heads
 from ring_jax.inference.tokenizer import Tokenizer
 from ring_jax.models.qwen3_5 import Config, Qwen3_5
+from tests.support.models import SMALLEST
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_qwen3_5.py"
 
@@ -44,18 +44,7 @@ def standard_promotion():
 @pytest.fixture
 def smallest(script, monkeypatch, standard_promotion):
     """A recipe that compiles in seconds."""
-    model = Config(
-        **script.BYTES,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        linear=Heads(2, 2, 8, 8),
-        mlp_size=16,
-        max_positions=256,
-        layer_types=("linear_attention", "full_attention"),
-    )
+    model = Config(**script.BYTES, **SMALLEST)
     recipe = script.Recipe(model, (script.Stage(1.0, 128, 4),), 8, 1e-2, ())
     monkeypatch.setattr(script, "TINY", recipe)
     monkeypatch.setattr(script, "LOG_EVERY", 1)

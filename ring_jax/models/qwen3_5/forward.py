@@ -90,13 +90,15 @@ class Forward:
     model: Structure
     wanted: Wanted
     seq_len: int  # S without the layout's padding
+    same: bool  # whether it is one token a row after a past, the same on all context ranks
 
     def __repr__(self) -> str:  # jax's messages show it
         return f"forward of {self.model!r}"
 
     def __call__(self, params: Any, tokens, lengths, segment_ids, past: Past | None) -> Output:
         model, wanted = self.model, self.wanted
-        if past is not None and self.seq_len == 1 and wanted.last_only:
+        if self.same:
+            assert past is not None
             here = same_tokens(model, tokens, lengths, past)
             x, left = loop_layers(model, params, embed(model, params, here, tokens), here)
         else:

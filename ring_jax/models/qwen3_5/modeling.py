@@ -18,6 +18,7 @@ Yang et al., Gated Delta Networks (arXiv:2412.06464); Qiu et al., Gated Attentio
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -205,11 +206,8 @@ class Qwen3_5(nnx.Module):
     def param_specs(self, sharding: Sharding, mesh: Any) -> dict[str, Any]:
         """PartitionSpec of every parameter, in the tree of `nnx.to_pure_dict(nnx.state(model))`."""
         check_instance("sharding", sharding, Sharding, "a ring_jax.models.qwen3_5.Sharding")
-        sharding.check(self.config, mesh)
-        found = nnx.state(self, nnx.Param)
-        is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-        specs = jax.tree.map(lambda v: sharding.spec(v.get_value().shape, v.axes, mesh), found, is_leaf=is_param)
-        return nnx.to_pure_dict(specs)
+        program, params = self.split()
+        return dataclasses.replace(program, sharding=sharding).param_specs(params, mesh)
 
     @classmethod
     def from_pretrained(

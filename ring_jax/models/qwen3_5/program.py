@@ -75,9 +75,8 @@ class Program(Structure):
         wanted = Wanted(logits, cache_room, return_hidden, return_stats, return_new)
         same = past is not None and tokens.shape[1] == 1 and wanted.last_only
         specs = None if self.sharding is None else self._output_specs(wanted, self.sharding, same)
-        out = self._run(
-            Forward(self, wanted, tokens.shape[1]), specs, params, tokens, lengths, segment_ids, past, same=same
-        )
+        local = Forward(self, wanted, tokens.shape[1], same)
+        out = self._run(local, specs, params, tokens, lengths, segment_ids, past, same=same)
         return out if self.sharding is None else _cut(out, tokens.shape[1], self.sharding)
 
     def loss(

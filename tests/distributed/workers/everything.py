@@ -14,26 +14,13 @@ import optax
 from flax import nnx
 
 import ring_jax
-from ring_jax.gdn import Heads
 from ring_jax.inference import generate
 from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
 from ring_jax.training import checkpoint
+from tests.support.models import SMALLEST
 
 LENGTH = 37
-CONFIG = Config(
-    family="qwen3_5",
-    vocab_size=64,
-    tie_embeddings=True,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    linear=Heads(2, 2, 8, 8),
-    mlp_size=16,
-    max_positions=256,
-    layer_types=("linear_attention", "full_attention"),
-)
+CONFIG = Config(family="qwen3_5", vocab_size=64, tie_embeddings=True, **SMALLEST)
 PROMPTS = [list(range(30)), list(range(20, 57))]
 
 

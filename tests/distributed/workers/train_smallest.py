@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 
-from ring_jax.gdn import Heads
 from ring_jax.models.qwen3_5 import Config
+from tests.support.models import SMALLEST
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "train_qwen3_5.py"
 
@@ -23,9 +23,7 @@ def load():
 
 def shrink(script):
     """`script` with one small stage, no checks at the end, a logged loss for every step, and a text that is soon read."""
-    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_size": 16}
-    layers = {"linear": Heads(2, 2, 8, 8), "layer_types": ("linear_attention", "full_attention")}
-    model = Config(**script.BYTES, **sizes, **layers, max_positions=256)
+    model = Config(**script.BYTES, **SMALLEST)
     script.TINY = script.Recipe(model, (script.Stage(1.0, 128, 4),), 6, 1e-2, ())
     script.LOG_EVERY = 1
     script.training_text = script.held_out_text
