@@ -23,20 +23,22 @@ class Generation:
     Fields:
         tokens: for each prompt the new token ids, the one that ended it included.
         prompt_tokens: of all prompts together, without padding.
-        seconds_to_first: from the call to the first new tokens, compilation included.
-        seconds_decoding: from the second new tokens (the first step compiles) to the last.
+        seconds_to_first: from the call to the first new tokens, compilation included. The devices give several tokens of
+            a row at a time.
+        seconds_decoding: from the first of these times to the last.
+        tokens_decoding: how many tokens came in `seconds_decoding`, of all rows together.
     """
 
     tokens: list[list[int]]
     prompt_tokens: int
     seconds_to_first: float = 0.0
     seconds_decoding: float = 0.0
+    tokens_decoding: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second of all rows together, after the second ones; 0 where there are none."""
-        counted = sum(max(len(row) - 2, 0) for row in self.tokens)
-        return counted / self.seconds_decoding if self.seconds_decoding > 0 else 0.0
+        """New tokens per second of all rows together, after those that came first; 0 where all came at once."""
+        return self.tokens_decoding / self.seconds_decoding if self.seconds_decoding > 0 else 0.0
 
 
 def generate(
@@ -78,17 +80,15 @@ def generate(
     begin = time.perf_counter()
     check_callable("on_tokens", on_tokens, "a function of each step's tokens", optional=True)
     rows: Any = check_prompts(prompts)
-    steps = stream(model, rows, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids)
+    steps = _checked(model, rows, max_new_tokens, sampling, seed, stop_ids)
     result = Generation([[] for _ in rows], sum(len(row) for row in rows))
-    second = begin
-    for step, tokens in enumerate(steps):
-        now = time.perf_counter()
+    for step, (tokens, fresh) in enumerate(steps):
         if step == 0:
-            result.seconds_to_first = now - begin
-        elif step == 1:
-            second = now
-        else:
-            result.seconds_decoding = now - second
+            result.seconds_to_first = time.perf_counter() - begin
+        elif fresh:
+            result.seconds_decoding = time.perf_counter() - begin - result.seconds_to_first
+        if result.seconds_decoding > 0:
+            result.tokens_decoding += sum(token is not None for token in tokens)
         for row, token in zip(result.tokens, tokens, strict=True):
             if token is not None:
                 row.append(token)
@@ -107,6 +107,18 @@ def stream(
     stop_ids: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """As `generate`, one step at a time: yields each row's new token, None for rows that have ended."""
+    return (tokens for tokens, _ in _checked(model, prompts, max_new_tokens, sampling, seed, stop_ids))
+
+
+def _checked(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stop_ids: Sequence[int] | None,
+) -> Iterator[tuple[list[int | None], bool]]:
+    """The steps of `stream`, once its arguments are known to be right."""
     rows = check_prompts(prompts)
     config = config_of(model)
     check_count("max_new_tokens", max_new_tokens, 1)
@@ -121,20 +133,23 @@ def stream(
 
 def _steps(
     model: Any, prompts: list[np.ndarray], max_new_tokens: int, sampling: Sampling, seed: int, stop: frozenset[int]
-) -> Iterator[list[int | None]]:
+) -> Iterator[tuple[list[int | None], bool]]:
+    """Each step's tokens, and whether the devices were asked for them: other steps had been computed with one before."""
     engine = Engine(model, **_sizes(model, prompts, max_new_tokens))
     options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop_ids": stop}
     requests = [engine.submit(row, seed=_seed(seed, number), **options) for number, row in enumerate(prompts)]
     for step in range(max_new_tokens):
+        fresh = False
         for request in requests:
             while len(request.tokens) <= step and not request.done:
                 engine.step()
+                fresh = True
             if request.error is not None:
                 raise RuntimeError(f"generation failed: {request.error}") from request.error
         found = [request.tokens[step] if step < len(request.tokens) else None for request in requests]
         if all(token is None for token in found):
             return
-        yield found
+        yield found, fresh
 
 
 def _seed(seed: int, number: int) -> int:
