@@ -130,8 +130,16 @@ def test_head_axis_beside_the_context_axis(strategy):
 DOCUMENTS = {"single": [0, 96], "equal": [0, 32, 64, 96], "different": [0, 7, 61, 96]}
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["MHA", "GQA"])
+@pytest.mark.parametrize(
+    "heads, dtype",
+    [
+        ((4, 2), jnp.bfloat16),
+        ((4, 4), jnp.float16),
+        pytest.param((4, 4), jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param((4, 2), jnp.float16, marks=pytest.mark.slow),
+    ],
+    ids=["GQA, bf16", "MHA, fp16", "MHA, bf16", "GQA, fp16"],
+)
 def test_half_precision_error_does_not_grow_with_ranks(heads, dtype):
     check_half_precision(heads, dtype, 96, DOCUMENTS)
 

@@ -79,7 +79,7 @@ def test_a_template_has_limits(directory, monkeypatch, template, match):
 
 def test_a_long_text_is_within_the_limits(directory):
     tokenizer = Tokenizer(directory)
-    text = "naïve " * 200_000
+    text = "naïve " * 50_000
     assert tokenizer.decode(tokenizer.chat(text)) == f"[user] {text}\n[assistant] "
 
 

@@ -82,7 +82,7 @@ def check_steps(name: str, spread: Spread, past: Chunks) -> None:
 @pytest.mark.parametrize(
     "name, spread",
     [
-        ("dense pair", Spread()),
+        pytest.param("dense pair", Spread(), marks=_slow),
         ("moe pair", Spread(context=2, strategy="ring")),
         pytest.param("dense pair", Spread(context=4, data=1, tensor=2, weights="context"), marks=_slow),
     ],
