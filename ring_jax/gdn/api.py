@@ -47,11 +47,13 @@ def gated_delta_rule(
         segment_ids: ids of packed documents, each one contiguous run, as in `ring_jax.documents`; the state is exactly
             zero where a document begins. Negative ids are padding: it ends a document, leaves the state untouched and
             gives zeros, whatever the other arrays hold there.
-        implementation: "mosaic" (Hopper kernels, bfloat16 and float16, head sizes 64 and 128), "chunked" (sequences),
-            "recurrent" (one or a few tokens) or "reference" (token by token, for tests); None takes the best that runs here.
+        implementation: "mosaic" (Hopper kernels, bfloat16 and float16, head sizes 64 and 128), "mosaic_split" (the same with
+            float32 arithmetic), "chunked" (sequences), "recurrent" (one or a few tokens) or "reference" (token by token, for
+            tests); None takes the best that runs here.
         precision: "default": 16-bit inputs may be multiplied as they are, with states and corrections rounded to 16 bits before
-            products (relative error about 3e-3); "highest": float32 arithmetic whatever the inputs, which no kernel has (as
-            "chunked" on a GPU 20 to 30 times the time). None is "default".
+            products (relative error about 3e-3); "highest": float32 arithmetic whatever the inputs, by "chunked" (on a GPU 20 to
+            30 times the time) or, where implementation="mosaic", by "mosaic_split", which splits operands into two of 16
+            bits each (relative error about 5e-6, gradients by "chunked"). None is "default".
         context: the mesh axes and the layout that the arrays lie in, for a sequence that is spread over ranks; the
             state is then the same on all context ranks, before and after.
         strategy: with a context: "batch", "head", "state" or "auto" (see `ring_jax.gdn.sharded`, also for running whole
@@ -66,7 +68,7 @@ def gated_delta_rule(
 
     Raises:
         TypeError: what is no array, number or name.
-        NotImplementedError: a named implementation that cannot run here, or not in the precision that is asked for.
+        NotImplementedError: a named implementation that cannot run here.
         ValueError: shapes or dtypes that do not fit, an unknown implementation, a strategy without a context or one that the
             layout or the number of heads does not allow, a positive log_decay (of NumPy: a device's is not read).
 

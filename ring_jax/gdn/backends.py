@@ -17,6 +17,7 @@ import jax
 from ring_jax._checks import check_choice
 from ring_jax.gdn.chunked import chunked
 from ring_jax.gdn.hopper import backend as hopper
+from ring_jax.gdn.hopper import split
 from ring_jax.gdn.recurrent import UNROLLED, recurrent
 from ring_jax.gdn.reference import reference
 
@@ -27,10 +28,13 @@ class Backend:
     run: Callable[..., tuple[jax.Array, jax.Array]]
     # Why it cannot run these arrays here, or None. Takes (query, key, value).
     unsupported_reason: Callable[[Any, Any, Any], str | None] = lambda query, key, value: None
+    # Whether an initial_state of None stands for zeros; the others are given them.
+    begins: bool = False
 
 
 BACKENDS = {
-    "mosaic": Backend("mosaic", hopper.hopper, hopper.unsupported),
+    "mosaic": Backend("mosaic", hopper.hopper, hopper.unsupported, begins=True),
+    "mosaic_split": Backend("mosaic_split", split.split, hopper.unsupported, begins=True),
     "chunked": Backend("chunked", chunked),
     "recurrent": Backend("recurrent", recurrent),
     "reference": Backend("reference", reference),
@@ -59,14 +63,6 @@ def select(implementation: str | None, query: Any, key: Any, value: Any) -> Back
 
 
 def exact(implementation: str | None) -> str:
-    """The backend for float32 arithmetic throughout.
-
-    Raises:
-        NotImplementedError: `implementation` names one that rounds.
-    """
-    if implementation == "mosaic":
-        raise NotImplementedError(
-            "implementation='mosaic' rounds operands of products to 16 bits, precision='highest' asks for float32: leave one "
-            "of them out (None lets ring_jax choose)"
-        )
-    return implementation or "chunked"
+    """The backend for float32 arithmetic throughout: of "mosaic" the form with split operands, of None the one in XLA, as long as
+    no GPU has timed the other."""
+    return "mosaic_split" if implementation == "mosaic" else implementation or "chunked"

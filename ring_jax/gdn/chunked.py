@@ -57,6 +57,14 @@ class Grouping:
         x = x.reshape(x.shape[0], self.groups, self.chunks, self.chunk, *x.shape[2:])
         return jnp.moveaxis(x, 0, 2)
 
+    def documents(self, segment_ids: jax.Array) -> jax.Array:
+        """For `decays`, group by group: [groups, 2, chunks, B, chunk], each token's document and the one before it."""
+        index = document_index(segment_ids)
+        pad = self.groups * self.chunks * self.chunk - index.shape[1]
+        index = jnp.pad(index, ((0, 0), (0, pad)), mode="edge")
+        before = jnp.pad(index, ((0, 0), (1, 0)))[:, :-1]  # the document that a chunk's state comes from
+        return jnp.stack([self.split(index), self.split(before)], axis=1)
+
     def join(self, x: jax.Array, time: int) -> jax.Array:
         """Inverse of `split`."""
         x = jnp.moveaxis(x, 2, 0)
@@ -94,14 +102,7 @@ def _chunked(operands, *, scale, initial_state, segment_ids, outputs: bool):
     grouped = (batch, time, heads, repeats)
     xs = [query, key, value.reshape(*grouped, dv), log_decay.reshape(grouped), beta.reshape(grouped)]
     xs = [grouping.split(x) for x in xs]
-    documents = None
-    if segment_ids is not None:
-        index = document_index(segment_ids)
-        pad = grouping.groups * grouping.chunks * grouping.chunk - time
-        index = jnp.pad(index, ((0, 0), (0, pad)), mode="edge")
-        before = jnp.pad(index, ((0, 0), (1, 0)))[:, :-1]  # the document that a chunk's state comes from
-        documents = jnp.stack([grouping.split(index), grouping.split(before)])
-        documents = jnp.moveaxis(documents, 0, 1)
+    documents = None if segment_ids is None else grouping.documents(segment_ids)
     state = initial_state.reshape(batch, heads, repeats, dk, -1)
     state, xs, documents = align(state, xs, documents)
 
@@ -124,7 +125,7 @@ def _group(state, operands, documents, *, scale: float, dtype, outputs: bool):
     k = jnp.einsum("cblkd->cbkld", key).astype(dtype)
     v = jnp.einsum("cblkrv->cbkrlv", value).astype(dtype)
     g, beta = (jnp.einsum("cblkr->cbkrl", x).astype(dtype) for x in (log_decay, beta))
-    decay = _decays(g, documents)
+    decay = decays(g, documents)
 
     repeats = v.shape[3]
     keys = _to_value_heads(_einsum("cbkld,cbkmd->cbklm", k, k), repeats)
@@ -165,7 +166,7 @@ def _to_value_heads(x, repeats: int):
 
 
 @dataclass(frozen=True)
-class _Decays:
+class Decays:
     """Products of decays in every chunk, each zero where a document border lies between."""
 
     between: jax.Array  # [..., L, L], D_ij for i >= j, else 0
@@ -174,7 +175,8 @@ class _Decays:
     total: jax.Array  # [...], e^{G_end}
 
 
-def _decays(g, documents) -> _Decays:
+def decays(g, documents) -> Decays:
+    """Of chunks of log decays [..., L] in documents [2, c, b, L], or None."""
     size = g.shape[-1]
     triangle = jnp.tril(jnp.ones((size, size), bool))
     same = triangle.reshape((1,) * (g.ndim - 1) + triangle.shape)
@@ -192,4 +194,4 @@ def _decays(g, documents) -> _Decays:
         total = jnp.where(reaches[..., -1], total, 0)
     # Masked before the exponential as well: a sum of positive log decays above the diagonal must not overflow.
     between = jnp.where(same, jnp.exp(jnp.where(same, exponent, 0)), 0)
-    return _Decays(between, from_start, to_end, total)
+    return Decays(between, from_start, to_end, total)

@@ -31,7 +31,7 @@ def delta_rule(
     heads, dv = value.shape[2:]
     backend = select(implementation, query, key, value)
     empty = 0 in value.shape or dk == 0
-    if initial_state is None and (empty or backend.name != "mosaic"):  # which begins with zeros without reading them
+    if initial_state is None and (empty or not backend.begins):
         initial_state = jnp.zeros((batch, heads, dk, dv), state_dtype(*operands))
     if empty:
         return jnp.zeros_like(value), initial_state

@@ -236,6 +236,6 @@ def test_errors_of_options():
     with pytest.raises(ValueError, match="segment_ids must be signed integers"):
         gated_delta_rule(*arrays[:5], segment_ids=np.zeros((2, 10), np.float32))
     with pytest.raises(
-        ValueError, match="unknown implementation 'fast'.*'chunked', 'mosaic', 'recurrent', 'reference'"
+        ValueError, match="unknown implementation 'fast'.*'chunked', 'mosaic', 'mosaic_split', 'recurrent', 'reference'"
     ):
         gated_delta_rule(*arrays[:5], implementation="fast")

@@ -69,7 +69,7 @@ def compare(arrays, state, segment_ids=None, *, config=None, pieces=None):
     return got
 
 
-def lower(shape, dtype=jnp.bfloat16, *, initial=True, documents=False, **options):
+def lower(shape, dtype=jnp.bfloat16, *, initial=True, documents=False, function=launch.forward, **options):
     batch, time, key_heads, heads, dk, dv = shape
     struct = jax.ShapeDtypeStruct
     key, rows = struct((batch, time, key_heads, dk), dtype), struct((batch, time, heads), jnp.float32)
@@ -79,7 +79,7 @@ def lower(shape, dtype=jnp.bfloat16, *, initial=True, documents=False, **options
         extra["initial_state"] = struct((batch, heads, dk, dv), jnp.float32)
     if documents:
         extra["segment_ids"] = struct((batch, time), jnp.int32)
-    call = jax.jit(functools.partial(launch.forward, scale=0.1, **options))
+    call = jax.jit(functools.partial(function, scale=0.1, **options))
     device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         return call.trace(*arrays, **extra).lower(lowering_platforms=("cuda",)).as_text()
