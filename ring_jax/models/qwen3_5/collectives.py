@@ -96,6 +96,14 @@ class Collectives:
             return logits
         return lax.all_gather(logits, axes, axis=logits.ndim - 1, tiled=True, to="invarying")
 
+    def same_for_head(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """x, the same on all tensor ranks, with a type that says so where the head is whole on each: its logits are taken for
+        parts of a vocabulary otherwise. One that is spread makes parts of them in any case."""
+        axes = tuple(axis for axis in axis_names(self.tensor) if axis in varying_axes(x))
+        if not axes or self._vocabulary_axes(kernel):
+            return x
+        return lax.psum(jnp.where(lax.axis_index(axes) == 0, x, jnp.zeros_like(x)), axes)
+
     def cross_entropy(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """-log softmax(logits)[target] of each token, [T]; the vocabulary may lie over the tensor axis."""
         axes = self._vocabulary_axes(logits)

@@ -183,7 +183,7 @@ def loop_layers(model: Structure, params: Any, x, here: Pass) -> tuple[Array, La
         keys += own
     # The barrier keeps whoever writes the keys behind the last layer's reading: it would have to be to a copy otherwise.
     x, stacked = jax.lax.optimization_barrier((x, jnp.stack(keys)))
-    return x, LayerOutputs(stacked, held.result(), None, None)
+    return here.same_for_head(x, head(params)), LayerOutputs(stacked, held.result(), None, None)
 
 
 @dataclasses.dataclass

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import ring_jax
 from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
 from ring_jax.models.qwen3_5.checks import check_inputs
 from tests.arguments.calls import context
 from tests.arguments.models import SIZES, V
+from tests.support.mesh import make_mesh
 
 S = 6
 OUTSIDE = [V, -1, 10**6, -100, -(2**31), 2**31 - 1]
@@ -82,3 +84,19 @@ def test_traced_ids_give_nan_in_their_row_and_nothing_in_padding(which, padding,
         found, other = run(np.where(ids < 0, tokens, with_id(0)))
         np.testing.assert_array_equal(found[ids >= 0], right[ids >= 0])
         assert other == loss
+
+
+@pytest.mark.parametrize("size", [32, 33])
+def test_one_set_of_logits_whatever_the_tensor_axis(size):
+    """An odd vocabulary is whole on each tensor rank: its logits are no parts to put side by side."""
+    context = ring_jax.ContextParallel("context", head_axis="tensor", mesh=make_mesh(context=2, tensor=2))
+    config = Config(**SIZES | {"vocab_size": size})
+    program, params = Qwen3_5(config, rngs=None, dtype=jnp.float32, sharding=Sharding(context)).split()
+    out = jax.eval_shape(lambda params: program(params, GOOD), params)
+    assert out.logits.shape == (2, S, size)
+    cache = jax.eval_shape(lambda params: program(params, GOOD, cache_room=2).cache, params)
+    token = jnp.zeros(2, jnp.int32)
+    assert jax.eval_shape(program.decode, params, token, cache)[0].shape == (2, size)
+    past = jax.eval_shape(lambda params: program(params, GOOD, return_new=True).new, params)
+    after = jax.eval_shape(lambda params, past: program(params, token[:, None], past=past, logits="last"), params, past)
+    assert after.logits.shape == (2, size)
