@@ -11,23 +11,22 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from ring_jax._checks import check_choice, check_count, check_instance, check_number
 from ring_jax.inference import prompts
 from ring_jax.inference.control import COLUMNS, pack
 from ring_jax.inference.ladders import Ladders
-from ring_jax.inference.pool import choose_geometry
+from ring_jax.inference.pool import choose_geometry, default_memory
 from ring_jax.inference.programs import Programs
 from ring_jax.inference.pump import Pump
 from ring_jax.inference.requests import Request, Stats, make_request, message
 from ring_jax.inference.sampling import Sampling
 from ring_jax.inference.scheduler import Copy, Decode, Prefill, Restore, Save, Scheduler, State, Text
-from ring_jax.inference.sharing import Sharing, plain
+from ring_jax.inference.sharing import Sharing, plain, processes_of
 from ring_jax.models.qwen3_5.checks import check_has_parameters
 from ring_jax.models.qwen3_5.structure import Structure
 
@@ -38,7 +37,7 @@ class Engine:
     """Continues many texts at once, with chunked prefill, a prefix cache and continuous batching.
 
     Args:
-        model: a `ring_jax.models.qwen3_5.Qwen3_5`, on one device or over a mesh. Rows are the same on all data ranks.
+        model: a `ring_jax.models.qwen3_5.Qwen3_5`, on one device or over a mesh. Data ranks all do the same.
         rows: texts that run at once; more wait.
         chunk: tokens of a prompt that are computed at a time, between two decodes of the texts that run.
         memory: bytes on each device for keys, states and snapshots. Default: most of what a GPU has left, 512 MiB in all on
@@ -49,8 +48,8 @@ class Engine:
         decode_steps: tokens of each text between two looks of the host.
         snapshot_every: tokens between snapshots that are kept even where others have to go; a multiple of `chunk`.
         entry: where texts enter if there are several processes. "all": every process makes the same calls in the same order. "first": the
-            first makes them, the others call `follow`. Either way decisions and tokens are compared every 64 steps.
-        timeout: seconds that a process waits for another.
+            first makes them, the others call `follow`; all call `warmup`, before. Either way decisions and tokens are compared.
+        timeout: seconds that a process waits for another's; for texts to come `follow` waits as long as the first process lives.
 
     Raises:
         TypeError, ValueError: no such model, or sizes that do not fit together.
@@ -91,6 +90,13 @@ class Engine:
         structure, params = model.split()
         check_has_parameters(params)
         self._model = _alone_on_data(structure)
+        check_choice("entry", entry, ("all", "first"))
+        processes = (0,) if structure.sharding is None else processes_of(structure.sharding.resolve_mesh())
+        self._sharing: Sharing | None = None
+        if len(processes) > 1:
+            self._sharing = Sharing(first=entry == "first", timeout=timeout, processes=processes)
+            if memory is None and pages is None:
+                memory = self._sharing.least(default_memory(self._model))
         self.geometry = choose_geometry(
             self._model, rows=rows, page=page, pages=pages, slots=snapshots, memory=memory, fraction=snapshot_fraction
         )
@@ -106,9 +112,6 @@ class Engine:
         self._warm, self._known = False, 0
         self.pump = Pump(self)
         self._number, self._closed = 0, False
-        check_choice("entry", entry, ("all", "first"))
-        several = jax.process_count() > 1 and self._model.sharding is not None
-        self._sharing = Sharing(first=entry == "first", timeout=timeout) if several else None
         self.reset()
 
     # -- what users call -------------------------------------------------------------------------
@@ -165,9 +168,14 @@ class Engine:
 
     def close(self) -> None:
         """Ends `follow` on the other processes; texts that have not ended are cancelled."""
-        for request in list(self._requests.values()):
+        self._check_entry()
+        if self._dead is not None:
+            if self._sharing is not None:
+                self._sharing.leave()
+            return
+        for request in [*self._requests.values(), *(request for what, request in self._inbox if what == "submit")]:
             self.cancel(request)
-        self._closed = True
+        self._inbox.append(("close", None))
         self.step()
 
     def step(self) -> list[Request]:
@@ -204,10 +212,13 @@ class Engine:
     def reset(self) -> None:
         """An empty pool, and no texts; those that have not ended are cancelled. Programs stay compiled."""
         with self._lock:
+            again = hasattr(self, "_requests")
             for request in list(getattr(self, "_requests", {}).values()):
                 request.text.state, request.text.finish = State.DONE, "cancelled"
             self._requests: dict[Text, Request] = {}
-            self._inbox: collections.deque[tuple[str, Request]] = collections.deque()
+            self._inbox: collections.deque[tuple[str, Any]] = collections.deque()
+            if again and self._sharing is not None and self._sharing.enters_here:
+                self._inbox.append(("reset", None))  # the others', before their next step
             self._flight: collections.deque[tuple[Decode, Any]] = collections.deque()
             self._dead: BaseException | None = None
             self._counts: dict[str, Any] = collections.defaultdict(int)
@@ -265,27 +276,28 @@ class Engine:
         return []
 
     def _take_in(self) -> None:
-        arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        arrived: Iterable[tuple[str, Any]] = [self._inbox.popleft() for _ in range(len(self._inbox))]
         if self._sharing is not None:
-            said = [{"what": "close"}] if self._closed else []
-            said += [message(what, request) for what, request in arrived]
-            told = self._sharing.share(said)
+            told = self._sharing.share([message(what, request) for what, request in arrived])
             if not self._sharing.enters_here:
-                arrived = [self._told(**each) for each in told if each["what"] != "close"]
-                self._closed = any(each["what"] == "close" for each in told)
+                arrived = (self._told(**each) for each in told)  # one after the other: a text may be cancelled at once
         for what, request in arrived:
             if what == "submit":
                 self._requests[request.text] = request
                 self._counts["requests"] += 1
                 self._scheduler.submit(request.text)
-            elif request.text in self._requests:
+            elif what == "cancel" and request is not None and request.text in self._requests:
                 self._scheduler.cancel(request.text)
                 self._close(request)
+            elif what == "close":
+                self._closed = True
 
-    def _told(self, what: str, number: int, **options: Any) -> tuple[str, Request]:
+    def _told(self, what: str, number: int = -1, **options: Any) -> tuple[str, Request | None]:
         """What the first process has taken in."""
-        if what == "cancel":
-            return what, next(request for request in self._requests.values() if request.number == number)
+        if what == "reset":
+            self.reset()
+        if what != "submit":
+            return what, next((request for request in self._requests.values() if request.number == number), None)
         sampling = Sampling(*options.pop("how"))
         request = make_request(self, self._scheduler.capacity, sampling=sampling, **options)
         request.number = number
@@ -389,7 +401,7 @@ class Engine:
 
     def _die(self, error: BaseException) -> None:
         self._dead, self._pool = error, None
-        for request in [*self._requests.values(), *(request for _, request in self._inbox)]:
+        for request in [*self._requests.values(), *(request for what, request in self._inbox if what == "submit")]:
             request.error = error
         self._requests.clear()
         self._inbox.clear()

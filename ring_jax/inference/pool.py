@@ -161,7 +161,7 @@ def choose_geometry(
         check_count("pages", pages, 1)
         slots = min(pages, 8 * rows) if slots is None else check_count("snapshots", slots)
         return Geometry(pages + 1, page, rows, slots)
-    budget = _default_memory(model) if memory is None else check_count("memory", memory, 1)
+    budget = default_memory(model) if memory is None else check_count("memory", memory, 1)
     base, with_page, with_slot = (Geometry(p, page, rows, z).bytes_per_rank(model) for p, z in ((1, 0), (2, 0), (1, 1)))
     of_page, of_slot = with_page - base, with_slot - base
     left = budget - base
@@ -178,10 +178,10 @@ def choose_geometry(
     return Geometry(1 + max(1, min((left - slots * of_slot) // of_page, useful)), page, rows, slots)
 
 
-def _default_memory(model: Structure) -> int:
-    """Bytes on each device."""
+def default_memory(model: Structure) -> int:
+    """Bytes on each device, as this process sees its own."""
     devices = jax.devices()[:1] if model.sharding is None else list(model.sharding.resolve_mesh().devices.flat)
-    stats = devices[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(0.9 * stats["bytes_limit"]) - stats["bytes_in_use"]
+    here = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
+    if here and all("bytes_limit" in stats for stats in here):
+        return min(int(0.9 * stats["bytes_limit"]) - stats["bytes_in_use"] for stats in here)
     return (1 << 29) // len(devices)  # emulated devices share the memory

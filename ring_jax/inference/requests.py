@@ -184,8 +184,10 @@ def make_request(
     return Request(text, sampling, int(seed), int(top_log_probabilities), engine)
 
 
-def message(what: str, request: Request) -> dict[str, Any]:
-    """What another process has to know to take in, or cancel, the same text."""
+def message(what: str, request: Request | None) -> dict[str, Any]:
+    """What another process has to know to take in, or cancel, the same text; "reset" and "close" have none."""
+    if request is None:
+        return {"what": what}
     if what == "cancel":
         return {"what": what, "number": request.number}
     text, how = request.text, request.sampling
@@ -194,7 +196,7 @@ def message(what: str, request: Request) -> dict[str, Any]:
         "number": request.number,
         "tokens": text.tokens[: text.prompt].tolist(),
         "max_new_tokens": text.limit - text.prompt,
-        "how": [float(how.temperature), how.top_k, float(how.top_p)],
+        "how": [float(how.temperature), None if how.top_k is None else int(how.top_k), float(how.top_p)],
         "seed": request.seed,
         "stop_ids": sorted(text.stops),
         "checkpoints": list(text.checkpoints),

@@ -1,5 +1,6 @@
 """A tiny checkpoint directory with random weights and a byte-level tokenizer, as tests of generation need it."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import decoders, models, pre_tokenizers
 
 from ring_jax.gdn import Heads
-from ring_jax.models.qwen3_5 import Config, Qwen3_5
+from ring_jax.models.qwen3_5 import Config, Experts, Qwen3_5
 
 EOS = 256
 CONFIG = Config(
@@ -32,14 +33,30 @@ CONFIG = Config(
 )
 
 
+# Two groups of layers, and heads and experts for a tensor and an expert axis of two.
+_WIDE = dataclasses.replace(
+    CONFIG,
+    num_heads=4,
+    num_kv_heads=2,
+    linear=Heads(2, 4, 8, 8),
+    layer_types=("linear_attention", "full_attention") * 2,
+)
+_MOE = dataclasses.replace(_WIDE, mlp_size=None, experts=Experts(8, 2, 16, 16), tie_embeddings=False)
+FAMILIES = {
+    "qwen3_5": _WIDE,
+    "qwen3_5_moe": dataclasses.replace(_MOE, family="qwen3_5_moe"),
+    "qwen3_next": dataclasses.replace(_MOE, family="qwen3_next", linear=Heads(2, 2, 8, 8)),
+}
+
+
 @functools.cache
-def _values():
-    return Qwen3_5(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32).split()[1]
+def _values(config: Config):
+    return Qwen3_5(config, rngs=nnx.Rngs(0), dtype=jnp.float32).split()[1]
 
 
-def tiny_model(**options) -> Qwen3_5:
+def tiny_model(config: Config = CONFIG, **options) -> Qwen3_5:
     """The same random weights each time: making them takes seconds."""
-    model, values = Qwen3_5(CONFIG, rngs=None, dtype=jnp.float32, **options), _values()
+    model, values = Qwen3_5(config, rngs=None, dtype=jnp.float32, **options), _values(config)
     if model.sharding is not None:
         mesh = model.sharding.resolve_mesh()
         is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731

@@ -1,7 +1,9 @@
 """What each program moves between ranks, and what a rank holds."""
 
+import dataclasses
 import math
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ import pytest
 import ring_jax
 from ring_jax.inference import programs
 from ring_jax.inference.control import COLUMNS
-from ring_jax.inference.pool import Geometry, specs
+from ring_jax.inference.ladders import Ladders
+from ring_jax.inference.pool import Geometry, Pool, specs
 from ring_jax.models.qwen3_5 import Qwen3_5, Sharding
 from tests.inference.checkpoint import CONFIG
 
@@ -86,6 +89,10 @@ def test_a_chunk_sends_its_new_keys_once(moved):
     sends = [size for kind, size in first if kind == "all_to_all"]
     assert new_keys <= max(sends) <= 2 * new_keys
     some, many = prefill(256, CHUNK), prefill(1024, CHUNK)
+    query = CHUNK // RANKS * CONFIG.num_heads * CONFIG.head_dim * 4
+    result, seen = query + query // CONFIG.head_dim, 2 * CHUNK // RANKS * 4
+    around = Counter({("collective_permute", size): RANKS - 1 for size in (query, result, seen)})
+    assert Counter(some) - Counter(first) == around and Counter(some) - around == Counter(first), "once around the ring"
     assert sum(size for _, size in some) == sum(size for _, size in many)
     assert max(size for _, size in many) < 256 * 32 * 2 * CONFIG.head_dim * 4 // RANKS
 
@@ -106,3 +113,63 @@ def test_a_rank_holds_its_share(ranks):
         place = jax.sharding.NamedSharding(model.sharding.resolve_mesh(), getattr(places, name))
         held = math.prod(place.shard_shape(getattr(shapes, name).shape))
         assert held <= math.prod(getattr(whole, name).shape) / ranks * (8 / 7)
+
+
+@pytest.fixture(scope="module")
+def held():
+    """{program: bytes of one rank} for 16,384 tokens and 64 snapshots at C = 1 and 8, of compiled programs; without the states of
+    the rows, which every rank has."""
+
+    def of(ranks):
+        model, params = structure(ranks)
+        geometry = Geometry(1 + (1 << 14) // (ranks * 8), 8, ROWS, 64)
+        shapes = geometry.shapes(model)
+        rows = sum(
+            x.size * x.dtype.itemsize for x in (shapes.state, shapes.tail, shapes.token, shapes.position, shapes.active)
+        )
+        own = programs.Programs(model, params, geometry, 2)
+        calls = {
+            "save": lambda pool: own.save(pool, 0, 0),
+            "restore": lambda pool: own.restore(pool, 0, 0),
+            "copy": lambda pool: own.copy(pool, 1, 2),
+        }
+        return {name: _memory(call, shapes) for name, call in calls.items()}, rows
+
+    return {ranks: of(ranks) for ranks in (1, 8)}
+
+
+def _memory(call, shapes):
+    captured, run = [], programs._run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "_run", lambda *operands: captured.append(operands))
+        call(shapes)
+    return run.lower(*captured[0]).compile().memory_analysis()
+
+
+def test_eight_ranks_hold_an_eighth_each(held):
+    """Of keys and snapshots, by compiled sizes: at most a seventh. What a program takes it gives back in the same place, and it needs
+    the states of a row or one page beside."""
+    (one, rows), (eight, same) = held[1], held[8]
+    assert rows == same
+    for name, program in eight.items():
+        assert program.argument_size_in_bytes - rows <= (one[name].argument_size_in_bytes - rows) / 7, name
+        pointers = 8 * (len(dataclasses.fields(Pool)) + 2)
+        assert program.output_size_in_bytes - program.alias_size_in_bytes <= pointers, name
+        assert program.argument_size_in_bytes - program.alias_size_in_bytes <= pointers, name
+        assert program.temp_size_in_bytes < 4 * rows, name
+
+
+def test_every_program_has_the_pool_for_good(monkeypatch):
+    """All its arrays are donated, so that none is there twice."""
+    model, params = structure(RANKS)
+    geometry = Geometry(64, 8, ROWS, 4)
+    own, run, captured = programs.Programs(model, params, geometry, 2), programs._run, []
+    monkeypatch.setattr(programs, "_run", lambda *operands: captured.append(operands) or (operands[5], None))
+    longest = {name: sizes for name, *sizes in Ladders.of(model, geometry, None).every_program()}
+    for name, sizes in longest.items():
+        own.rehearse(geometry.shapes(model), name, *sizes)
+    assert len(captured) == len(own.keys) >= 5
+    for operands in captured:
+        text = run.lower(*operands).as_text()
+        main = text[text.index("@main(") :].split("\n", 1)[0]
+        assert len(re.findall(r"jax\.buffer_donor = true|tf\.aliasing_output", main)) == len(dataclasses.fields(Pool))
