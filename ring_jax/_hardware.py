@@ -26,7 +26,8 @@ class Hardware:
         gdn_chunk_seconds: of 64 tokens in the gated delta rule's forward kernel, head size 128: half a value head a multiprocessor;
             a whole one. None: XLA's loops run instead.
         gdn_prepare_seconds: of one token and value head, before that.
-        gdn_backward: backward over forward, of the gated delta rule's kernels. None: XLA's loops, which run the forward again.
+        gdn_backward: of the gated delta rule's gradients by kernels: seconds of 64 tokens where there are few heads, and of one token
+            and value head where there are many. None: XLA's loops, which run the forward again.
         gdn_loops: seconds of 64 tokens in XLA's loops, and more for each value head: forward, forward + backward.
         expert_flops: of routed experts' products, forward; with backward.
         memory_bytes_per_s: the vendor's figure.
@@ -52,7 +53,7 @@ class Hardware:
     float32_flops: float
     gdn_chunk_seconds: tuple[float, float] | None
     gdn_prepare_seconds: float
-    gdn_backward: float | None
+    gdn_backward: tuple[float, float] | None
     gdn_loops: tuple[tuple[float, float], tuple[float, float]]
     expert_flops: tuple[float, float]
     memory_bytes_per_s: float
@@ -87,7 +88,7 @@ H200 = Hardware(
     float32_flops=4.0e13,
     gdn_chunk_seconds=(1.27e-6, 1.9e-6),
     gdn_prepare_seconds=1.43e-10,
-    gdn_backward=None,
+    gdn_backward=(1.56e-6, 2.45e-9),  # on an H100
     gdn_loops=((2.36e-5, 8.1e-7), (9.86e-5, 2.72e-6)),
     expert_flops=(6.1e14, 5.3e14),
     memory_bytes_per_s=4.8e12,

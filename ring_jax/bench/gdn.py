@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=int, default=1, metavar="C", help="GPUs to spread a sequence over, instead of the parts"
     )
     parser.add_argument(
-        "--ways", nargs="+", default=list(STRATEGIES), choices=STRATEGIES, help="over ranks (default: all)"
+        "--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES, help="over ranks (default: all)"
     )
     parser.add_argument("--layers", type=int, default=8, metavar="L", help="of the stack over ranks (default: 8)")
     parser.add_argument("--peer", choices=["fla"], help="time this package's forward, too")
@@ -137,7 +137,7 @@ def over_ranks(cases: list[Case], args: argparse.Namespace):
     """A layer's time on one GPU, then by each way over the ranks."""
     for case in cases:
         single = None
-        for ranks, way in [(1, "batch"), *((args.ranks, way) for way in args.ways)]:
+        for ranks, way in [(1, "batch"), *((args.ranks, way) for way in args.strategies)]:
             row: dict[str, Any] = {"what": "forward", "shape": case.text, "ranks": ranks}
             row["name"] = "one GPU" if ranks == 1 else f"{way} over {ranks} GPUs"
             try:

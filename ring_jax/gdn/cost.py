@@ -207,7 +207,9 @@ def kernel_seconds(tokens: float, rows: float, heads: Heads, *, outputs: bool = 
 def backward_seconds(tokens: float, rows: float, heads: Heads, gpu: Hardware = HOPPER) -> float:
     """Time of the rule's gradients over `rows` sequences of `tokens` tokens, what they compute again included."""
     if gpu.gdn_backward is not None:
-        return gpu.gdn_backward * kernel_seconds(tokens, rows, heads, gpu=gpu)
+        of_chunk, of_token = gpu.gdn_backward
+        size = heads.key_size * heads.value_size / 128**2
+        return size * max(math.ceil(tokens / CHUNK) * of_chunk, rows * tokens * heads.value_heads * of_token)
     fixed, each = gpu.gdn_loops[1]
     return math.ceil(tokens / CHUNK) * (fixed + each * rows * heads.value_heads)
 

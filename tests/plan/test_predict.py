@@ -16,8 +16,8 @@ from ring_jax.plan.sizes import weights_of
 
 # Before the gated delta rule had kernels: docs/measurements/model.md, 2026-11-25 and -26. GPU, model, tokens, ranks, pass, ms.
 LOOPS = {
-    "H100": dataclasses.replace(H100, gdn_chunk_seconds=None),
-    "H200": dataclasses.replace(H200, gdn_chunk_seconds=None),
+    "H100": dataclasses.replace(H100, gdn_chunk_seconds=None, gdn_backward=None),
+    "H200": dataclasses.replace(H200, gdn_chunk_seconds=None, gdn_backward=None),
 }
 MEASURED = [
     ("H200", "qwen3.5-9b", 8192, 1, "prefill", 320.0),
@@ -36,10 +36,21 @@ MEASURED = [
 ]
 
 
-@pytest.mark.parametrize("gpu, model, tokens, ranks, what, milliseconds", MEASURED)
+# With its forward kernel: docs/measurements/model.md, 2026-11-26.
+KERNELS = [
+    ("h100", "qwen3.5-9b", 8192, 1, "prefill", 198.5),
+    ("h100", "qwen3.5-9b", 32768, 1, "prefill", 877.3),
+    ("h200", "qwen3.5-9b", 8192, 1, "prefill", 198.4),
+    ("h200", "qwen3.5-9b", 32768, 1, "prefill", 866.2),
+    ("h200", "qwen3.5-9b", 32768, 1, "decode", 5.39),
+    ("h200", "qwen3.5-0.8b", 2048, 1, "decode", 1.25),
+]
+
+
+@pytest.mark.parametrize("gpu, model, tokens, ranks, what, milliseconds", MEASURED + KERNELS)
 def test_agrees_with_what_was_measured(gpu, model, tokens, ranks, what, milliseconds):
     found = plan.predict(
-        model, tokens=tokens, mesh={"context": ranks}, gpu=LOOPS[gpu], gdn_strategy="head", strategy="ring"
+        model, tokens=tokens, mesh={"context": ranks}, gpu=LOOPS.get(gpu, gpu), gdn_strategy="head", strategy="ring"
     )
     one = getattr(found, what)
     seconds = one.seconds - one.terms.get("optimizer", 0.0)  # the bench takes loss and gradients alone
