@@ -3,6 +3,7 @@ prefix hit, after preemption."""
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -33,7 +34,8 @@ def case(request):
     """(engine, what it is compared with, prompts)."""
     family, axes = request.param
     config, rng = FAMILIES[family], np.random.default_rng(1)
-    return make_engine(config, **axes), Plain(config), [text(rng, length, config) for length in LENGTHS]
+    yield make_engine(config, **axes), Plain(config), [text(rng, length, config) for length in LENGTHS]
+    jax.clear_caches()  # the product's programs are more than a process can map
 
 
 @pytest.fixture
@@ -71,6 +73,29 @@ def test_preempted(case, engine):
     for request, prompt in zip(run(engine, *rows, max_new_tokens=140), rows, strict=True):
         check(request, prompt, plain)
     assert engine.stats().preemptions > 0
+
+
+def test_nothing_is_compiled_after_warmup(case, engine):
+    """200 texts of random lengths, samplings and ends: on a mesh, operands have to lie where the warm programs had them, too."""
+    (_, plain, prompts), rng = case, np.random.default_rng(2)
+    engine.warmup()
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "compile" in name else None
+    )
+    for _ in range(200):
+        prompt = [*prompts[-1][: rng.integers(0, 130)], *text(rng, int(rng.integers(1, 40)), plain.config)]
+        how = Sampling(
+            float(rng.choice([0.0, 0.7])), top_k=[None, 5][rng.integers(2)], top_p=float(rng.choice([0.5, 1.0]))
+        )
+        engine.submit(
+            prompt, max_new_tokens=int(rng.integers(1, 10)), sampling=how, top_log_probabilities=int(rng.integers(3))
+        )
+        engine.step()
+    engine.run()
+    stats, seen = engine.stats(), list(compiled)
+    assert stats.finished == 200 and stats.hit_tokens > 1000 and stats.preemptions + stats.evicted_pages > 0
+    assert not seen
 
 
 @pytest.mark.slow
