@@ -7,6 +7,7 @@ same texts before the same step. Messages go through the key-value store of jax'
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import itertools
 import json
@@ -47,7 +48,7 @@ class Sharing:
         self._name, self._step = f"ring_jax/engine/{'.'.join(map(str, self._processes))}/{number}", 0
         self._digest = hashlib.blake2b(digest_size=16)
         self._old: list[str] = []  # keys that others have read when all have come further
-        self._left = True
+        self._left = False
         if first and self.leads:
             atexit.register(self.leave)
 
@@ -91,11 +92,12 @@ class Sharing:
         return min(int(self._wait(f"{base}/{process}", process)) for process in self._processes)
 
     def leave(self) -> None:
-        """From the first process, which has died or ends: there are no more steps."""
+        """From the first process, whose engine has died or which ends: there are no more steps."""
         if not self._left:
             self._left = True
             self._step += 1
-            self._say([{"what": "close"}])
+            with contextlib.suppress(RuntimeError):  # the service has ended before, and so have all that asked it
+                self._say([{"what": "close"}])
 
     def _told(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Messages of this step, which travel with the digest of all before."""

@@ -75,6 +75,7 @@ def test_preempted(case, engine):
     assert engine.stats().preemptions > 0
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warmup(case, engine):
     """200 texts of random lengths, samplings and ends: on a mesh, operands have to lie where the warm programs had them, too."""
     (_, plain, prompts), rng = case, np.random.default_rng(2)

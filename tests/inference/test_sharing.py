@@ -113,10 +113,15 @@ def test_others_wait_for_the_first_longer_than_for_a_digest(make):
 
 def test_the_first_leaves_once(make):
     first, other = make(2), make(5)
-    first.leave()  # has not begun: nobody follows, and nobody would read it
     assert together(lambda: first.share([]), lambda: other.share([])) == [[], []]
     first.note("a program that failed here alone")
     first.leave(), first.leave()
+    assert other.share([]) == [{"what": "close"}]
+
+
+def test_the_first_leaves_before_it_has_begun(make):
+    first, other = make(2), make(5)
+    first.leave()
     assert other.share([]) == [{"what": "close"}]
 
 
