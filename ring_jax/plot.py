@@ -170,7 +170,7 @@ def _owners(layout: Layout, seq_len: int, ranks: int) -> np.ndarray:
     return np.asarray(layout.rank_of(positions, layout.padded_length(seq_len, ranks), ranks))
 
 
-def _draw_matrix(axes, colours: np.ndarray, start: np.ndarray, end: np.ndarray, seq_len: int) -> None:
+def _draw_matrix(axes: Any, colours: np.ndarray, start: np.ndarray, end: np.ndarray, seq_len: int) -> None:
     """One row of cells for each of `colours`, white where a query does not see a key."""
     at = (np.arange(len(colours)) * 2 + 1) * seq_len // (2 * len(colours))
     seen = (at[None] >= start[at][:, None]) & (at[None] < end[at][:, None])
@@ -180,7 +180,7 @@ def _draw_matrix(axes, colours: np.ndarray, start: np.ndarray, end: np.ndarray, 
     axes.locator_params(nbins=5)
 
 
-def _draw_mark(axes, mark: tuple[int, int, str] | None) -> None:
+def _draw_mark(axes: Any, mark: tuple[int, int, str] | None) -> None:
     if mark is not None:
         query, key, text = mark
         axes.plot([key], [query], "o", color="white", markeredgecolor="black", clip_on=False, zorder=3)
@@ -188,7 +188,7 @@ def _draw_mark(axes, mark: tuple[int, int, str] | None) -> None:
         axes.annotate(text, (key, query), (0.97, 0.93), textcoords="axes fraction", ha="right", arrowprops=arrow)
 
 
-def _draw_work(axes, colours, bounds, ranks: int, names: Sequence[Any]) -> None:
+def _draw_work(axes: Any, colours: Any, bounds: Any, ranks: int, names: Sequence[Any]) -> None:
     """Pairs of query and key of each rank, as shares of the mean."""
     height = 0.8 / len(names)
     for offset, name in enumerate(names):

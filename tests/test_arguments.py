@@ -191,7 +191,7 @@ def _of_class(cls: type) -> dict[str, object]:
 
 
 def _takes_arguments(value: object) -> bool:
-    names = inspect.signature(value).parameters  # type: ignore[arg-type]
+    names = inspect.signature(value).parameters
     return bool(names.keys() - {"self", "cls"})
 
 

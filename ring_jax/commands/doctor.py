@@ -111,8 +111,8 @@ def check_implementations(seq_len: int) -> bool:
 
     start, end = jnp.zeros((1, seq_len), jnp.int32), jnp.arange(1, seq_len + 1, dtype=jnp.int32)[None]
 
-    def results(implementation, arrays):
-        def loss(arrays):
+    def results(implementation: Any, arrays: Any) -> Any:
+        def loss(arrays: Any) -> Any:
             query, key, value = arrays
             out, lse = flash_attention(query, key, value, start, end, implementation=implementation)
             return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(lse)), (out, lse)
@@ -160,7 +160,7 @@ def check_strategies(devices: list[Any], seq_len: int) -> bool:
         if strategy == "ring_ulysses":  # takes two mesh axes
             continue
 
-        def attend(arrays, strategy=strategy):
+        def attend(arrays: Any, strategy: Any = strategy) -> Any:
             query, key, value = (cp.to_layout(x) for x in arrays)
             out = ring_jax.ring_attention(
                 query, key, value, is_causal=True, context=cp, seq_len=seq_len, strategy=strategy

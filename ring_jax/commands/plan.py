@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _predict(args: argparse.Namespace, tokens: int, gpu: Any, **changes: Any):
+def _predict(args: argparse.Namespace, tokens: int, gpu: Any, **changes: Any) -> Any:
     from ring_jax import plan
 
     weights = args.weights if args.weights in ("auto", "none") else tuple(args.weights.split(","))

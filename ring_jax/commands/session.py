@@ -190,13 +190,13 @@ class Session:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(program, sampling: Sampling, room: int, params, tokens, key):
+def _prefill(program: Any, sampling: Sampling, room: int, params: Any, tokens: jax.Array, key: jax.Array) -> Any:
     out = program(params, tokens, logits="last", cache_room=room)
     return sample(out.logits, key, sampling), out.logits, out.cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def _decode(program, sampling: Sampling, params, token, cache, key):
+def _decode(program: Any, sampling: Sampling, params: Any, token: jax.Array, cache: Any, key: jax.Array) -> Any:
     logits, cache = program.decode(params, token, cache)
     return sample(logits, key, sampling), logits, cache
 

@@ -92,7 +92,7 @@ def choose_merge(
         return "all_reduce", f"reduce_scatter and all_to_all cannot run: {costs['all_to_all'].obstacle}"
     best, *others = sorted(able, key=lambda name: able[name].seconds)
 
-    def said(name):
+    def said(name: str) -> Any:
         return f"{able[name].bytes:.0f} bytes in {able[name].collectives} collectives"
 
     return best, f"{said(best)} a rank, against " + " and ".join(f"{said(name)} for {name}" for name in others)
@@ -141,13 +141,13 @@ def gather_heads(x: Float[Array, "R T n H"], axis: Axis) -> Float[Array, "R T N 
     return lax.all_gather(x, axis_names(axis), axis=2, tiled=True, to="invarying")
 
 
-def _reduce_scatter(out, lse, axes, ranks):
+def _reduce_scatter(out: Any, lse: Any, axes: Any, ranks: int) -> Any:
     every = lax.all_gather(lse, axes)  # [C, R, T, N]
     share = weight(lse, jax.nn.logsumexp(every, axis=0))[..., None]
     return lax.psum_scatter(out * share, axes, scatter_dimension=2, tiled=True)
 
 
-def _all_to_all(out, lse, axes, ranks):
+def _all_to_all(out: Any, lse: Any, axes: Any, ranks: int) -> Any:
     R, T, N, H = out.shape
     packed = jnp.concatenate([out, lse[..., None]], axis=-1).reshape(R, T, ranks, N // ranks, H + 1)
     packed = lax.all_to_all(packed, axes, 2, 2, tiled=True)  # of each rank

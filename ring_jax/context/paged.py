@@ -62,7 +62,7 @@ class Placement:
     ranks: int
     page: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("Placement(ranks=...)", self.ranks, 1)
         check_count("Placement(page=...)", self.page, 1)
 
@@ -203,7 +203,7 @@ def to_owners(
     most = jnp.arange(most_owned(placement, size), dtype=jnp.int32)[None, None]
     of_block = jnp.arange(blocks, dtype=jnp.int32) * size
 
-    def owned(source, owner):
+    def owned(source: Any, owner: Any) -> tuple[jax.Array, jax.Array]:
         """Positions [R, blocks, most] of the tokens of rank `source` that `owner` keeps, -1 beyond the last; and their places
         in the shard."""
         begin = start[:, None] + layout.position(of_block, source, total, ranks)[None]
@@ -299,7 +299,7 @@ def decode_attention(
     return merge_over_ranks(*partial, axis, outputs=outputs, strategy=strategy, dtype=query.dtype)
 
 
-def _check_page(pages, placement: Placement) -> None:
+def _check_page(pages: Any, placement: Placement) -> None:
     check_instance("placement", placement, Placement, "a ring_jax.pages.Placement")
     if pages.shape[-3] != placement.page:
         raise ValueError(f"pages have {pages.shape[-3]} slots on this rank, and {placement} says {placement.page}")

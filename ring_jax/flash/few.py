@@ -5,6 +5,7 @@ Source: Flash-Decoding, Dao et al. 2023, whose split over keys is here the calle
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,18 +81,18 @@ def attend_parts(
     return out, jnp.log(total) + finite.reshape(B, T, N)
 
 
-def _seen(visible, keys: int) -> jax.Array:
+def _seen(visible: Any, keys: int) -> jax.Array:
     """bool [B, keys], from that or from how many each row sees."""
     if visible.dtype == jnp.bool_:
         return visible
     return jnp.arange(keys, dtype=jnp.int32)[None] < to_int32(visible)[:, None]
 
 
-def _joined(parts):
+def _joined(parts: Any) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def _product(letters: str, a, b) -> jax.Array:
+def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """An einsum summed in float32; float32 operands are not rounded to TF32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -121,11 +121,15 @@ def paged_attention(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(backend, options, query, pages, table, lengths, layer):
+def _run(
+    backend: Any, options: Any, query: jax.Array, pages: Any, table: jax.Array, lengths: jax.Array, layer: Any
+) -> Any:
     return backend.forward(query, pages, table, lengths, layer, options)
 
 
-def _reference(query, pages, table, lengths, layer, options: BlockOptions) -> Partial:
+def _reference(
+    query: jax.Array, pages: Any, table: jax.Array, lengths: jax.Array, layer: Any, options: BlockOptions
+) -> Partial:
     """Row by row, page by page."""
     P, p = pages.shape[-4:-2]
     pages = lax.dynamic_index_in_dim(pages.reshape(-1, *pages.shape[-5:]), layer, keepdims=False)
@@ -141,7 +145,9 @@ def _reference(query, pages, table, lengths, layer, options: BlockOptions) -> Pa
     return carry
 
 
-def _xla(query, pages, table, lengths, layer, options: BlockOptions) -> Partial:
+def _xla(
+    query: jax.Array, pages: Any, table: jax.Array, lengths: jax.Array, layer: Any, options: BlockOptions
+) -> Partial:
     kv = gather_pages(pages, table, layer)
     seen = jnp.arange(kv.shape[2], dtype=jnp.int32)[None] < lengths[:, None]
     value = jnp.where(seen[..., None, None], kv[1], 0)  # 0 x NaN is NaN
@@ -185,7 +191,7 @@ def select(implementation: str | None, query: Any, pages: Any, options: BlockOpt
     return BACKENDS[implementation]
 
 
-def check_pages(pages, table, sizes: Sizes | None = None) -> tuple[int, ...]:
+def check_pages(pages: Any, table: Any, sizes: Sizes | None = None) -> tuple[int, ...]:
     """The shape of the pool, which must fit the `sizes` known so far (R, K and H)."""
     check_array("pages", pages)
     if pages.ndim < 5 or pages.shape[-5] != 2:
@@ -199,17 +205,17 @@ def check_pages(pages, table, sizes: Sizes | None = None) -> tuple[int, ...]:
     return pages.shape
 
 
-def _is_page(ids, pages: int):
+def _is_page(ids: Any, pages: int) -> Any:
     return (ids >= 0) & (ids < pages)
 
 
-def _pages_there(table, pages: int) -> jax.Array:
+def _pages_there(table: jax.Array, pages: int) -> jax.Array:
     """How many pages each row has before one that is not there."""
     gaps = jnp.where(_is_page(table, pages), table.shape[1], jnp.arange(table.shape[1], dtype=jnp.int32)[None])
     return jnp.min(gaps, axis=1)
 
 
-def _layer_index(layer, layers: int) -> jax.Array:
+def _layer_index(layer: Any, layers: int) -> jax.Array:
     if is_array(layer):
         check_array("layer", layer, "", kind="integer")
         return jnp.clip(jnp.asarray(to_int32(layer)), 0, layers - 1)

@@ -1,5 +1,7 @@
 """`gated_delta_rule`: the operation, on one device or over a context-parallel mesh axis."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
 from ring_jax._checks import check_choice, renamed_arguments
@@ -87,7 +89,7 @@ def gated_delta_rule(
     if precision == "highest":
         implementation = exact(implementation)
     operands = query, key, value, log_decay, beta
-    options = {"initial_state": initial_state, "scale": scale, "implementation": implementation}
+    options: Any = {"initial_state": initial_state, "scale": scale, "implementation": implementation}
     if context is not None:
         return rule_over_ranks(
             operands, context=context, strategy=strategy, segment_ids=segment_ids, seq_len=seq_len, **options

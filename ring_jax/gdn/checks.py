@@ -1,5 +1,7 @@
 """What the gated delta rule accepts, and the errors for what it does not."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,16 @@ def widened(x: jax.Array) -> jax.Array:
     return x.astype(state_dtype(x))
 
 
-def check_operands(query, key, value, log_decay, beta, initial_state, segment_ids, natural: bool = True) -> None:
+def check_operands(
+    query: Any,
+    key: Any,
+    value: Any,
+    log_decay: Any,
+    beta: Any,
+    initial_state: Any,
+    segment_ids: Any,
+    natural: bool = True,
+) -> None:
     """Raises unless the operands of one gated delta rule fit together; `natural` as in `check_segments`."""
     sizes = Sizes()
     check_array("key", key, "B T K dk", sizes)
@@ -54,7 +65,7 @@ def check_operands(query, key, value, log_decay, beta, initial_state, segment_id
     check_segments(segment_ids, sizes["B"], sizes["T"], natural)
 
 
-def check_segments(segment_ids, batch: int, time: int, natural: bool = True) -> None:
+def check_segments(segment_ids: Any, batch: int, time: int, natural: bool = True) -> None:
     """Raises unless `segment_ids` is None or a signed integer array [batch, time], negative ids being padding; in natural order
     also where an id that is known comes back after another document."""
     if segment_ids is not None:

@@ -17,6 +17,7 @@ Source: Yang et al., Gated Delta Networks (arXiv 2412.06464), the chunked form w
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +72,25 @@ class Grouping:
         return x.reshape(x.shape[0], -1, *x.shape[4:])[:, :time]
 
 
-def chunked(query, key, value, log_decay, beta, *, scale, initial_state, segment_ids):
+def chunked(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    *,
+    scale: float,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """See `ring_jax.gated_delta_rule`."""
     operands = query, key, value, log_decay, beta
     return _chunked(operands, scale=scale, initial_state=initial_state, segment_ids=segment_ids, outputs=True)
 
 
-def transition(key, value, log_decay, beta, segment_ids):
+def transition(
+    key: jax.Array, value: jax.Array, log_decay: jax.Array, beta: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """(M, B) of S_out = M S_in + B over the whole array, float32 [B, N, dk, dk] and [B, N, dk, dv].
 
     The rule applied to the states [0 | I] side by side, with nothing written into the second: S_out = [B | M].
@@ -93,7 +106,9 @@ def transition(key, value, log_decay, beta, segment_ids):
     return state[..., dv:], state[..., :dv]
 
 
-def _chunked(operands, *, scale, initial_state, segment_ids, outputs: bool):
+def _chunked(
+    operands: Any, *, scale: float, initial_state: jax.Array, segment_ids: jax.Array | None, outputs: bool
+) -> tuple[Any, jax.Array]:
     query, key, value, log_decay, beta = operands
     dtype = state_dtype(query, key, value, log_decay, beta)
     batch, time, heads, dk = key.shape
@@ -107,7 +122,7 @@ def _chunked(operands, *, scale, initial_state, segment_ids, outputs: bool):
     state, xs, documents = align(state, xs, documents)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def group(state, inputs):
+    def group(state: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array | None]:
         return _group(state, *inputs, scale=scale, dtype=dtype, outputs=outputs)
 
     state, out = lax.scan(group, state, (xs, documents))
@@ -115,7 +130,9 @@ def _chunked(operands, *, scale, initial_state, segment_ids, outputs: bool):
     return (grouping.join(out, time).reshape(batch, time, heads * repeats, dv) if outputs else None), state
 
 
-def _group(state, operands, documents, *, scale: float, dtype, outputs: bool):
+def _group(
+    state: jax.Array, operands: Any, documents: jax.Array | None, *, scale: float, dtype: Any, outputs: bool
+) -> tuple[jax.Array, jax.Array | None]:
     """One group of chunks. A state wider than d_v goes through it without being written to there.
 
     Axes: c chunk, b batch, k key head, r value heads of it, l and m tokens, d and v sizes.
@@ -136,7 +153,7 @@ def _group(state, operands, documents, *, scale: float, dtype, outputs: bool):
     w = _einsum("cbkrlm,cbkrmd->cbkrld", inverse, (beta * decay.from_start)[..., None] * k_each)
     k_out = decay.to_end[..., None] * k_each
 
-    def chunk(state, xs):
+    def chunk(state: jax.Array, xs: Any) -> tuple[Any, Any]:
         u, w, k_out, total = xs
         v_new = u - _einsum("bkrld,bkrdv->bkrlv", w, state)
         following = total[..., None, None] * state + _einsum("bkrld,bkrlv->bkrdv", k_out, v_new)
@@ -152,7 +169,7 @@ def _group(state, operands, documents, *, scale: float, dtype, outputs: bool):
     return state, jnp.einsum("cbkrlv->cblkrv", out).astype(value.dtype)
 
 
-def _to_value_heads(x, repeats: int):
+def _to_value_heads(x: jax.Array, repeats: int) -> jax.Array:
     """[c, b, k, ...], the same for all value heads of a key head: [c, b, k, r, ...].
 
     On CPUs the copies are made, and nothing is fused with them: their gradient is a sum over r, and where that is fused with
@@ -175,7 +192,7 @@ class Decays:
     total: jax.Array  # [...], e^{G_end}
 
 
-def decays(g, documents) -> Decays:
+def decays(g: jax.Array, documents: jax.Array | None) -> Decays:
     """Of chunks of log decays [..., L] in documents [2, c, b, L], or None."""
     size = g.shape[-1]
     triangle = jnp.tril(jnp.ones((size, size), bool))

@@ -8,6 +8,8 @@ a tail of zeros is no tail. Padding (negative segment ids) before and between do
 stands right before the first valid token.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -61,7 +63,7 @@ def causal_convolution(
     return y, jnp.where((last >= 0)[:, None, None], tail_at(buffer, ids, last + history, history), tail)
 
 
-def check_convolution(x, weight, tail, segment_ids) -> None:
+def check_convolution(x: Any, weight: Any, tail: Any, segment_ids: Any) -> None:
     """Raises unless the operands of one convolution fit together."""
     sizes = Sizes()
     check_array("x", x, "B T F", sizes)
@@ -76,7 +78,7 @@ def check_convolution(x, weight, tail, segment_ids) -> None:
     check_segments(segment_ids, *x.shape[:2])
 
 
-def convolve_buffer(buffer, weight, ids=None, segment_ids=None):
+def convolve_buffer(buffer: Array, weight: Array, ids: Array | None = None, segment_ids: Array | None = None) -> Array:
     """y [B, T, F] from [B, W-1+T, F] inputs with the history in front; `ids` [B, W-1+T] are their `runs`, and
     `segment_ids` [B, T] say which outputs are padding (where a tail may stand in the buffer)."""
     width = weight.shape[0]
@@ -86,6 +88,7 @@ def convolve_buffer(buffer, weight, ids=None, segment_ids=None):
     for j in range(width):
         term = buffer[:, j : j + time].astype(dtype) * weight[j].astype(dtype)[None, None]
         if ids is not None:
+            assert segment_ids is not None
             same = (ids[:, j : j + time] == ids[:, width - 1 :]) & (segment_ids >= 0)
             term = jnp.where(same[..., None], term, 0)
         total = term if total is None else total + term
@@ -93,12 +96,12 @@ def convolve_buffer(buffer, weight, ids=None, segment_ids=None):
     return total.astype(buffer.dtype)
 
 
-def pad_ids(segment_ids, history: int):
+def pad_ids(segment_ids: Array, history: int) -> Array:
     """Segment ids [B, history + T] with nothing in front."""
     return jnp.pad(segment_ids, ((0, 0), (history, 0)), constant_values=PADDING)
 
 
-def insert_tail(buffer, ids, tail, position, segment):
+def insert_tail(buffer: Array, ids: Array, tail: Array, position: Array, segment: Array) -> tuple[Array, Array]:
     """Writes a tail right before the first valid token.
 
     Args:
@@ -116,7 +119,7 @@ def insert_tail(buffer, ids, tail, position, segment):
     return buffer, ids
 
 
-def tail_at(buffer, ids, last, history: int):
+def tail_at(buffer: Array, ids: Array, last: Array, history: int) -> Array:
     """The `history` inputs up to buffer index `last` [B], zeros where they belong to another document; `ids` are `runs`."""
     index = last[:, None] - jnp.arange(history - 1, -1, -1, dtype=jnp.int32)[None]
     clipped = jnp.clip(index, 0, buffer.shape[1] - 1)

@@ -58,7 +58,9 @@ def convolved(
     return query, key, value, tail
 
 
-def _by_chunks(parts, weight, heads: Heads, tail, partition: StatePassing):
+def _by_chunks(
+    parts: Any, weight: jax.Array, heads: Heads, tail: jax.Array, partition: StatePassing
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Each chunk here after the last inputs of the one before it, all at once as rows of a batch."""
     chunks, history = partition.chunks, weight.shape[0] - 1
     split = [chunks.split(x) for x in parts]
@@ -70,7 +72,7 @@ def _by_chunks(parts, weight, heads: Heads, tail, partition: StatePassing):
     return query, key, value, chunks.of_last(by_chunk(leaving))
 
 
-def joined(parts) -> jax.Array:
+def joined(parts: Any) -> jax.Array:
     """Parts of the last axis as one array."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 

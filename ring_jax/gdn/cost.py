@@ -34,7 +34,7 @@ class Rates:
     bytes_per_second: float = HOPPER.gather_bytes_per_s
     seconds_per_collective: float = HOPPER.seconds_per_collective
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.flops_per_second is not None:
             check_number("Rates(flops_per_second=...)", self.flops_per_second, above=0)
         check_number("Rates(bytes_per_second=...)", self.bytes_per_second, above=0)
@@ -66,7 +66,7 @@ class GDNShape:
     layers: int = 1
     itemsize: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_instance("GDNShape(heads=...)", self.heads, Heads, "ring_jax.gdn.Heads")
         least = {"batch": 0, "length": 0, "width": 0, "conv_width": 1, "layers": 1, "itemsize": 1}
         for name, low in least.items():

@@ -15,7 +15,7 @@ class Heads:
     key_size: int
     value_size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_count(f"Heads({field.name}=...)", getattr(self, field.name), 1)
 

@@ -8,6 +8,8 @@ doubling 8 -> 16 -> 32 -> 64. The Neumann product alone would need N^32, whose e
 neighbouring keys are alike (10^18 for equal keys) and cancel; up to N^4 they stay below 35.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,7 +18,7 @@ from jaxtyping import Array, Float
 BASE = 8
 
 
-def _matmul(a, b):
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -53,12 +55,12 @@ def unit_lower_inverse(strict: Float[Array, "*batch L L"]) -> Float[Array, "*bat
 
 
 @unit_lower_inverse.defjvp
-def _unit_lower_inverse_jvp(primals, tangents):
+def _unit_lower_inverse_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     inverse = unit_lower_inverse(*primals)
     return inverse, -_matmul(_matmul(inverse, tangents[0]), inverse)
 
 
-def _diagonal_blocks(x, block: int):
+def _diagonal_blocks(x: jax.Array, block: int) -> jax.Array:
     """[..., L, L] to [..., L / block, block, block]."""
     starts = range(0, x.shape[-1], block)
     return jnp.stack([x[..., i : i + block, i : i + block] for i in starts], axis=-3)

@@ -48,7 +48,7 @@ class GDNCache:
     __repr__ = _repr.of_fields
 
     @classmethod
-    def empty(cls, batch: int, heads: Heads, width: int, dtype=jnp.float32) -> "GDNCache":
+    def empty(cls, batch: int, heads: Heads, width: int, dtype: Any = jnp.float32) -> "GDNCache":
         """The cache before the first token; `dtype` is that of the activations."""
         check_count("batch", batch)
         check_instance("heads", heads, Heads, "ring_jax.gdn.Heads")
@@ -80,7 +80,7 @@ class MixerWeights:
     def project(self, x: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """q, k and v, or the three in one array [B, T, F], and (b | a) [B, T, 2N], in x's dtype."""
 
-        def product(kernel):
+        def product(kernel: jax.Array) -> jax.Array:
             return jnp.matmul(x, kernel.astype(x.dtype), precision=self.precision)
 
         return tuple(product(kernel) for kernel in self.qkv), product(joined(self.ba))
@@ -91,7 +91,7 @@ def mix(
     x: Float[Array, "B T D"],
     cache: GDNCache | None,
     partition: Partition,
-    implementation=None,
+    implementation: str | None = None,
     projected: tuple[tuple[Float[Array, "B T _"], ...], Float[Array, "B T _"]] | None = None,
 ) -> tuple[Float[Array, "B T N dv"], GDNCache]:
     """Layer input to heads before the output norm, and the cache to go on from.
@@ -128,7 +128,14 @@ def projects_own_heads(heads: Heads, width: int, partition: Partition) -> bool:
     return isinstance(partition, HeadSplit) and gathers_input(heads, width, partition.shard.ranks)
 
 
-def mix_projected(weights: MixerWeights, parts, ba, cache: GDNCache, partition: Partition, implementation=None):
+def mix_projected(
+    weights: MixerWeights,
+    parts: Any,
+    ba: jax.Array,
+    cache: GDNCache,
+    partition: Partition,
+    implementation: str | None = None,
+) -> tuple[jax.Array, GDNCache]:
     """From the projections on. `cache.segment` is already that of the last token."""
     query, key, value, tail = convolved(parts, weights.conv, weights.heads, cache.tail, partition, implementation)
     b, a = jnp.split(widened(ba), 2, axis=-1)
@@ -146,7 +153,14 @@ def mix_projected(weights: MixerWeights, parts, ba, cache: GDNCache, partition: 
     return out, GDNCache(state, tail, cache.segment)
 
 
-def _mix_head_split(weights: MixerWeights, x, projected, cache: GDNCache, partition, implementation):
+def _mix_head_split(
+    weights: MixerWeights,
+    x: jax.Array,
+    projected: Any,
+    cache: GDNCache,
+    partition: Any,
+    implementation: str | None,
+) -> tuple[jax.Array, GDNCache]:
     """`projected` is None where own heads are projected here, from the gathered input."""
     heads, shard = weights.heads, partition.shard
     partition.check_heads(heads.key_heads, heads.value_heads)
@@ -166,7 +180,7 @@ def _mix_head_split(weights: MixerWeights, x, projected, cache: GDNCache, partit
     return out, GDNCache(partition.everyone(here.state, 1), _everyone(here.tail, heads.parts, partition), cache.segment)
 
 
-def _exchange(mixed, ba, heads: Heads, partition: HeadSplit):
+def _exchange(mixed: jax.Array, ba: jax.Array, heads: Heads, partition: HeadSplit) -> tuple[jax.Array, jax.Array]:
     """Projections of all heads for the tokens here to those of own heads for all tokens: one all-to-all."""
     shard, parts = partition.shard, (*heads.parts, heads.value_heads, heads.value_heads)
     packed = jnp.concatenate([mixed, ba], axis=-1)
@@ -178,7 +192,7 @@ def _exchange(mixed, ba, heads: Heads, partition: HeadSplit):
     return packed[..., :features], packed[..., features:]
 
 
-def _own_weights(weights: MixerWeights, rank, ranks: int) -> MixerWeights:
+def _own_weights(weights: MixerWeights, rank: Any, ranks: int) -> MixerWeights:
     n, parts = weights.heads.value_heads, weights.heads.parts
     return MixerWeights(
         qkv=_own_kernels(weights.qkv, parts, rank, ranks),
@@ -191,13 +205,13 @@ def _own_weights(weights: MixerWeights, rank, ranks: int) -> MixerWeights:
     )
 
 
-def _split(x, sizes: tuple[int, ...]):
+def _split(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
     """The last axis cut into parts of the given sizes."""
     ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     return [x[..., start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def _own(x, sizes: tuple[int, ...], rank, ranks: int):
+def _own(x: jax.Array, sizes: tuple[int, ...], rank: Any, ranks: int) -> jax.Array:
     """This rank's share of each part of the last axis."""
     return jnp.concatenate(
         [
@@ -208,7 +222,9 @@ def _own(x, sizes: tuple[int, ...], rank, ranks: int):
     )
 
 
-def _own_kernels(kernels: tuple, sizes: tuple[int, ...], rank, ranks: int):
+def _own_kernels(
+    kernels: tuple[jax.Array, ...], sizes: tuple[int, ...], rank: Any, ranks: int
+) -> tuple[jax.Array, ...]:
     if not kernels:  # the caller has projected
         return ()
     if len(kernels) == 1:
@@ -216,7 +232,7 @@ def _own_kernels(kernels: tuple, sizes: tuple[int, ...], rank, ranks: int):
     return tuple(_own(kernel, (size,), rank, ranks) for kernel, size in zip(kernels, sizes, strict=True))
 
 
-def _everyone(x, sizes: tuple[int, ...], partition: HeadSplit):
+def _everyone(x: jax.Array, sizes: tuple[int, ...], partition: HeadSplit) -> jax.Array:
     """Inverse of `_own`, on all ranks."""
     ranks = partition.shard.ranks
     shares = [partition.everyone(part, part.ndim - 1) for part in _split(x, tuple(size // ranks for size in sizes))]

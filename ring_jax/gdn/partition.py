@@ -70,12 +70,23 @@ class Partition(Protocol):
         ...
 
     def gated_delta_rule(
-        self, query, key, value, log_decay, beta, *, scale=None, initial_state=None, implementation=None
-    ):
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        log_decay: jax.Array,
+        beta: jax.Array,
+        *,
+        scale: float | None = None,
+        initial_state: jax.Array | None = None,
+        implementation: str | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """As `ring_jax.gated_delta_rule`, for the tokens here; initial and final state are the whole sequence's."""
         ...
 
-    def causal_convolution(self, x, weight, *, tail=None):
+    def causal_convolution(
+        self, x: jax.Array, weight: jax.Array, *, tail: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """As `causal_convolution`, for the tokens here; the tails are the whole sequence's."""
         ...
 
@@ -166,19 +177,21 @@ class OneDevice(Stay):
 
     segment_ids: jax.Array | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.segment_ids is not None:
             check_array("OneDevice(segment_ids=...)", self.segment_ids, "B T", kind="signed")
 
-    def gated_delta_rule(self, *operands, **options):
+    def gated_delta_rule(self, *operands: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
         """As `ring_jax.gated_delta_rule`."""
         return delta_rule(*operands, segment_ids=self.segment_ids, **options)
 
-    def causal_convolution(self, x, weight, *, tail=None):
+    def causal_convolution(
+        self, x: jax.Array, weight: jax.Array, *, tail: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """As `ring_jax.gdn.causal_convolution`."""
         return causal_convolution(x, weight, tail=tail, segment_ids=self.segment_ids)
 
-    def edge_segments(self):
+    def edge_segments(self) -> Any:
         """Ids of the first and the last valid token, int32 [B] each; None without ids."""
         ids = self.segment_ids
         if ids is None:
@@ -212,16 +225,16 @@ class BatchSplit(OneDevice):
         """Rows of all ranks, those of padding included."""
         return -(-self.batch // self.shard.ranks) * self.shard.ranks
 
-    def enter(self, x):
+    def enter(self, x: Any) -> Any:
         return jax.tree.map(lambda leaf: seq_to_axis(_pad_rows(leaf, self.padded), self.shard, 0), x)
 
-    def leave(self, y):
+    def leave(self, y: Any) -> Any:
         return jax.tree.map(lambda leaf: axis_to_seq(leaf, self.shard, 0)[: self.batch], y)
 
-    def enter_rows(self, cache):
+    def enter_rows(self, cache: Any) -> Any:
         return jax.tree.map(lambda leaf: _own_rows(_pad_rows(leaf, self.padded), self.shard), cache)
 
-    def leave_rows(self, cache):
+    def leave_rows(self, cache: Any) -> Any:
         if self.batch == 0:  # XLA gathers no empty arrays
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
         gather = functools.partial(lax.all_gather, axis_name=self.shard.axis, axis=0, tiled=True, to="invarying")
@@ -234,7 +247,7 @@ class OneRank(OneDevice):
 
     axis: Axis = dataclasses.field(kw_only=True)
 
-    def leave_rows(self, cache):
+    def leave_rows(self, cache: Any) -> Any:
         return lax.psum(cache, self.axis)
 
 
@@ -251,7 +264,7 @@ class HeadSplit(Stay):
         """What the operation itself runs under, between the all-to-alls."""
         return OneDevice(self.natural_ids)
 
-    def edge_segments(self):
+    def edge_segments(self) -> Any:
         return self.inside.edge_segments()
 
     def check_heads(self, key_heads: int, value_heads: int) -> None:
@@ -264,8 +277,17 @@ class HeadSplit(Stay):
                 )
 
     def gated_delta_rule(
-        self, query, key, value, log_decay, beta, *, scale=None, initial_state=None, implementation=None
-    ):
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        log_decay: jax.Array,
+        beta: jax.Array,
+        *,
+        scale: float | None = None,
+        initial_state: jax.Array | None = None,
+        implementation: str | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         operands = query, key, value, log_decay, beta
         check_operands(*operands, initial_state, self.segment_ids)
         self.check_heads(key.shape[2], value.shape[2])
@@ -277,7 +299,9 @@ class HeadSplit(Stay):
         )
         return axis_to_seq(out, self.shard, 2), self.everyone(state, 1)
 
-    def causal_convolution(self, x, weight, *, tail=None):
+    def causal_convolution(
+        self, x: jax.Array, weight: jax.Array, *, tail: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         check_convolution(x, weight, tail, self.segment_ids)
         if x.shape[2] % self.shard.ranks:
             raise ValueError(
@@ -289,17 +313,17 @@ class HeadSplit(Stay):
         y, tail = self.inside.causal_convolution(seq_to_axis(x, self.shard, 2), self.own(weight, 1), tail=tail)
         return axis_to_seq(y, self.shard, 2), self.everyone(tail, 2)
 
-    def own(self, x, axis: int):
+    def own(self, x: jax.Array, axis: int) -> jax.Array:
         """This rank's part of an array that all ranks hold."""
         size = x.shape[axis] // self.shard.ranks
         return lax.dynamic_slice_in_dim(x, self.shard.rank() * size, size, axis)
 
-    def everyone(self, x, axis: int):
+    def everyone(self, x: jax.Array, axis: int) -> jax.Array:
         """The parts of all ranks, on all ranks."""
         return lax.all_gather(x, self.shard.axis, axis=axis, tiled=True, to="invarying")
 
 
-def _mask_padding(ids, batch: int, shard: Shard, seq_len: int | None):
+def _mask_padding(ids: jax.Array | None, batch: int, shard: Shard, seq_len: int | None) -> jax.Array | None:
     if seq_len is None or seq_len == shard.length:
         return ids
     positions = shard.positions()
@@ -308,12 +332,12 @@ def _mask_padding(ids, batch: int, shard: Shard, seq_len: int | None):
     return jnp.where(positions[None] < seq_len, to_int32(ids), segments.PADDING)
 
 
-def _pad_rows(x, rows: int, value: int = 0):
+def _pad_rows(x: jax.Array, rows: int, value: int = 0) -> Any:
     widths = [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, widths, constant_values=value) if rows != x.shape[0] else x
 
 
-def _own_rows(x, shard: Shard):
+def _own_rows(x: jax.Array, shard: Shard) -> Any:
     """This rank's rows of an array that all ranks hold."""
     rows = x.shape[0] // shard.ranks
     return lax.dynamic_slice_in_dim(x, shard.rank() * rows, rows, 0)

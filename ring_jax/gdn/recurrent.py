@@ -8,6 +8,8 @@ so that neither product waits for the updated state. A decay near one is applied
 float32 errs by the same 3e-8 at every token, and at g = -1e-4 that adds up over thousands of them.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,7 +23,17 @@ SLOW = -0.5  # log decays above it are applied as a change of the state
 UNROLLED = 8  # tokens that are written out one after the other; more go through a loop
 
 
-def recurrent(query, key, value, log_decay, beta, *, scale, initial_state, segment_ids):
+def recurrent(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    *,
+    scale: float,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """See `ring_jax.gated_delta_rule`. Its backward pass keeps one state per token: train with `chunked`."""
     dtype = state_dtype(query, key, value, log_decay, beta)
     batch, time, heads, dk = key.shape
@@ -43,7 +55,7 @@ def recurrent(query, key, value, log_decay, beta, *, scale, initial_state, segme
     return out.astype(value.dtype), state.reshape(initial_state.shape)
 
 
-def _token(state, xs):
+def _token(state: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
     q, k, v, slow, change, beta = xs  # [B, K, dk] twice, [B, K, R, dv], [B, K, R]...; state [B, K, R, dk, dv]
     changed = change[..., None, None] * state
     state = jnp.where(slow[..., None, None], state + changed, changed)

@@ -6,6 +6,8 @@ S in R^{d_k x d_v} for each value head. Source: Yang et al., Gated Delta Network
 transformers' `torch_recurrent_gated_delta_rule`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,7 +19,17 @@ from ring_jax.gdn.segments import document_index
 HIGHEST = lax.Precision.HIGHEST
 
 
-def reference(query, key, value, log_decay, beta, *, scale, initial_state, segment_ids):
+def reference(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    *,
+    scale: float,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """See `ring_jax.gated_delta_rule`. Saves one state per token for the backward pass: for tests only."""
     dtype = state_dtype(query, key, value, log_decay, beta)
     repeats = value.shape[2] // key.shape[2]
@@ -28,7 +40,7 @@ def reference(query, key, value, log_decay, beta, *, scale, initial_state, segme
         documents = document_index(segment_ids)
         restarts = jnp.diff(documents, axis=1, prepend=0) > 0
 
-    def token(state, xs):
+    def token(state: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
         q, k, v, g, beta, restart = xs  # [B, N, ...]
         state = jnp.where(restart[:, None, None, None], jnp.zeros_like(state), state)
         state = jnp.exp(g)[..., None, None] * state

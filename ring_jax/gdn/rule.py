@@ -21,8 +21,17 @@ def check_options(scale: Any, implementation: Any) -> float | None:
 
 
 def delta_rule(
-    query, key, value, log_decay, beta, *, scale=None, initial_state=None, segment_ids=None, implementation=None
-):
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    *,
+    scale: float | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """`ring_jax.gated_delta_rule` on one device: see there."""
     scale = check_options(scale, implementation)
     operands = query, key, value, log_decay, beta
@@ -34,6 +43,7 @@ def delta_rule(
     if initial_state is None and (empty or not backend.begins):
         initial_state = jnp.zeros((batch, heads, dk, dv), state_dtype(*operands))
     if empty:
+        assert initial_state is not None
         return jnp.zeros_like(value), initial_state
     scale = dk**-0.5 if scale is None else scale
     return _rule(backend, float(scale), operands, initial_state, segment_ids)
@@ -41,7 +51,9 @@ def delta_rule(
 
 # Called eagerly its scans would compile at every call.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _rule(backend: Backend, scale: float, operands, initial_state, segment_ids):
+def _rule(
+    backend: Backend, scale: float, operands: Any, initial_state: jax.Array | None, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     operands = blank_padding(segment_ids, *operands)
     with jax.named_scope(f"gated_delta_rule_{backend.name}"):
         return backend.run(*operands, scale=scale, initial_state=initial_state, segment_ids=segment_ids)

@@ -40,7 +40,7 @@ def document_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
 
 
-def beyond(segment_ids, seq_len: int, batch: int, time: int) -> "Int[Array, 'B T'] | None":
+def beyond(segment_ids: jax.Array | None, seq_len: int, batch: int, time: int) -> "Int[Array, 'B T'] | None":
     """Segment ids in natural order (None: all of one document) with padding from `seq_len` on."""
     if static_length("seq_len", seq_len, time) == time:
         return segment_ids
@@ -75,7 +75,7 @@ def segment_at(segment_ids: Int[Array, "B T"], index: Int[Array, "B"]) -> Int[Ar
     return jnp.where(inside, to_int32(found), PADDING)
 
 
-def carried(initial: Float[Array, "B ..."], previous: Int[Array, "B"], following: Int[Array, "B"]):
+def carried(initial: Float[Array, "B ..."], previous: Int[Array, "B"], following: Int[Array, "B"]) -> jax.Array:
     """`initial` where the document that it comes from goes on, else zero.
 
     Args:
@@ -93,7 +93,7 @@ def blank_padding(segment_ids: Int[Array, "B T"] | None, *arrays: jax.Array) -> 
         return arrays
     valid = valid_tokens(segment_ids)
 
-    def blank(x):
+    def blank(x: jax.Array) -> jax.Array:
         return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
 
     return tuple(blank(x) for x in arrays)

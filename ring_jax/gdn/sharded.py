@@ -102,18 +102,18 @@ def run(
 class _Run:
     """What one rank does: the partition is entered, its layers run, it is left. Hashable: jit finds it again."""
 
-    layers: Callable
+    layers: Callable[..., Any]
     context: ContextParallel
     strategy: str
     seq_len: int | None
 
-    def __call__(self, params, x, caches, ids):
+    def __call__(self, params: Any, x: jax.Array, caches: Any, ids: jax.Array | None) -> Any:
         leaf = _first_leaf(x)
         split = partition(self.context, leaf, strategy=self.strategy, segment_ids=ids, seq_len=self.seq_len)
         y, caches = self.layers(params, split.enter(x), split.enter_rows(caches), split)
         return split.leave(y), split.leave_rows(caches)
 
-    def __repr__(self):  # jax's messages show it
+    def __repr__(self) -> str:  # jax's messages show it
         return "gated_delta_rule_over_ranks"
 
 
@@ -124,14 +124,22 @@ class _Rule:
     implementation: str | None
     scale: float | None
 
-    def __call__(self, _, operands, state, partition: Partition):
-        options = {"implementation": self.implementation, "scale": self.scale}
+    def __call__(self, _: Any, operands: Any, state: jax.Array, partition: Partition) -> Any:
+        options: Any = {"implementation": self.implementation, "scale": self.scale}
         return partition.gated_delta_rule(*operands, initial_state=state, **options)
 
 
 def rule_over_ranks(
-    operands, *, context: ContextParallel, strategy: str, initial_state, segment_ids, seq_len, scale, implementation
-):
+    operands: Any,
+    *,
+    context: ContextParallel,
+    strategy: str,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    seq_len: int | None,
+    scale: float | None,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array]:
     """`ring_jax.gated_delta_rule(..., context=...)`: see there. Heads may be sharded over `context.head_axis`."""
     query, key, value, log_decay, beta = operands
     check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
@@ -165,7 +173,7 @@ def rule_over_ranks(
     return run_sharded(local, mesh, (P(), tokens, state, ids), (tokens, state), args)
 
 
-def _check_known_ids(ids, shard: Shard, manual: bool, seq_len: int | None) -> None:
+def _check_known_ids(ids: jax.Array | None, shard: Shard, manual: bool, seq_len: int | None) -> None:
     """`check_segment_ids` for ids in the order of the layout, of the whole sequence, but for padding beyond `seq_len`."""
     known = None if manual else concrete(ids)
     if known is not None:
@@ -173,7 +181,7 @@ def _check_known_ids(ids, shard: Shard, manual: bool, seq_len: int | None) -> No
         check_segment_ids(known[:, np.argsort(order)][:, :seq_len])
 
 
-def _local_rows(batch: int, context: ContextParallel, x) -> int:
+def _local_rows(batch: int, context: ContextParallel, x: Any) -> int:
     size = axis_size(context.resolve_mesh(x), context.batch_axis)
     if batch % size:
         raise ValueError(
@@ -183,7 +191,7 @@ def _local_rows(batch: int, context: ContextParallel, x) -> int:
     return batch // size
 
 
-def _check_leaves(x, caches) -> tuple[int, int]:
+def _check_leaves(x: Any, caches: Any) -> tuple[int, int]:
     """(batch, tokens here) of the arrays in x, which must agree; caches have the same batch."""
     leaves = jax.tree.leaves(x)
     if not leaves:
@@ -200,5 +208,5 @@ def _check_leaves(x, caches) -> tuple[int, int]:
     return leaves[0].shape[:2]
 
 
-def _first_leaf(x):
+def _first_leaf(x: Any) -> Any:
     return jax.tree.leaves(x)[0]

@@ -5,6 +5,7 @@ States pass as affine maps (`state_scan.py`), convolution inputs as halos of W -
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,12 +74,21 @@ class StatePassing(Stay):
         segment_ids = to_int32(segment_ids)
         return cls(chunks, segment_ids, Borders.of(chunks.split(segment_ids), chunks))
 
-    def edge_segments(self):
+    def edge_segments(self) -> Any:
         return None if self.borders is None else (self.borders.first_segment, self.borders.last_segment)
 
     def gated_delta_rule(
-        self, query, key, value, log_decay, beta, *, scale=None, initial_state=None, implementation=None
-    ):
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        log_decay: jax.Array,
+        beta: jax.Array,
+        *,
+        scale: float | None = None,
+        initial_state: jax.Array | None = None,
+        implementation: str | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         operands = query, key, value, log_decay, beta
         check_operands(*operands, initial_state, self.segment_ids)
         chunks, batch = self.chunks, key.shape[0]
@@ -104,7 +114,9 @@ class StatePassing(Stay):
         state = chunks.of_last(state.reshape(entering.shape))
         return chunks.join(out.reshape(chunks.folds, batch, *out.shape[1:])), state
 
-    def _transition(self, implementation: str | None, rows: list[jax.Array], ids) -> tuple[jax.Array, jax.Array]:
+    def _transition(
+        self, implementation: str | None, rows: list[jax.Array], ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """M and B of each chunk here, by the kernel where the rule itself runs it."""
         q, k, v, g, b = rows
         kernel = select(implementation, q, k, v).name == "mosaic"
@@ -114,12 +126,14 @@ class StatePassing(Stay):
         """Whether the last `history` inputs of each chunk are what its successor has to know: no documents, no shorter chunks."""
         return self.borders is None and 0 < history <= self.chunks.size
 
-    def entering_tails(self, last, tail):
+    def entering_tails(self, last: jax.Array, tail: jax.Array) -> jax.Array:
         """From the last inputs of each chunk here [folds, B, W-1, F] and those before the sequence: what each chunk begins with."""
         begins = (self.chunks.starts() == 0)[:, None, None, None]
         return jnp.where(begins, tail[None], self.chunks.predecessors(last))
 
-    def causal_convolution(self, x, weight, *, tail=None):
+    def causal_convolution(
+        self, x: jax.Array, weight: jax.Array, *, tail: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         check_convolution(x, weight, tail, self.segment_ids)
         history, chunks = weight.shape[0] - 1, self.chunks
         batch, _, features = x.shape
@@ -136,7 +150,7 @@ class StatePassing(Stay):
             buffer = jnp.concatenate([halo, _merge(buffer[:, :, history:])], axis=1)
             y = convolve_buffer(buffer, weight)
             last = buffer.reshape(chunks.folds, batch, *buffer.shape[1:])[:, :, chunks.size :]
-            leaving = chunks.of_last(last)
+            leaving: jax.Array = chunks.of_last(last)
         else:
             assert self.segment_ids is not None
             ids = _merge(self._with_halo(chunks.split(self.segment_ids)[..., None] + 1, history)[..., 0] - 1)
@@ -147,7 +161,7 @@ class StatePassing(Stay):
             leaving = self._leaving_tail(buffer, ids, starts, tail)
         return chunks.join(y.reshape(chunks.folds, batch, *y.shape[1:])), leaving
 
-    def _with_halo(self, x, history: int):
+    def _with_halo(self, x: jax.Array, history: int) -> Any:
         """Chunked [folds, B, size, F] with the `history` tokens before each chunk in front, zeros before the first."""
         size = self.chunks.size
         if history == 0:
@@ -161,7 +175,7 @@ class StatePassing(Stay):
         halo = jnp.concatenate(pieces, axis=2)
         return jnp.concatenate([halo[:, :, halo.shape[2] - history :], x], axis=2)
 
-    def _leaving_tail(self, buffer, ids, starts, tail):
+    def _leaving_tail(self, buffer: jax.Array, ids: jax.Array, starts: jax.Array, tail: jax.Array) -> jax.Array:
         assert self.borders is not None
         chunks, history, batch = self.chunks, tail.shape[1], tail.shape[0]
         here = jnp.tile(self.borders.last, chunks.folds) - starts
@@ -172,6 +186,6 @@ class StatePassing(Stay):
         return jnp.where((self.borders.last >= 0)[:, None, None], found, tail)
 
 
-def _merge(x):
+def _merge(x: jax.Array) -> jax.Array:
     """Chunked [folds, B, ...] to [folds * B, ...]."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

@@ -12,6 +12,7 @@ hands its first chunk's result to its own second chunk (chunks C-1 and C are nei
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,9 @@ class Chunks:
         mine = lax.axis_index(self.axis) == owner
         return lax.psum(jnp.where(mine, x[-1], jnp.zeros_like(x[-1])), self.axis)
 
-    def entering(self, transition: jax.Array, update: jax.Array, initial: jax.Array, gather: bool | None = None):
+    def entering(
+        self, transition: jax.Array, update: jax.Array, initial: jax.Array, gather: bool | None = None
+    ) -> jax.Array:
         """The state that enters each chunk.
 
         Args:
@@ -112,7 +115,9 @@ class Chunks:
         second, _ = self._scan(transition[1], update[1], total, self.down, self.ranks - 1)
         return jnp.stack([first, second])
 
-    def _scan(self, transition, update, initial, shift, begin: int):
+    def _scan(
+        self, transition: jax.Array, update: jax.Array, initial: jax.Array, shift: Any, begin: int
+    ) -> tuple[jax.Array, jax.Array]:
         """(state before, state after) this rank's chunk, for a walk that begins on rank `begin` from its `initial`.
 
         Folding `initial` into the first chunk makes that a constant map. What a permute brings from beyond the first
@@ -132,7 +137,7 @@ class Chunks:
             by *= 2
         return jnp.where(begins, initial, shift(update)), update
 
-    def _entering_by_gather(self, transition, update, initial):
+    def _entering_by_gather(self, transition: jax.Array, update: jax.Array, initial: jax.Array) -> jax.Array:
         dv = update.shape[-1]
         # [C, folds, ...]; tiled, see `Shard.gather`.
         pairs = lax.all_gather(jnp.concatenate([update, transition], axis=-1)[None], self.axis, axis=0, tiled=True)
@@ -144,5 +149,5 @@ class Chunks:
         return jnp.take(jnp.stack(states), self.starts() // max(self.size, 1), axis=0, mode="clip")
 
 
-def _apply(transition, x):
+def _apply(transition: jax.Array, x: jax.Array) -> jax.Array:
     return _einsum("...ij,...jv->...iv", transition, x)

@@ -11,8 +11,8 @@ class Pump:
 
     def __init__(self, engine: Any):
         self._engine = engine
-        self._task: asyncio.Task | None = None
-        self._waiters: list[asyncio.Future] = []
+        self._task: asyncio.Task[Any] | None = None
+        self._waiters: list[asyncio.Future[Any]] = []
 
     async def next_step(self) -> None:
         """Returns after one more step, which all that wait share."""

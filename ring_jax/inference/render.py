@@ -8,13 +8,14 @@ nothing of ring_jax, and ends it after its time.
 import datetime
 import json
 import sys
+from typing import Any
 
 
-def render(request: dict) -> str:
+def render(request: "dict[str, Any]") -> str:
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(message):
+    def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     loops = ["jinja2.ext.loopcontrols"]

@@ -33,7 +33,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("temperature", self.temperature, low=0, advice="0 takes the most likely token")
         if self.top_k is not None:
             check_count("top_k", self.top_k, 1, advice="None takes all tokens")
@@ -125,7 +125,7 @@ def draw(logits: Float32[Array, "R V"], position: Int[Array, " R"], how: RowSamp
     warm = how.temperature > 0
     scaled = logits / jnp.where(warm, how.temperature, 1.0)[:, None]
 
-    def drawn():
+    def drawn() -> jax.Array:
         cut = warm & ((how.top_k > 0) | (how.top_p < 1))
         kept = jax.lax.cond(jnp.any(cut), lambda: _cut(scaled, how), lambda: scaled)
         keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.wrap_key_data(s, impl="threefry2x32"), p))
@@ -137,7 +137,7 @@ def draw(logits: Float32[Array, "R V"], position: Int[Array, " R"], how: RowSamp
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - total
     most = min(MOST_TOP, logits.shape[1])
 
-    def top():
+    def top() -> tuple[jax.Array, jax.Array]:
         values, tokens = jax.lax.top_k(logits, most)
         return values - total[:, None], tokens.astype(jnp.int32)
 

@@ -231,7 +231,14 @@ class _Form:
         return {"id": prefix + self.id, "object": kind, "created": self.created, "model": self.name}
 
     def piece(
-        self, choice: _Choice, text: str, tokens: range, tokenizer: Any, *, finish=None, role=None
+        self,
+        choice: _Choice,
+        text: str,
+        tokens: range,
+        tokenizer: Any,
+        *,
+        finish: str | None = None,
+        role: str | None = None,
     ) -> dict[str, Any]:
         entry: dict[str, Any] = {"index": choice.index, "finish_reason": finish}
         if self.chat:

@@ -8,6 +8,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ring_jax._checks import check_choice, check_count, check_instance, check_number
 from ring_jax._hardware import Hardware as Hardware
@@ -119,7 +120,7 @@ def smallest_mesh(
     gpu: "str | Hardware" = "h100",
     what: str = "prefill",
     most: int = 4096,
-    **options,
+    **options: Any,
 ) -> dict[str, int] | None:
     """The smallest context axis (a power of two) over which a pass fits into every GPU's memory; None beyond `most`.
 
@@ -141,7 +142,7 @@ def smallest_mesh(
     return None
 
 
-def _config(model) -> tuple[Config, str]:
+def _config(model: Any) -> tuple[Config, str]:
     check_instance("model", model, (str, Path, Config), "a preset's name, a checkpoint's directory or a Config")
     if isinstance(model, Config):
         return model, f"{model.family} of {model.num_layers} layers"
@@ -150,7 +151,16 @@ def _config(model) -> tuple[Config, str]:
     return Config.preset(model), model.lower()
 
 
-def _resolved(config, machine, rows, tokens, strategy, gdn_strategy, expert, choices) -> Setting:
+def _resolved(
+    config: Any,
+    machine: Any,
+    rows: int,
+    tokens: int,
+    strategy: str,
+    gdn_strategy: str,
+    expert: str | None,
+    choices: dict[str, tuple[str, str]],
+) -> Setting:
     """Both strategies and the exchange by name, as `auto` takes them at run time; their reasons go to `choices`."""
     if expert == "auto":
         expert = None
@@ -190,7 +200,7 @@ def _resolved(config, machine, rows, tokens, strategy, gdn_strategy, expert, cho
     return dataclasses.replace(at, strategy=strategy, gdn_strategy=gdn_strategy, exchange=exchange)
 
 
-def _named_axes(weights) -> "str | tuple[str, ...]":
+def _named_axes(weights: Any) -> "str | tuple[str, ...]":
     """ "auto", or the axes that `weights` names."""
     check_instance("weights", weights, (str, tuple, list), "'auto', 'none' or mesh axes such as ('context', 'data')")
     if isinstance(weights, str):
@@ -203,7 +213,7 @@ def _named_axes(weights) -> "str | tuple[str, ...]":
     return tuple(weights)
 
 
-def _weight_axes(at: Setting, each: str, weights, optimizer_bytes: float) -> tuple[str, ...]:
+def _weight_axes(at: Setting, each: str, weights: Any, optimizer_bytes: float) -> tuple[str, ...]:
     """Axes over which weights lie in a pass."""
     if weights != "auto":
         return weights

@@ -1,6 +1,7 @@
 """One layer of a forward pass on one rank: its pieces, from the table of hardware facts."""
 
 import dataclasses
+from typing import Any
 
 from ring_jax.context import cost as attention_cost
 from ring_jax.gdn.cost import GDNShape, Rates, backward_seconds, costs, kernel_seconds
@@ -98,7 +99,7 @@ def elementwise(at: Setting, full: bool) -> Piece:
     return Piece(ELEMENTWISE, at.local * token / stream(at))
 
 
-def attention_shape(at: Setting) -> dict:
+def attention_shape(at: Setting) -> dict[str, Any]:
     """Arguments of `context.cost.costs`."""
     config = at.config
     return {

@@ -41,10 +41,10 @@ class Restored:
 
 
 def save(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     step: int,
     model: nnx.Module,
-    optimizer: nnx.Optimizer | None = None,
+    optimizer: nnx.Optimizer[Any] | None = None,
     *,
     extra: Mapping[str, Any] | None = None,
     keep: int | None = 3,
@@ -92,9 +92,9 @@ def save(
 
 
 def restore(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     model: nnx.Module,
-    optimizer: nnx.Optimizer | None = None,
+    optimizer: nnx.Optimizer[Any] | None = None,
     *,
     step: int | None = None,
     verify: bool = True,
@@ -165,7 +165,7 @@ def restore(
     return Restored(step, result["extra"])
 
 
-def latest_step(directory: str | os.PathLike) -> int | None:
+def latest_step(directory: str | os.PathLike[str]) -> int | None:
     """The greatest step that is whole, None where there is none. Half-written steps and other folders do not count."""
     return max(_steps(check_path("directory", directory).resolve()), default=None)
 
@@ -282,7 +282,7 @@ def _checkpointer() -> ocp.Checkpointer:
     )
 
 
-def _variables(module: Any) -> dict[str, tuple[tuple, nnx.Variable]]:
+def _variables(module: Any) -> dict[str, tuple[tuple[Any, ...], nnx.Variable[Any]]]:
     """Path and variable of all state, by flat name."""
     flat = nnx.to_flat_state(nnx.state(module))
     named = {".".join(map(str, path)): (path, variable) for path, variable in flat}

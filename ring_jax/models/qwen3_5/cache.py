@@ -68,7 +68,7 @@ def cache_specs(sharding: Sharding) -> Any:
     return Cache(keys, keys, gdn_specs(sharding), row, P())  # type: ignore[arg-type]
 
 
-def append(cache: Cache, kv: Float[Array, "M B 1 K H"], rank, ranks: int) -> Array:
+def append(cache: Cache, kv: Float[Array, "M B 1 K H"], rank: Any, ranks: int) -> Array:
     """`cache.new_kv` one token later; on this rank's shards."""
     slot = cache.count // ranks
     at = tuple(slot if axis == 2 else jnp.zeros_like(slot) for axis in range(5))  # Python zeros may be wider

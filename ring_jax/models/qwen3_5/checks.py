@@ -17,7 +17,9 @@ from ring_jax.models.qwen3_5.past import Past
 from ring_jax.models.qwen3_5.structure import Structure
 
 
-def check_inputs(model: Structure, params: Any, tokens, lengths, segment_ids, room: int = 0, past: Any = None) -> None:
+def check_inputs(
+    model: Structure, params: Any, tokens: Any, lengths: Any, segment_ids: Any, room: int = 0, past: Any = None
+) -> None:
     """Raises for shapes and values that do not fit; values only where they are known now."""
     sizes = Sizes()
     check_array("tokens", tokens, "B S", sizes, kind="integer")
@@ -53,7 +55,7 @@ def check_inputs(model: Structure, params: Any, tokens, lengths, segment_ids, ro
     check_vocabulary(model.config, tokens, lengths, segment_ids)
 
 
-def check_past(config: Config, past: Past, batch: int, segment_ids) -> int:
+def check_past(config: Config, past: Past, batch: int, segment_ids: Any) -> int:
     """Raises for a past that does not fit; the most tokens that a row of it is known to hold."""
     offers = all(callable(getattr(past, name, None)) for name in ("attend", "decode", "specs"))
     if isinstance(past, type) or not offers:
@@ -81,7 +83,7 @@ def check_has_parameters(params: Any) -> None:
         )
 
 
-def check_vocabulary(config: Config, tokens, lengths, segment_ids) -> None:
+def check_vocabulary(config: Config, tokens: Any, lengths: Any, segment_ids: Any) -> None:
     """Raises for ids that are known now and outside of the vocabulary; `pass_.embed` makes NaN of the others."""
     ids = concrete(tokens)
     if ids is None:

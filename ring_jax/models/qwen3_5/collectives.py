@@ -70,7 +70,7 @@ class Collectives:
                 found = lax.all_gather(found, axis, axis=last, tiled=True, to="invarying")
         return found.reshape(*found.shape[len(exchanged) :])
 
-    def _own_rows(self, table, index):
+    def _own_rows(self, table: jax.Array, index: jax.Array) -> Any:
         axes = self._vocabulary_axes(table)
         if not axes:
             return table[index]
@@ -78,13 +78,13 @@ class Collectives:
         found = table[local]
         return lax.psum(jnp.where(inside[..., None], found, jnp.zeros_like(found)), axes)
 
-    def _vocabulary_axes(self, x) -> tuple[str, ...]:
+    def _vocabulary_axes(self, x: jax.Array) -> tuple[str, ...]:
         """The mesh axes over which the vocabulary of a table or of logits lies; () where it is whole."""
         axes = axis_names(self.tensor)
         return axes if varying_axes(x) & set(axes) else ()
 
     @staticmethod
-    def _own_part(token, size: int, axes: tuple[str, ...]):
+    def _own_part(token: jax.Array, size: int, axes: tuple[str, ...]) -> Any:
         """Tokens as indices into this rank's `size` entries of the vocabulary, and whether they lie in them."""
         local = token - (lax.axis_index(axes) * size if axes else 0)
         return jnp.clip(local, 0, size - 1), (local >= 0) & (local < size)
@@ -117,7 +117,7 @@ class Collectives:
         return jnp.log(total) + top - target
 
     @property
-    def tensor(self):
+    def tensor(self) -> Any:
         return None if self.sharding is None else self.sharding.tensor
 
     @property
@@ -125,7 +125,7 @@ class Collectives:
         return lax.axis_size(axis_names(self.tensor)) if self.tensor is not None else 1
 
     @property
-    def expert(self):
+    def expert(self) -> Any:
         return None if self.sharding is None else self.sharding.expert
 
     def token_axes(self, *, rows_only: bool = False) -> tuple[str, ...]:
@@ -134,19 +134,19 @@ class Collectives:
             return ()
         return (*axis_names(self.sharding.batch), *(() if rows_only else axis_names(self.sharding.sequence)))
 
-    def spread_over(self, axis) -> bool:
+    def spread_over(self, axis: Any) -> bool:
         """Whether ranks along `axis` have tokens of their own."""
         return axis is not None and set(axis_names(axis)) <= set(self.token_axes())
 
-    def sum_context(self, tree):
+    def sum_context(self, tree: Any) -> Any:
         """The sum over the context ranks of what each has counted in its tokens."""
         return self._sum(tree, () if self.sharding is None else axis_names(self.sharding.sequence))
 
-    def sum_rows(self, tree):
+    def sum_rows(self, tree: Any) -> Any:
         """The sum over the data ranks."""
         return self._sum(tree, () if self.sharding is None else axis_names(self.sharding.batch))
 
-    def _sum(self, tree, axes):
+    def _sum(self, tree: Any, axes: Any) -> Any:
         return jax.tree.map(lambda x: lax.psum(pcast_to(x, axes), axes), tree) if axes else tree
 
     def _weights_axes(self, expert: bool = False) -> tuple[str, ...]:
@@ -156,7 +156,7 @@ class Collectives:
         return tuple(name for name in axis_names(self.sharding.weights) if name not in used and lax.axis_size(name) > 1)
 
 
-def _matmul(x, w, dtype):
+def _matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     """x [..., D] times w [D, F] in x's dtype, summed and returned in `dtype`.
 
     For GPUs, fewer than eight rows are made eight. XLA turns the product of one row with a weight of less than ten million

@@ -57,7 +57,7 @@ class Experts:
     renormalize: bool = True
     aux_loss: float = 0.001
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("count", "per_token", "size", "shared_size"):
             check_count(f"Experts({name}=...)", getattr(self, name), 1)
         if self.per_token > self.count:
@@ -113,7 +113,7 @@ class Config:
     eos_token_ids: tuple[int, ...] = ()
     __repr__, _repr_html_ = _repr.of_fields, _html.of_config
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_values()
         types = tuple(self.layer_types) or tuple(LINEAR if (i + 1) % 4 else FULL for i in range(self.num_layers))
         object.__setattr__(self, "layer_types", types)
@@ -368,7 +368,18 @@ def _mrope_section(pairs: int) -> list[int]:
     return [first, pairs - rest - first, rest]
 
 
-def _preset(family, width, layers, heads, kv_heads, value_heads, *, mlp=None, experts=None, tied=False) -> Config:
+def _preset(
+    family: str,
+    width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    value_heads: int,
+    *,
+    mlp: int | None = None,
+    experts: Any = None,
+    tied: bool = False,
+) -> Config:
     return Config(
         family=family,
         vocab_size=151936 if family == "qwen3_next" else 248320,

@@ -95,7 +95,14 @@ class Forward:
     def __repr__(self) -> str:  # jax's messages show it
         return f"forward of {self.model!r}"
 
-    def __call__(self, params: Any, tokens, lengths, segment_ids, past: Past | None) -> Output:
+    def __call__(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array | None,
+        segment_ids: jax.Array | None,
+        past: Past | None,
+    ) -> Output:
         model, wanted = self.model, self.wanted
         if self.same:
             assert past is not None
@@ -124,7 +131,7 @@ class Decode:
     def __repr__(self) -> str:
         return f"decode of {self.model!r}"
 
-    def __call__(self, params: Any, tokens, cache: Cache):
+    def __call__(self, params: Any, tokens: jax.Array, cache: Cache) -> Any:
         model: Structure = self.model
         rank: Any = 0
         ranks, layout = 1, cast(Layout, Contiguous())
@@ -138,7 +145,7 @@ class Decode:
         return here.whole_vocabulary(next_logits(model, params, here, x[:, 0])), new, left.states
 
 
-def scan_layers(model: Structure, params: Any, x, here: Pass, wanted: Wanted) -> tuple[Array, LayerOutputs]:
+def scan_layers(model: Structure, params: Any, x: jax.Array, here: Pass, wanted: Wanted) -> tuple[Array, LayerOutputs]:
     """All layers, group by group: a program has the size of one group whatever the depth."""
     config = model.config
 
@@ -165,7 +172,7 @@ def scan_layers(model: Structure, params: Any, x, here: Pass, wanted: Wanted) ->
     return x, LayerOutputs(keys, left.states, hidden, total)
 
 
-def loop_layers(model: Structure, params: Any, x, here: Pass) -> tuple[Array, LayerOutputs]:
+def loop_layers(model: Structure, params: Any, x: jax.Array, here: Pass) -> tuple[Array, LayerOutputs]:
     """All layers over one token a row, as a plain loop.
 
     XLA lets a product read a slice of a parameter only, so layers read cached keys as they came in, and the token's own are the
@@ -204,7 +211,15 @@ class _SlicedStates:
         return self.states
 
 
-def _run_layers(layers: Any, x, here: Pass, read: Callable, write: Callable, group: Any, wanted: Wanted):
+def _run_layers(
+    layers: Any,
+    x: jax.Array,
+    here: Pass,
+    read: Callable[..., Any],
+    write: Callable[..., Any],
+    group: Any,
+    wanted: Wanted,
+) -> tuple[Any, ...]:
     """One group of layers: (x, keys and values, hidden states, router statistics). `read` and `write` its GDN states by number."""
     keys: list[Array] = []
     hidden: list[Array] = []
@@ -232,7 +247,9 @@ def _run_layers(layers: Any, x, here: Pass, read: Callable, write: Callable, gro
     return x, keys, jnp.stack(hidden) if wanted.hidden else None, total
 
 
-def _new(model: Structure, here: Pass, left: LayerOutputs, lengths, seq_len: int, wanted: Wanted) -> Chunks | None:
+def _new(
+    model: Structure, here: Pass, left: LayerOutputs, lengths: jax.Array | None, seq_len: int, wanted: Wanted
+) -> Chunks | None:
     """What the pass leaves for those after it."""
     if not wanted.new and wanted.cache_room is None:
         return None
@@ -255,7 +272,7 @@ def _cache(here: Pass, new: Chunks | None, room: int) -> Cache:
     return Cache(prompt, empty, new.gdn, new.lengths, jnp.zeros((), jnp.int32))
 
 
-def _logits_of(call: Forward, params: Any, here: Pass, x, lengths) -> Array | None:
+def _logits_of(call: Forward, params: Any, here: Pass, x: jax.Array, lengths: jax.Array | None) -> Array | None:
     """The logits that are asked for."""
     model, wanted = call.model, call.wanted.logits
     if wanted == "none":
@@ -271,9 +288,9 @@ def _logits_of(call: Forward, params: Any, here: Pass, x, lengths) -> Array | No
     return here.whole_vocabulary(next_logits(model, params, here, x))
 
 
-def next_logits(model: Structure, params: Any, here: Pass, x) -> Array:
+def next_logits(model: Structure, params: Any, here: Pass, x: jax.Array) -> Array:
     return here.product(norm(x, params["final_norm"], model.config), head(params), jnp.float32)
 
 
-def _natural(x, here: Pass, seq_axis: int = 1):
+def _natural(x: Any, here: Pass, seq_axis: int = 1) -> jax.Array:
     return x if here.sharding is None else here.sharding.context.from_layout(x, seq_axis=seq_axis)

@@ -11,22 +11,22 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def param(shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param:
+def param(shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param[Any]:
     """A parameter without values yet: `axes` name its dimensions for `Sharding.spec`, `init` how to begin."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init)
 
 
-def stacked(groups: int, shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param:
+def stacked(groups: int, shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param[Any]:
     return param((groups, *shape), (None, *axes), init, dtype)
 
 
-def initialise(model: Any, key) -> None:
+def initialise(model: Any, key: jax.Array) -> None:
     """Random parameters of a `Qwen3_5`, made where they lie. The same for any mesh."""
     found = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(found, is_leaf=lambda x: isinstance(x, nnx.Variable))
     kinds = tuple((leaf.get_value().shape, leaf.get_value().dtype, leaf.init) for leaf in leaves)
 
-    def make(key):
+    def make(key: jax.Array) -> Any:
         return [_initial(jax.random.fold_in(key, i), *kind) for i, kind in enumerate(kinds)]
 
     shardings = None
@@ -39,7 +39,7 @@ def initialise(model: Any, key) -> None:
     model.set_parameters(nnx.to_pure_dict(jax.tree.unflatten(tree, values)))
 
 
-def _initial(key, shape, dtype, init: str):
+def _initial(key: jax.Array, shape: tuple[int, ...], dtype: Any, init: str) -> jax.Array:
     if init in ("zeros", "ones"):
         return jnp.full(shape, init == "ones", dtype)
     if init == "decay":  # A in (1, 16)

@@ -61,7 +61,7 @@ class Layer(nnx.Module):
         self.post_norm = make((width,), (WHOLE,), "zeros", dtype)
         self.mlp = (MLP if config.experts is None else SparseMLP)(config, make, dtype)
 
-    def __call__(self, x: Array, past: Any, here: Pass, valid: Array | None):
+    def __call__(self, x: Array, past: Any, here: Pass, valid: Array | None) -> Any:
         """(x, what the mixer leaves for later passes, router statistics or None).
 
         past: of a GDN layer its cache, of full attention its number among those of the model."""
@@ -213,18 +213,18 @@ class SparseMLP(nnx.Module):
         return routed.reshape(x_btd.shape) + gate * shared, stats
 
 
-def _by_head(x, sizes: tuple[int, ...]):
+def _by_head(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
     """The last axis, head by head parts of the given sizes: each part [..., heads, size]."""
     x = x.reshape(*x.shape[:-1], -1, sum(sizes))
     return jnp.split(x, list(itertools.accumulate(sizes[:-1])), axis=-1)
 
 
-def _swiglu(x, gate_up, down, here: Collectives):
+def _swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array, here: Collectives) -> jax.Array:
     gate, up = jnp.split(here.product(x, gate_up.reshape(gate_up.shape[0], -1)), 2, axis=-1)
     return here.product(jax.nn.silu(gate) * up, down)
 
 
-def norm(x, weight, config: Config):
+def norm(x: jax.Array, weight: Any, config: Config) -> jax.Array:
     """x / rms(x) * (1 + weight), in float32."""
     wide = widened(x)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)

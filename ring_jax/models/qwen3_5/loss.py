@@ -16,7 +16,9 @@ from ring_jax.models.qwen3_5.structure import Structure, head
 from ring_jax.moe import load_balance_loss
 
 
-def next_tokens(tokens, lengths, segment_ids, weights):
+def next_tokens(
+    tokens: jax.Array, lengths: jax.Array | None, segment_ids: jax.Array | None, weights: jax.Array | None
+) -> tuple[Any, ...]:
     """(the token after each, float32 weight of predicting it), natural order [B, S]."""
     batch, length = tokens.shape
     after = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
@@ -29,7 +31,7 @@ def next_tokens(tokens, lengths, segment_ids, weights):
     return after(tokens), weight if weights is None else weight * after(weights).astype(jnp.float32)
 
 
-def _chunked(x, chunk: int):
+def _chunked(x: jax.Array, chunk: int) -> jax.Array:
     """[n, ...] as [chunks, chunk, ...], zeros at the end."""
     x = jnp.pad(x, [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, chunk, *x.shape[1:])
@@ -46,7 +48,9 @@ class Loss:
     def __repr__(self) -> str:  # jax's messages show it
         return f"loss of {self.model!r}"
 
-    def __call__(self, params: Any, tokens, lengths, segment_ids, labels) -> jax.Array:
+    def __call__(
+        self, params: Any, tokens: jax.Array, lengths: jax.Array | None, segment_ids: jax.Array | None, labels: Any
+    ) -> jax.Array:
         model, wanted = self.model, Wanted(stats=self.model.config.experts is not None)
         tokens, here = lay_out(model, tokens, lengths, segment_ids, None, self.seq_len)
         x, left = scan_layers(model, params, embed(model, params, here, tokens), here, wanted)
@@ -60,13 +64,15 @@ class Loss:
         return loss
 
 
-def _cross_entropy(x, kernel, targets, weights, here: Pass, chunk: int) -> jax.Array:
+def _cross_entropy(
+    x: jax.Array, kernel: jax.Array, targets: jax.Array, weights: Any, here: Pass, chunk: int
+) -> jax.Array:
     chunk = min(chunk, x.shape[0])
     x, targets, weights = (_chunked(y, chunk) for y in (x, targets, weights))
     kernel = here.weight(kernel, 0, x.shape[-1], x)
 
     @jax.checkpoint
-    def chunk_loss(total, operands):
+    def chunk_loss(total: jax.Array, operands: Any) -> tuple[jax.Array, None]:
         x, targets, weights = operands
         logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
         return total + jnp.sum(weights * here.cross_entropy(logits, targets)), None

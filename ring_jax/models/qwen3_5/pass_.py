@@ -51,7 +51,7 @@ class Pass(Collectives):
     past: Past | None
     implementation: str | None
 
-    def attend(self, query, key, value, layer) -> jax.Array:
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, layer: Any) -> jax.Array:
         """Attention of the new tokens here to the past and to each other, in the query's dtype."""
         if self.mask is None:
             assert self.past is not None
@@ -81,7 +81,14 @@ class Pass(Collectives):
         return super().token_axes(rows_only=rows_only or self.same_tokens)
 
 
-def lay_out(model: Structure, tokens, lengths, segment_ids, past: Past | None, seq_len: int) -> tuple[jax.Array, Pass]:
+def lay_out(
+    model: Structure,
+    tokens: jax.Array,
+    lengths: jax.Array | None,
+    segment_ids: jax.Array | None,
+    past: Past | None,
+    seq_len: int,
+) -> tuple[jax.Array, Pass]:
     """The tokens in the order of the layout, and all that depends on it: once for all layers.
 
     Args:
@@ -118,14 +125,14 @@ def lay_out(model: Structure, tokens, lengths, segment_ids, past: Past | None, s
     return tokens, Pass(sharding, positions, order, resolved, ids, split, past, model.implementation)
 
 
-def same_tokens(model: Structure, tokens, lengths, past: Past) -> Pass:
+def same_tokens(model: Structure, tokens: jax.Array, lengths: jax.Array | None, past: Past) -> Pass:
     """A pass over one token a row [B, 1], which all context ranks have."""
     ids = None if lengths is None else jnp.where(lengths[:, None] > 0, 0, segments.PADDING)
     order, split = jnp.zeros(1, jnp.int32), gdn.OneDevice(ids)
     return Pass(model.sharding, past.lengths[:, None], order, None, ids, split, past, model.implementation)
 
 
-def _partition(model: Structure, x, ids) -> gdn.Partition:
+def _partition(model: Structure, x: jax.Array, ids: jax.Array | None) -> gdn.Partition:
     """How GDN layers split the tokens of x [B, T here, ...]."""
     config, sharding = model.config, model.sharding
     if sharding is None:
@@ -138,7 +145,7 @@ def _partition(model: Structure, x, ids) -> gdn.Partition:
     return gdn.partition(sharding.context, x, strategy=sharding.gdn_strategy, shape=shape, segment_ids=ids)
 
 
-def embed(model: Structure, params: Any, here: Pass, tokens) -> jax.Array:
+def embed(model: Structure, params: Any, here: Pass, tokens: jax.Array) -> jax.Array:
     """[B, T here, D], NaN for ids that the vocabulary does not have: a gather clips, and such an id would look like a trained one."""
     if here.valid is not None:  # padding may hold any id
         tokens = jnp.where(here.valid, tokens, jnp.zeros_like(tokens))

@@ -119,7 +119,18 @@ class Program(Structure):
             logits, new, states = run_sharded(Decode(self), mesh, specs, (rows, caches.new_kv, caches.gdn), operands)
         return logits, dataclasses.replace(cache, new_kv=new, gdn=states, count=cache.count + 1)
 
-    def _run(self, local: Callable, out_specs, params, tokens, lengths, segment_ids, last, *, same: bool = False):
+    def _run(
+        self,
+        local: Callable[..., Any],
+        out_specs: Any,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array | None,
+        segment_ids: jax.Array | None,
+        last: Any,
+        *,
+        same: bool = False,
+    ) -> Any:
         """`local` on every rank's share of the tokens, laid out by itself; `last` is a past, or labels as the tokens. `same`: all
         context ranks have the tokens."""
         length = tokens.shape[1]
@@ -164,12 +175,12 @@ class Program(Structure):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_here(local: Callable, *operands):
+def _run_here(local: Callable[..., Any], *operands: Any) -> Any:
     """Without a mesh, jitted like the sharded form: eager calls would take seconds, operation by operation."""
     return local(*operands)
 
 
-def _pad_end(tree, pad: int, value: int = 0):
+def _pad_end(tree: Any, pad: int, value: int = 0) -> Any:
     if pad == 0:
         return tree
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad)), constant_values=value), tree)
@@ -179,7 +190,7 @@ def _cut(out: Output, length: int, sharding: Sharding) -> Output:
     """Without the padding of the layout."""
     mesh = sharding.resolve_mesh()
 
-    def cut(x, axis: int):
+    def cut(x: jax.Array | None, axis: int) -> Any:
         if x is None or x.shape[axis] == length:
             return x
         if length % axis_size(mesh, sharding.sequence):  # no longer divides: Explicit meshes want that said

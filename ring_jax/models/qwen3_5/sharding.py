@@ -71,7 +71,7 @@ class Sharding:
     gdn_strategy: str = "auto"
     __repr__ = _repr.of_fields
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_instance("context", self.context, ContextParallel, "a ring_jax.ContextParallel")
         check_choice("gdn_strategy", self.gdn_strategy, ("auto", *STRATEGIES))
         if self.weights is not None:
@@ -186,6 +186,6 @@ def _check_mesh(mesh: Any) -> None:
     check_instance("mesh", mesh, (Mesh, AbstractMesh), "a jax.sharding.Mesh")
 
 
-def _tuple(name: str, value: Any) -> tuple:
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
     check_instance(name, value, (tuple, list), "a tuple, one entry for each dimension")
     return tuple(value)

@@ -48,7 +48,7 @@ def in_chunks(name: str, spread: Spread, cuts: list[list[int]]) -> tuple[np.ndar
         for row, count in enumerate(counts):
             logits[row, done[row] : done[row] + count] = np.asarray(found)[row, :count]
         done = done + counts
-    assert tuple(done) == LENGTHS
+    assert tuple(done) == LENGTHS and past is not None
     return logits, past
 
 

@@ -185,7 +185,9 @@ def _same(reader: Reader, entries: Mapping[str, Entry], one: str, other: str) ->
     return True
 
 
-def _fill(reader, entries, pieces: list[mapping.Piece], dtype, pool, box: mapping.Box) -> tuple[np.ndarray, int]:
+def _fill(
+    reader: Any, entries: Any, pieces: list[mapping.Piece], dtype: Any, pool: Any, box: mapping.Box
+) -> tuple[np.ndarray, int]:
     """The part `box` of a parameter, read from its pieces, and the number of bytes that were read."""
     out = np.empty(mapping.extents(box), dtype)
 

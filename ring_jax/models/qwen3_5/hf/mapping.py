@@ -301,7 +301,9 @@ def _held(dim: str, sizes: dict[str, int]) -> dict[str, int]:
     return {held: sizes[whole] // sizes[heads] for held, whole in _HEADS[heads].items()} if part else {dim: 1}
 
 
-def _boxes(axes, names, box, index: int, interleaved: bool, sizes) -> Iterator[tuple[Box, Box, tuple[int | None, ...]]]:
+def _boxes(
+    axes: Any, names: Any, box: Any, index: int, interleaved: bool, sizes: Any
+) -> Iterator[tuple[Box, Box, tuple[int | None, ...]]]:
     """Part `index` of a tensor as boxes (of the tensor, of the parameter, axes): one, or one for each head."""
     cut = next((d for d, name in enumerate(names) if name and "." in name), None)
     kind, part = ("", "") if cut is None else names[cut].split(".")

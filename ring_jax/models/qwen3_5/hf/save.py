@@ -130,7 +130,7 @@ def _index(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[str
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
 
 
-def _values(plan: mapping.Plan, params, kinds: Mapping[str, np.dtype], order: list[str]) -> Iterator[np.ndarray]:
+def _values(plan: mapping.Plan, params: Any, kinds: Mapping[str, np.dtype], order: list[str]) -> Iterator[np.ndarray]:
     """The tensors in `order`. A layer of a parameter is fetched once and forgotten after its last piece."""
     pieces = collections.defaultdict(list)
     uses: collections.Counter[tuple[mapping.Path, int | None]] = collections.Counter()
