@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from ring_jax.inference.operations import Member
 from ring_jax.inference.sampling import RowSampling, Sampling
-from ring_jax.inference.scheduler import Member
 
 STOPS = 16  # tokens that end a row on the device; more are looked for on the host
 _FIXED = 11

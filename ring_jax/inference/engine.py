@@ -18,14 +18,16 @@ import numpy as np
 
 from ring_jax._checks import check_choice, check_count, check_instance, check_number
 from ring_jax.inference import prompts
-from ring_jax.inference.control import COLUMNS, pack
 from ring_jax.inference.ladders import Ladders
+from ring_jax.inference.landed import Landed, depart
+from ring_jax.inference.operands import Operands
+from ring_jax.inference.operations import Copy, Decode, Prefill, Restore, Save, State, Text
 from ring_jax.inference.pool import choose_geometry, default_memory
 from ring_jax.inference.programs import Programs
 from ring_jax.inference.pump import Pump
 from ring_jax.inference.requests import Request, Stats, make_request, message
 from ring_jax.inference.sampling import Sampling
-from ring_jax.inference.scheduler import Copy, Decode, Prefill, Restore, Save, Scheduler, State, Text
+from ring_jax.inference.scheduler import Scheduler
 from ring_jax.inference.sharing import Sharing, plain, processes_of
 from ring_jax.models.qwen3_5.checks import check_has_parameters
 from ring_jax.models.qwen3_5.structure import Structure
@@ -228,11 +230,9 @@ class Engine:
             g = self.geometry
             self._scheduler = Scheduler(
                 pages=g.pages, page_tokens=self._ladders.page, rows=g.rows, slots=g.slots, chunk=self.chunk,
-                decode_steps=self.decode_steps, snapshot_every=self.snapshot_every,
+                decode_steps=self.decode_steps, snapshot_every=self.snapshot_every, shape=self._ladders.shape,
             )  # fmt: skip
-            self._table = np.zeros((g.rows, self._ladders.widths[-1]), np.int32)
-            self._filled = [0] * g.rows
-            self._control = np.zeros((g.rows, COLUMNS), np.int32)
+            self._operands = Operands(self._ladders)
 
     def warmup(self) -> int:
         """Compiles every program that any text can need; how many there are. Later a new one is a warning.
@@ -315,63 +315,38 @@ class Engine:
                 self._pool = programs.restore(self._pool, slot, row)
             case Save(row, slot):
                 self._pool = programs.save(self._pool, row, slot)
-            case Prefill(row, text, start, stop, pages):
-                self._counts["prefilled"] += stop - start
-                self._prefill(text.tokens[start:stop], start, row, pages)
+            case Prefill(pieces):
+                self._counts["prefilled"] += sum(piece.stop - piece.start for piece in pieces)
+                self._counts["prefills"] += 1
+                self._pool = programs.prefill(self._pool, **self._operands.prefill(pieces))
             case Decode():
                 self._decode(operation)
         self._check_warm()
 
-    def _prefill(self, tokens, start: int, row: int, pages: Sequence[int]) -> None:
-        ladders = self._ladders
-        size, end = ladders.size(len(tokens)), -(-(start + len(tokens)) // ladders.page)
-        padded, table = np.zeros(size, np.int32), np.zeros((1, ladders.width(end)), np.int32)
-        padded[: len(tokens)], table[0, :end] = tokens, pages[:end]
-        whole = len(tokens) == size and ladders.has_whole(size)
-        self._pool = self._programs.prefill(self._pool, padded, start, len(tokens), row, table, whole=whole)
-
     def _decode(self, decode: Decode) -> None:
-        self._control[:, 0:2] = 0
-        longest = 1
-        for member in decode.members:
-            row, text = member.row, member.text
-            if member.enters:
-                request = self._requests[text]
-                self._control[row] = pack(member, request.sampling, request.seed, request.top_count)
-                self._filled[row] = 0
-            self._control[row, 0:2] = 1, member.enters
-            self._table[row, self._filled[row] : len(member.pages)] = member.pages[self._filled[row] :]
-            self._filled[row] = len(member.pages)
-            longest = max(longest, len(member.pages))
-        table = np.ascontiguousarray(self._table[:, : self._ladders.width(longest)])
-        self._pool, written = self._programs.decode(self._pool, self._control.copy(), table)
-        for array in (written.count, written.drawn.token, written.drawn.finite, written.drawn.log_probability):
-            array.copy_to_host_async()
+        control, table = self._operands.decode(decode.members, self._requests.__getitem__)
+        self._pool, written = self._programs.decode(self._pool, control, table)
+        depart(written)
         self._flight.append((decode, written))
 
     def _land(self) -> list[Request]:
         """Reads the oldest decode in flight."""
         decode, written = self._flight.popleft()
         begin = time.perf_counter()
-        count, token = np.asarray(written.count), np.asarray(written.drawn.token)
-        finite, chosen = np.asarray(written.drawn.finite), np.asarray(written.drawn.log_probability)
+        landed = Landed(written, [member.row for member in decode.members])
         self._counts["waiting"] += time.perf_counter() - begin
-        rows = [member.row for member in decode.members]
-        good = [bool(finite[: count[row], row].all()) for row in rows]
-        # The last of a row whose logits were not finite is no token.
-        kept = [int(count[row]) - (not fine) for row, fine in zip(rows, good, strict=True)]
-        tokens = [[int(t) for t in token[:n, row]] for row, n in zip(rows, kept, strict=True)]
         lengths = {member.text: member.text.length for member in decode.members}
         if self._sharing is not None:
-            self._sharing.note((tokens, good))
-        self._scheduler.commit(decode, tokens, good)
+            self._sharing.note((landed.tokens, landed.good))
+        self._scheduler.commit(decode, landed.tokens, landed.good)
         grown = []
-        for member in decode.members:
+        for member, tokens in zip(decode.members, landed.tokens, strict=True):
             request = self._requests.get(member.text)
             if request is None:
                 continue
             new = member.text.length - lengths[member.text]
-            self._give(request, written, member.row, new, token, chosen)
+            self._counts["new"] += new
+            landed.give(request, member.row, tokens[:new])
             if member.text.state is State.DONE:
                 if member.text.finish == "error":
                     request.error = FloatingPointError("its logits are not finite; what was cached of it is forgotten")
@@ -379,16 +354,6 @@ class Engine:
             if new or request.done:
                 grown.append(request)
         return grown
-
-    def _give(self, request: Request, written: Any, row: int, new: int, token, chosen) -> None:
-        self._counts["new"] += new
-        request.tokens += [int(t) for t in token[:new, row]]
-        request.log_probabilities += [float(x) for x in chosen[:new, row]]
-        if request.top_count and new:
-            ids, values = np.asarray(written.drawn.top_tokens), np.asarray(written.drawn.top_log_probabilities)
-            for step in range(new):
-                pairs = zip(ids[step, row], values[step, row], strict=True)
-                request.top.append([(int(i), float(x)) for i, x in pairs][: request.top_count])
 
     def _close(self, request: Request) -> None:
         del self._requests[request.text]

@@ -1,11 +1,11 @@
 """What the engine runs on the devices. Each program takes the pool, which it is given for good, and returns it.
 
-    prefill    a chunk of one text: new keys to their pages, states to its row
+    prefill    a chunk of one text, or short pieces of several: new keys to their pages, states to their rows
     decode     up to `steps` tokens of every row, sampled and fed back on the device
     save, restore, copy     a row's states to a snapshot and back; a page to another
 
-Which texts, where and how many tokens are arrays: a program is compiled for a padded chunk length, a width of page tables, and
-whether there is a past, nothing else.
+Which texts, where and how many tokens are arrays: a program is compiled for a padded chunk length (which says how many pieces it
+takes), a width of page tables, and whether there is a past, nothing else.
 """
 
 from __future__ import annotations
@@ -59,14 +59,13 @@ class Programs:
             mesh = model.sharding.resolve_mesh()
             self._specs = mesh, specs(model.sharding), model.param_specs(params, mesh)
 
-    def prefill(self, pool: Pool, tokens, start: int, length: int, row: int, table, *, whole: bool) -> Pool:
-        """tokens int32 [T], padded from `length` on; table int32 [1, n]."""
-        local = HashablePartial(_Local.prefill, (self._local, start > 0, whole))
-        self.keys.add(("prefill", len(tokens), table.shape[1] if start else 0, whole))
-        if not start:  # nothing is read through it
-            table = table[:, : self._local.placement.pages(len(tokens))]
-        operands = tokens[None], jnp.int32(start), jnp.int32(length), jnp.int32(row), table
-        return self._run(local, pool, operands, params=True, sequences=1)
+    def prefill(self, pool: Pool, tokens, start, length, row, table, *, whole: bool) -> Pool:
+        """tokens int32 [N, T], padded from `length` on; start, length, row int32 [N]: all start at 0, or none does. table int32
+        [N, n]. A row that is not there is dropped. `whole`: nothing is padded."""
+        past = bool(start[0])
+        local = HashablePartial(_Local.prefill, (self._local, past, whole))
+        self.keys.add(("prefill", *tokens.shape, table.shape[1] if past else 0, whole))
+        return self._run(local, pool, (tokens, start, length, row, table), params=True, sequences=1)
 
     def decode(self, pool: Pool, control, table) -> tuple[Pool, Written]:
         """control int32 [R, COLUMNS], table int32 [R, n]."""
@@ -100,10 +99,12 @@ class Programs:
             case "decode", width:
                 control = np.zeros((rows, COLUMNS), np.int32)
                 return self.decode(pool, control, np.zeros((rows, width), np.int32))[0]
-            case _, size, width, whole:
-                table = np.zeros((1, width or self._local.placement.pages(size)), np.int32)
-                start, length = page if width else 0, size if whole else 0
-                return self.prefill(pool, np.zeros(size, np.int32), start, length, 0, table, whole=whole)
+            case _, pieces, size, width, whole:
+                table = np.zeros((pieces, width or self._local.placement.pages(size)), np.int32)
+                start, length, row = (
+                    np.full(pieces, n, np.int32) for n in (page if width else 0, size if whole else 0, rows)
+                )
+                return self.prefill(pool, np.zeros((pieces, size), np.int32), start, length, row, table, whole=whole)
         raise AssertionError(name)
 
     def _run(
@@ -160,23 +161,23 @@ class _Local:
         model = self.structure
         before = None
         if past:
-            own = lambda x: lax.dynamic_slice_in_dim(x, row, 1, axis=2)  # noqa: E731
-            before = PagedPast(pool.pages, table, start[None], _cache(own(pool.state), own(pool.tail)), self.placement)
+            before = PagedPast(
+                pool.pages, table, start, _cache(_rows(pool.state, row), _rows(pool.tail, row)), self.placement
+            )
         ranks = self.placement.ranks
-        here_lengths = None if whole else length[None]
+        here_lengths = None if whole else length
         own_tokens, here = lay_out(model, tokens, here_lengths, None, before, tokens.shape[1] * ranks)
         x = embed(model, params, here, own_tokens)
         _, left = scan_layers(model, params, x, here, Wanted())
         new, pages = lax.optimization_barrier((_by_layer(left.keys), pool.pages))
         layout: Any = None if self.sharding is None else self.sharding.context.layout
         axis = None if self.sharding is None else self.sharding.sequence
-        new, positions = to_owners(new, start[None], length[None], self.placement, layout, axis)
-        put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), row, axis=2)  # noqa: E731
+        new, positions = to_owners(new, start, length, self.placement, layout, axis)
         return dataclasses.replace(
             pool,
             pages=write_pages(pages, new, table, positions, self.placement, self.rank()),
-            state=put(pool.state, left.states.state),
-            tail=put(pool.tail, left.states.tail),
+            state=_with_rows(pool.state, row, left.states.state),
+            tail=_with_rows(pool.tail, row, left.states.tail),
         )
 
     @staticmethod
@@ -272,6 +273,20 @@ class _Local:
         source, target = operands
         page = lax.dynamic_slice_in_dim(pool.pages, source, 1, axis=2)
         return dataclasses.replace(pool, pages=lax.dynamic_update_slice_in_dim(pool.pages, page, target, axis=2))
+
+
+def _rows(x, row):
+    """Rows of states [G, n, R, ...]; zeros for those that are not there."""
+    if len(row) == 1:
+        return lax.dynamic_slice_in_dim(x, row[0], 1, axis=2)
+    return jnp.take(x, row, axis=2, mode="fill", fill_value=0)
+
+
+def _with_rows(x, row, new):
+    """The states with some rows new, but for those that are not there."""
+    if len(row) == 1:
+        return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), row[0], axis=2)
+    return x.at[:, :, row].set(new.astype(x.dtype), mode="drop")
 
 
 def _by_layer(keys):

@@ -11,8 +11,9 @@ import numpy as np
 from ring_jax._checks import check_count, check_instance
 from ring_jax.inference import prompts
 from ring_jax.inference.control import STOPS
+from ring_jax.inference.operations import State, Text
 from ring_jax.inference.sampling import MOST_TOP, Sampling
-from ring_jax.inference.scheduler import Scheduler, State, Text
+from ring_jax.inference.scheduler import Scheduler
 
 
 @dataclasses.dataclass(eq=False)
@@ -107,6 +108,7 @@ class Stats:
 
     Fields:
         requests, finished: texts. prompt_tokens, hit_tokens, prefilled_tokens: of those admitted. new_tokens.
+        prefills: programs that prefilled them; short prompts share one.
         misses: texts by why they did not hit more.
         pages, pages_held, pages_cached: of the pool; held by running texts, and kept for later ones.
         snapshots, snapshots_kept, snapshots_refused, evicted_pages, evicted_snapshots, preemptions.
@@ -119,6 +121,7 @@ class Stats:
     prompt_tokens: int
     hit_tokens: int
     prefilled_tokens: int
+    prefills: int
     new_tokens: int
     misses: dict[str, int]
     pages: int
@@ -141,7 +144,8 @@ class Stats:
         prefixes = scheduler.prefixes
         return cls(
             requests=counts["requests"], finished=counts["finished"], prompt_tokens=counts["prompt"],
-            hit_tokens=counts["hit"], prefilled_tokens=counts["prefilled"], new_tokens=counts["new"], misses=dict(misses),
+            hit_tokens=counts["hit"], prefilled_tokens=counts["prefilled"], prefills=counts["prefills"],
+            new_tokens=counts["new"], misses=dict(misses),
             pages=scheduler.pages.usable, pages_held=scheduler.pages.usable - prefixes.available, pages_cached=prefixes.idle,
             snapshots=prefixes.slots, snapshots_kept=len(prefixes.snapshots), snapshots_refused=prefixes.refused_snapshots,
             evicted_pages=prefixes.evicted_pages, evicted_snapshots=prefixes.evicted_snapshots,

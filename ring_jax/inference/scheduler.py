@@ -1,8 +1,9 @@
 """Who computes what next: plain Python, without arrays on devices, the same on every process.
 
 A step is a list of operations that the device runs in order: at most one chunk's worth of prefill, then one decode of several
-tokens for all running rows. A prompt is prefilled up to its last token; that one enters decode, which draws all new tokens.
-So the states at the end of a prefill are just those that the same prompt can resume from.
+tokens for all running rows. Short pieces of several prompts go together. A prompt is prefilled up to its last token; that
+one enters decode, which draws all new tokens. So the states at the end of a prefill are just those that the same prompt can
+resume from.
 
 Chunks end at absolute multiples of `chunk`, where the prompt ends, where the caller asked for it (`checkpoints`), and at
 junctions: where an earlier text with the same beginning went on differently, which only the second shows. What was hit and
@@ -14,134 +15,25 @@ Source: Sarathi-Serve (arXiv 2403.02310) for chunks between decode steps; vLLM f
 from __future__ import annotations
 
 import collections
-import dataclasses
-import enum
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
+from ring_jax.inference.operations import (
+    Copy,
+    Decode,
+    Member,
+    Operation,
+    Piece,
+    Prefill,
+    Restore,
+    Save,
+    State,
+    Text,
+)
 from ring_jax.inference.pages import Pages
-from ring_jax.inference.prefixes import Node, Prefixes
+from ring_jax.inference.prefixes import Prefixes
+from ring_jax.inference.together import Shape, together
 
 JUNCTION = 32  # tokens that a junction must save: texts often share their first few by chance
-
-
-class State(enum.Enum):
-    """Where a text is."""
-
-    WAITING = "waiting"
-    PREFILL = "prefill"
-    DECODE = "decode"
-    DONE = "done"
-
-
-@dataclasses.dataclass(eq=False)
-class Text:
-    """A prompt, and what is written after it.
-
-    Fields:
-        tokens: int32 [limit], of which `length` are known; the first `prompt` of them were given.
-        stops: tokens that end it; `watched` where a decode knows them all and ends the row by itself.
-        checkpoints: positions where a chunk has to end. salt: texts of another salt share nothing.
-        finish: why it ended, "" before: "stop", "length", "cancelled" or "error".
-        hit, keys, reason: what the prefix cache had when it was admitted first, see `Hit`.
-        row, pages: where it lies while it runs. computed: positions whose keys the planned operations have written.
-        ahead: decode steps planned for it whose tokens are not known yet.
-        node, registered: the last of its pages that the prefix cache knows, and how many it knows; None where another row
-            made the same page known first, after which its pages stay its own.
-    """
-
-    tokens: np.ndarray
-    prompt: int
-    stops: frozenset[int] = frozenset()
-    watched: bool = True
-    checkpoints: tuple[int, ...] = ()
-    salt: bytes = b""
-    state: State = State.WAITING
-    length: int = 0
-    finish: str = ""
-    hit: int = -1
-    keys: int = 0
-    reason: str = ""
-    prefilled: int = 0
-    preempted: int = 0
-    row: int = -1
-    pages: list[int] = dataclasses.field(default_factory=list)
-    computed: int = 0
-    ahead: int = 0
-    entered: bool = False
-    junction: int = 0
-    node: Node | None = None
-    registered: int = 0
-
-    def __post_init__(self):
-        self.length = self.prompt
-
-    @property
-    def limit(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def known(self) -> np.ndarray:
-        return self.tokens[: self.length]
-
-
-@dataclasses.dataclass(frozen=True)
-class Copy:
-    """Copies page `source` to `target`, keys of all layers."""
-
-    source: int
-    target: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Restore:
-    """The states of `row` become those of snapshot `slot`."""
-
-    slot: int
-    row: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Save:
-    """Snapshot `slot` becomes the states of `row`."""
-
-    row: int
-    slot: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefill:
-    """Positions start ... stop - 1 of a text; its states are zero before position 0."""
-
-    row: int
-    text: Text
-    start: int
-    stop: int
-    pages: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A row of a decode. One that `enters` begins with `token` at `position`; others go on where they are."""
-
-    row: int
-    text: Text
-    pages: tuple[int, ...]
-    enters: bool
-    position: int
-    token: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Decode:
-    """Up to `steps` new tokens for each member; a row ends by itself at a stop or at its limit. Other rows rest."""
-
-    members: tuple[Member, ...]
-    steps: int
-
-
-Operation = Copy | Restore | Save | Prefill | Decode
 
 
 class Scheduler:
@@ -151,10 +43,21 @@ class Scheduler:
         pages, page_tokens: of the pool, the page for trash included.
         chunk: positions of a prefill chunk. decode_steps: tokens of a decode.
         snapshot_every: multiples of it (itself one of chunk) get a snapshot for sure, other chunk ends only a free slot.
+        shape: the prefill program for positions start ... stop - 1, whose first number says how many pieces it takes. It depends
+            on nothing else, so what else is prefilled changes no bit of a text.
     """
 
     def __init__(
-        self, *, pages: int, page_tokens: int, rows: int, slots: int, chunk: int, decode_steps: int, snapshot_every: int
+        self,
+        *,
+        pages: int,
+        page_tokens: int,
+        rows: int,
+        slots: int,
+        chunk: int,
+        decode_steps: int,
+        snapshot_every: int,
+        shape: Shape,
     ):
         self.pages = Pages(pages, page_tokens)
         self.prefixes = Prefixes(self.pages, slots)
@@ -163,6 +66,7 @@ class Scheduler:
         self.running: list[Text] = []  # oldest first
         self.in_flight = 0  # decodes planned whose tokens are not known yet
         self.preemptions = 0
+        self._shape = shape
         self._free_rows = list(range(rows - 1, -1, -1))
         self._first: list[Operation] = []  # what the next step begins with
 
@@ -191,7 +95,8 @@ class Scheduler:
             if self.in_flight:
                 return None
             self._preempt(self.running[-1])
-        operations, self._first = self._first, []
+        first, self._first = self._first, []
+        operations: list[Operation] = []
         spent = 0
         while (text := self._next_prefill(operations)) is not None:
             stop = self._chunk_end(text)
@@ -199,6 +104,7 @@ class Scheduler:
                 break
             spent += stop - text.computed
             self._prefill(text, stop, operations)
+        operations = [*first, *together(operations, self.pages.tokens, self._shape)]
         decode = self._decode()
         if decode is not None:
             self.in_flight += 1
@@ -269,7 +175,8 @@ class Scheduler:
         return min(end for end in ends if text.computed < end < text.length)
 
     def _prefill(self, text: Text, stop: int, operations: list[Operation]) -> None:
-        operations.append(Prefill(text.row, text, text.computed, stop, tuple(text.pages)))
+        piece = Piece(text.row, text, text.computed, stop, tuple(text.pages))
+        operations.append(Prefill((piece,)))
         text.prefilled += stop - text.computed
         text.computed = stop
         self._register(text, stop)

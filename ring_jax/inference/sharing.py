@@ -158,6 +158,8 @@ def processes_of(mesh: Any) -> tuple[int, ...]:
 def plain(operation: Any) -> Sequence[Any]:
     """An operation as numbers, without the texts."""
     kind = type(operation).__name__
+    if hasattr(operation, "pieces"):
+        return kind, [(p.row, p.start, p.stop, p.pages) for p in operation.pieces]
     if hasattr(operation, "members"):
         return kind, operation.steps, [(m.row, m.enters, m.position, m.token, m.pages) for m in operation.members]
     return kind, [value for value in vars(operation).values() if isinstance(value, (int, tuple))]

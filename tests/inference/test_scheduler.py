@@ -7,8 +7,10 @@ import random
 import numpy as np
 import pytest
 
+from ring_jax.inference.operations import Copy, Decode, Piece, Prefill, Restore, Save, State, Text
 from ring_jax.inference.pages import TRASH
-from ring_jax.inference.scheduler import Copy, Decode, Prefill, Restore, Save, Scheduler, State, Text
+from ring_jax.inference.scheduler import Scheduler
+from ring_jax.inference.together import together
 
 VOCABULARY, STOPS = 50, frozenset(range(0, 50, 7))
 BROKEN = b"not finite"
@@ -57,16 +59,24 @@ class Device:
                     self.states[row] = self.snapshots[slot]
                 case Save(row, slot):
                     self.snapshots[slot] = self.states[row]
-                case Prefill(row, text, start, stop, pages):
-                    state = self.read(row, text.tokens, start, pages) if start else b""
-                    self.fresh = dict.fromkeys(pages[start // self.scheduler.pages.tokens :], text)
-                    for position in range(start, stop):
-                        state = follow(state, int(text.tokens[position]))
-                    self.write(text, start, text.tokens[start:stop], pages)
-                    self.states[row] = BROKEN if text in self.poison else state
+                case Prefill(pieces):
+                    self.prefill(pieces)
                 case Decode():
                     results = operation, *self.decode(operation)
         return results
+
+    def prefill(self, pieces):
+        """All read before any writes: at the same time."""
+        assert len({piece.row for piece in pieces}) == len(pieces)
+        width = self.scheduler.pages.tokens
+        before = [self.read(p.row, p.text.tokens, p.start, p.pages) if p.start else b"" for p in pieces]
+        self.fresh = {page: p.text for p in pieces for page in p.pages[p.start // width :]}
+        for piece, state in zip(pieces, before, strict=True):
+            new = piece.text.tokens[piece.start : piece.stop]
+            for token in new:
+                state = follow(state, int(token))
+            self.write(piece.text, piece.start, new, piece.pages)
+            self.states[piece.row] = BROKEN if piece.text in self.poison else state
 
     def decode(self, operation: Decode):
         new, good = [], []
@@ -122,8 +132,8 @@ class Device:
             self.pages[page][slot] = int(token)
 
 
-def check(scheduler: Scheduler):
-    """Everything adds up."""
+def check(scheduler: Scheduler, *, forgets: bool = False):
+    """Everything adds up. `forgets`: where a text was not finite, others may share pages that are known no more."""
     pages, prefixes = scheduler.pages, scheduler.prefixes
     mapped = collections.Counter(page for text in scheduler.running for page in text.pages)
     assert [mapped[page] for page in range(pages.count)] == pages.references
@@ -133,7 +143,8 @@ def check(scheduler: Scheduler):
     assert prefixes.idle == len(known - set(mapped))
     for page, count in mapped.items():
         if count > 1:  # shared: full, and known
-            assert prefixes.entries[page].node is not None
+            entry = prefixes.entries.get(page)
+            assert forgets if entry is None else entry.node is not None
     slots = {s.slot for s in prefixes.snapshots.values()}
     assert slots | set(prefixes._free_slots) == set(range(prefixes.slots))
     assert len(slots) + len(prefixes._free_slots) == prefixes.slots
@@ -167,14 +178,14 @@ def expected(text: Text) -> list[int]:
     return out
 
 
-def make_text(rng: random.Random, beginnings, capacity: int, ended: list[Text]) -> Text:
+def make_text(rng: random.Random, beginnings, longest: int, ended: list[Text]) -> Text:
     """A prompt that begins like others, or goes on where an earlier text ended."""
-    limit = rng.randint(2, min(capacity, 60))
+    limit = rng.randint(2, longest)
     prompt = rng.randint(1, limit - 1)
     begin = rng.choice(beginnings)[: rng.choice([0, 10, 40, 80])]
     if ended and rng.random() < 0.4:
         begin = [int(t) for t in rng.choice(ended).known]
-        limit = min(capacity, len(begin) + 20)
+        limit = min(longest, len(begin) + 20)
         prompt = min(len(begin) + 3, limit - 1)
     tokens = np.zeros(limit, np.int32)
     tokens[:prompt] = [*begin, *(rng.randrange(3) for _ in range(limit))][:prompt]
@@ -218,6 +229,7 @@ def make(**options):
             "chunk": 32,
             "decode_steps": 2,
             "snapshot_every": 64,
+            "shape": lambda start, stop: (1,),
         }
         | options
     )
@@ -228,7 +240,8 @@ def test_where_texts_resume():
     scheduler, device = make()
     first = run(scheduler, device, range(50))
     assert (first.hit, first.reason, first.prefilled) == (0, "no_kv", 49)
-    assert [(op.start, op.stop) for op in device.operations if isinstance(op, Prefill)] == [(0, 32), (32, 49)]
+    pieces = [piece for op in device.operations if isinstance(op, Prefill) for piece in op.pieces]
+    assert [(piece.start, piece.stop) for piece in pieces] == [(0, 32), (32, 49)]
     again = run(scheduler, device, range(50))
     assert (again.hit, again.reason, again.prefilled) == (49, "", 0)
     on_grid = run(scheduler, device, [*range(35), *range(35, 0, -1)])
@@ -275,19 +288,22 @@ def test_snapshots_by_what_they_save():
 HAPPENED: collections.Counter = collections.Counter()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_arrivals(seed, monkeypatch):
     monkeypatch.setattr("ring_jax.inference.scheduler.JUNCTION", 4)
     rng = random.Random(seed)
-    width, chunk = rng.choice([4, 8]), rng.choice([8, 16])
+    crowded = seed >= 40  # many short texts, which share programs
+    width, chunk = rng.choice([4, 8]), 64 if crowded else rng.choice([8, 16])
+    most, often, longest = (4, 0.8, 16) if crowded else (rng.choice([1, 2]), 0.4, 60)
     scheduler = Scheduler(
-        pages=rng.choice([5, 9, 20, 60]),
+        pages=rng.choice([9, 20, 60]) if crowded else rng.choice([5, 9, 20, 60]),
         page_tokens=width,
-        rows=rng.choice([1, 3, 6]),
+        rows=6 if crowded else rng.choice([1, 3, 6]),
         slots=rng.choice([0, 2, 6, 20]),
         chunk=chunk,
         decode_steps=rng.choice([1, 3]),
         snapshot_every=chunk * rng.choice([1, 2]),
+        shape=lambda start, stop: (most, stop - start > 8, start > 0),
     )
     device, flight, texts = Device(scheduler), collections.deque(), []
     beginnings = [[rng.randrange(VOCABULARY) for _ in range(80)] for _ in range(3)]
@@ -298,9 +314,9 @@ def test_random_arrivals(seed, monkeypatch):
         scheduler.commit(decode, new, good)
 
     for _ in range(5000):
-        while arrivals and rng.random() < 0.4:
+        while arrivals and rng.random() < often:
             arrivals -= 1
-            text = make_text(rng, beginnings, scheduler.capacity, [t for t in texts if t.finish])
+            text = make_text(rng, beginnings, min(scheduler.capacity, longest), [t for t in texts if t.finish])
             scheduler.submit(text)
             texts.append(text)
             if rng.random() < 0.05:
@@ -310,20 +326,29 @@ def test_random_arrivals(seed, monkeypatch):
         if (operations := scheduler.plan()) is None:
             land()
             continue
-        assert sum(op.stop - op.start for op in operations if isinstance(op, Prefill)) <= chunk
+        prefills = [op.pieces for op in operations if isinstance(op, Prefill)]
+        assert sum(piece.stop - piece.start for pieces in prefills for piece in pieces) <= chunk
+        for pieces in prefills:
+            kinds = {(piece.stop - piece.start > 8, piece.start > 0) for piece in pieces}
+            assert len(pieces) <= most and len(kinds) == 1
         HAPPENED.update(type(op).__name__ for op in operations)
+        HAPPENED["pieces together"] += sum(len(pieces) > 1 for pieces in prefills)
+        HAPPENED["programs in turn"] += len(prefills) > 1
+        arrived = [texts.index(piece.text) for pieces in prefills for piece in pieces]
+        HAPPENED["one that came later goes first"] += arrived != sorted(arrived)
         result = device.run(operations)
         if result is not None:
             flight.append(result)
         while len(flight) > lag or (flight and result is None):
             land()
-        check(scheduler)
+        check(scheduler, forgets=bool(device.poison))
         if not arrivals and scheduler.idle:
             break
     assert scheduler.idle, "texts are stuck"
     while flight:
         land()
-    check(scheduler)
+    device.run(scheduler.plan())  # snapshots that are still to be saved
+    check(scheduler, forgets=bool(device.poison))
     assert scheduler.in_flight == 0 and len(texts) == 60
     assert BROKEN not in [device.snapshots[slot] for slot in scheduler.prefixes.snapshots]
     for text in texts:
@@ -353,6 +378,9 @@ def test_everything_happened():
         "Restore",
         "Save",
         "Prefill",
+        "pieces together",
+        "programs in turn",
+        "one that came later goes first",
         "junctions",
         "preemptions",
         "evicted pages",
@@ -361,3 +389,47 @@ def test_everything_happened():
         assert HAPPENED[what] > 20, (what, HAPPENED)
     for what in ("", "no_kv", "no_snapshot", "evicted", "salt", "too_short", "stop", "length", "cancelled", "error"):
         assert HAPPENED[what] > 5, (what, HAPPENED)
+
+
+def test_pieces_of_one_program_do_not_build_on_each_other():
+    """A text that hits what another of them writes waits for the next program; the others go together, later ones too."""
+    scheduler, device = make(rows=4, chunk=64, shape=lambda start, stop: (4, start > 0))
+    prompts = [list(range(20)), [30, *range(12)], [*range(20), 7, 7], [31, *range(5)]]
+    texts = []
+    for prompt in prompts:
+        tokens = np.zeros(len(prompt) + 2, np.int32)
+        tokens[: len(prompt)] = prompt
+        texts.append(Text(tokens, len(prompt)))
+        scheduler.submit(texts[-1])
+    operations = scheduler.plan()
+    device.run(operations)
+    programs = [[texts.index(piece.text) for piece in op.pieces] for op in operations if isinstance(op, Prefill)]
+    assert programs == [[0, 1, 3], [2]] and texts[2].hit == 19
+    check(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("before", "pages", "slot", "joins"),
+    [
+        ([], (7,), 8, True),
+        ([Restore(1, 2), Copy(8, 7)], (7,), 8, True),
+        ([], (7,), 5, False),  # saves over a snapshot that is still to be restored
+        ([], (3,), 8, False),  # writes a page that is still to be copied from
+        ([], (4,), 8, False),  # or to
+        ([Copy(4, 7)], (7,), 8, False),  # copies what is still to be copied
+        ([Restore(6, 2)], (7,), 8, False),  # restores what is still to be saved
+    ],
+)
+def test_what_waits_for_what(before, pages, slot, joins):
+    """The third text's piece may run with the first's only where the second's, in between, cannot tell."""
+    text = Text(np.zeros(9, np.int32), 8)
+    first = Prefill((Piece(0, text, 0, 4, (1,)),))
+    second = [Copy(3, 4), Restore(5, 1), Prefill((Piece(1, text, 2, 4, (4,)),)), Save(1, 6)]
+    third = Piece(2, text, 0, 4, pages)
+    found = together([first, *second, *before, Prefill((third,)), Save(2, slot)], 4, lambda start, _: (2, start))
+    pair = Prefill((*first.pieces, third))
+    assert found == (
+        [*before, pair, Save(2, slot), *second]
+        if joins
+        else [first, *second, *before, Prefill((third,)), Save(2, slot)]
+    )

@@ -1,6 +1,7 @@
 """What each program moves between ranks, and what a rank holds."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
@@ -76,15 +77,18 @@ def test_states_move_only_to_come_back(moved):
     assert max(size for _, size in back) == states
 
 
+def prefill_moves(moved, pieces: int, width: int, start: int):
+    tokens, table = np.zeros((pieces, CHUNK // pieces), np.int32), np.zeros((pieces, width), np.int32)
+    start, length, row = (np.full(pieces, n, np.int32) for n in (start, CHUNK // pieces, 0))
+    return moved(lambda run, pool: run.prefill(pool, tokens, start, length, row, table, whole=False))
+
+
 def test_a_chunk_sends_its_new_keys_once(moved):
     """One all-to-all of all layers' new keys, beside what attention and states move; more cached keys cost no more where the
     queries travel."""
 
-    def prefill(width, start):
-        tokens, table = np.zeros(CHUNK, np.int32), np.zeros((1, width), np.int32)
-        return moved(lambda run, pool: run.prefill(pool, tokens, start, CHUNK, 0, table, whole=False))
-
     new_keys = 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 4 * CHUNK // RANKS
+    prefill = functools.partial(prefill_moves, moved, 1)
     first = prefill(16, 0)
     sends = [size for kind, size in first if kind == "all_to_all"]
     assert new_keys <= max(sends) <= 2 * new_keys
@@ -95,6 +99,18 @@ def test_a_chunk_sends_its_new_keys_once(moved):
     assert Counter(some) - Counter(first) == around and Counter(some) - around == Counter(first), "once around the ring"
     assert sum(size for _, size in some) == sum(size for _, size in many)
     assert max(size for _, size in many) < 256 * 32 * 2 * CONFIG.head_dim * 4 // RANKS
+
+
+def test_pieces_together_are_split_by_rows(moved):
+    """As many pieces as ranks: activations go into the run of GDN layers and out of it, and no collective is added for a piece."""
+    one, several = (prefill_moves(moved, pieces, 16, 0) for pieces in (1, RANKS))
+    assert len(several) < len(one)
+    activations, new_keys = (
+        features * 4 * CHUNK // RANKS for features in (CONFIG.hidden_size, 2 * CONFIG.num_kv_heads * CONFIG.head_dim)
+    )
+    assert [size for kind, size in one if kind == "all_to_all"] == [new_keys]
+    sends = [size for kind, size in several if kind == "all_to_all"]
+    assert sends == [activations, activations, 2 * new_keys], "short pieces have blocks of half a page of all ranks"
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])
