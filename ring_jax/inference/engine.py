@@ -224,7 +224,7 @@ class Engine:
             self._flight: collections.deque[tuple[Decode, Any]] = collections.deque()
             self._dead: BaseException | None = None
             self._counts: dict[str, Any] = collections.defaultdict(int)
-            self._misses: collections.Counter = collections.Counter()
+            self._misses: collections.Counter[str] = collections.Counter()
             self._pool: Any = None  # the old one goes first
             self._pool = self.geometry.empty(self._model)
             g = self.geometry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from ring_jax._checks import check_count
 from ring_jax.inference.pool import Geometry
@@ -73,7 +74,7 @@ class Ladders:
         """Whether chunks of this padded length that need no padding have a program of their own: long ones, which are worth it."""
         return size == self.chunk > self.sizes[0]
 
-    def every_program(self) -> Iterator[tuple]:
+    def every_program(self) -> Iterator[tuple[Any, ...]]:
         """What `Programs` can be asked for: its name, and the sizes."""
         yield from (("save",), ("restore",), ("copy",))
         for width in self.widths:

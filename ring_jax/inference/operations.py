@@ -58,7 +58,7 @@ class Text:
     node: Node | None = None
     registered: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.length = self.prompt
 
     @property

@@ -47,7 +47,9 @@ class PagedPast:
         keys: Any = P(None, None, None, sharding.sequence, sharding.tensor)
         return PagedPast(keys, row, row, gdn_specs(sharding), self.placement)  # type: ignore[arg-type]
 
-    def attend(self, query: Array, layer: Any, sharding: Sharding | None, implementation: str | None):
+    def attend(
+        self, query: Array, layer: Any, sharding: Sharding | None, implementation: str | None
+    ) -> tuple[Array, Array]:
         """See `Past`. Pages are gathered: beside the chunk's own attention that is little. Which way they or the queries travel
         depends on the width of the table alone, so on the position."""
         kv = gather_pages(self.pages, self.table, layer)

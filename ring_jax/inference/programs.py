@@ -50,7 +50,7 @@ class Programs:
     """
 
     def __init__(self, model: Structure, params: Any, geometry: Geometry, steps: int):
-        self.keys: set[tuple] = set()
+        self.keys: set[tuple[Any, ...]] = set()
         self._params = params
         self._sharding: Any = model.sharding
         self._local = _Local(model, geometry.placement(model.sharding), steps)
@@ -59,7 +59,7 @@ class Programs:
             mesh = model.sharding.resolve_mesh()
             self._specs = mesh, specs(model.sharding), model.param_specs(params, mesh)
 
-    def prefill(self, pool: Pool, tokens, start, length, row, table, *, whole: bool) -> Pool:
+    def prefill(self, pool: Pool, tokens: Any, start: Any, length: Any, row: Any, table: Any, *, whole: bool) -> Pool:
         """tokens int32 [N, T], padded from `length` on; start, length, row int32 [N]: all start at 0, or none does. table int32
         [N, n]. A row that is not there is dropped. `whole`: nothing is padded."""
         past = bool(start[0])
@@ -67,7 +67,7 @@ class Programs:
         self.keys.add(("prefill", *tokens.shape, table.shape[1] if past else 0, whole))
         return self._run(local, pool, (tokens, start, length, row, table), params=True, sequences=1)
 
-    def decode(self, pool: Pool, control, table) -> tuple[Pool, Written]:
+    def decode(self, pool: Pool, control: Any, table: Any) -> tuple[Pool, Written]:
         """control int32 [R, COLUMNS], table int32 [R, n]."""
         self.keys.add(("decode", table.shape[1]))
         return self._run(
@@ -111,12 +111,12 @@ class Programs:
         self,
         local: HashablePartial,
         pool: Pool,
-        operands: tuple,
+        operands: tuple[Any, ...],
         *,
         params: bool = False,
         written: bool = False,
         sequences: int = 0,
-    ):
+    ) -> Any:
         """`sequences`: how many of the operands, from the first on, lie over the context axis."""
         given = self._params if params else {}
         if self._specs is None:
@@ -131,7 +131,7 @@ class Programs:
 
 
 @functools.partial(jax.jit, static_argnums=range(5), donate_argnums=5)
-def _run(local, mesh, leaves, tree, out_specs, pool, params, operands):
+def _run(local: Any, mesh: Any, leaves: Any, tree: Any, out_specs: Any, pool: Any, params: Any, operands: Any) -> Any:
     if mesh is None:
         return local(pool, params, operands)
     in_specs = jax.tree.unflatten(tree, leaves)
@@ -156,7 +156,7 @@ class _Local:
         return 0 if self.sharding is None else lax.axis_index(self.sharding.sequence)
 
     @staticmethod
-    def prefill(pool: Pool, params, operands, self: _Local, past: bool, whole: bool) -> Pool:
+    def prefill(pool: Pool, params: Any, operands: Any, self: _Local, past: bool, whole: bool) -> Pool:
         tokens, start, length, row, table = operands
         model = self.structure
         before = None
@@ -181,7 +181,7 @@ class _Local:
         )
 
     @staticmethod
-    def decode(pool: Pool, params, operands, self: _Local) -> tuple[Pool, Written]:
+    def decode(pool: Pool, params: Any, operands: Any, self: _Local) -> tuple[Pool, Written]:
         packed, table = operands
         control = Control.of(packed)
         rows = packed.shape[0]
@@ -200,10 +200,10 @@ class _Local:
         drawn = jax.tree.map(lambda x: jnp.zeros((self.steps, *x.shape), x.dtype), shapes)
         start = jnp.int32(0), pool, jnp.zeros(rows, jnp.int32), drawn
 
-        def going(state):
+        def going(state: Any) -> jax.Array:
             return (state[0] < self.steps) & jnp.any(state[1].active)
 
-        def body(state):
+        def body(state: Any) -> Any:
             i, pool, count, drawn = state
             pool, active, new = self._one(params, pool, control, table)
             drawn = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, 0), drawn, new)
@@ -212,7 +212,7 @@ class _Local:
         _, pool, count, drawn = lax.while_loop(going, body, start)
         return pool, Written(drawn, count)
 
-    def _one(self, params, pool: Pool, control: Control, table):
+    def _one(self, params: Any, pool: Pool, control: Control, table: Any) -> tuple[Pool, Array, Drawn]:
         """One token of every active row."""
         active, position, model = pool.active, pool.position, self.structure
         states = _cache(pool.state, pool.tail)
@@ -239,10 +239,10 @@ class _Local:
         return pool, active, drawn
 
     @staticmethod
-    def save(pool: Pool, params, operands, self: _Local) -> Pool:
+    def save(pool: Pool, params: Any, operands: Any, self: _Local) -> Pool:
         row, slot = operands
 
-        def keep(saved, states):
+        def keep(saved: Any, states: Any) -> jax.Array:
             own = lax.dynamic_index_in_dim(states, row, axis=2, keepdims=False)
             share, sharding = saved.shape[-1], self.sharding
             if sharding is not None:
@@ -255,10 +255,10 @@ class _Local:
         )
 
     @staticmethod
-    def restore(pool: Pool, params, operands, self: _Local) -> Pool:
+    def restore(pool: Pool, params: Any, operands: Any, self: _Local) -> Pool:
         slot, row = operands
 
-        def back(saved, states):
+        def back(saved: Any, states: Any) -> jax.Array:
             own = lax.dynamic_index_in_dim(saved, slot, keepdims=False)
             if self.sharding is not None:
                 for axis in reversed(axis_names(self.sharding.sequence)):
@@ -269,31 +269,31 @@ class _Local:
         return dataclasses.replace(pool, state=back(pool.saved, pool.state), tail=back(pool.saved_tail, pool.tail))
 
     @staticmethod
-    def copy(pool: Pool, params, operands, self: _Local) -> Pool:
+    def copy(pool: Pool, params: Any, operands: Any, self: _Local) -> Pool:
         source, target = operands
         page = lax.dynamic_slice_in_dim(pool.pages, source, 1, axis=2)
         return dataclasses.replace(pool, pages=lax.dynamic_update_slice_in_dim(pool.pages, page, target, axis=2))
 
 
-def _rows(x, row):
+def _rows(x: Any, row: Any) -> jax.Array:
     """Rows of states [G, n, R, ...]; zeros for those that are not there."""
     if len(row) == 1:
         return lax.dynamic_slice_in_dim(x, row[0], 1, axis=2)
     return jnp.take(x, row, axis=2, mode="fill", fill_value=0)
 
 
-def _with_rows(x, row, new):
+def _with_rows(x: Any, row: Any, new: Any) -> jax.Array:
     """The states with some rows new, but for those that are not there."""
     if len(row) == 1:
         return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), row[0], axis=2)
     return x.at[:, :, row].set(new.astype(x.dtype), mode="drop")
 
 
-def _by_layer(keys):
+def _by_layer(keys: Any) -> jax.Array:
     """[M, B, T, K, H], of which keys and values take turns, as [L, 2, B, T, K, H]."""
     return keys.reshape(-1, 2, *keys.shape[1:])
 
 
-def _cache(state, tail) -> gdn.GDNCache:
+def _cache(state: Any, tail: Any) -> gdn.GDNCache:
     """States of one text each, which nothing but its own tokens follow."""
     return gdn.GDNCache(state, tail, jnp.zeros(state.shape[:3], jnp.int32))

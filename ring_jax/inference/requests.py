@@ -157,14 +157,14 @@ class Stats:
 def make_request(
     engine: Any,
     capacity: int,
-    tokens,
-    max_new_tokens,
-    sampling,
-    seed,
-    stop_ids,
-    checkpoints,
-    top_log_probabilities,
-    salt,
+    tokens: Any,
+    max_new_tokens: Any,
+    sampling: Any,
+    seed: Any,
+    stop_ids: Any,
+    checkpoints: Any,
+    top_log_probabilities: Any,
+    salt: Any,
 ) -> Request:
     """A request of an engine whose pool holds texts of `capacity` tokens; raises as `Engine.submit` says."""
     row = prompts.check_prompt("tokens", tokens, engine.config)
