@@ -66,6 +66,40 @@ def flash_attention(
 
     Source: Dao, FlashAttention-2, arXiv 2307.08691; the resumed form is Liu et al., Ring Attention, arXiv 2310.01889.
     """
+    return _attend(query, key, value, key_start, key_end, scale, logits_soft_cap, carry, implementation, deterministic)
+
+
+def rounded_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    key_start: Array,
+    key_end: Array,
+    *,
+    carry: tuple[Array, Array] | None = None,
+    implementation: Implementation | None = None,
+) -> Array:
+    """`flash_attention`'s out in the query's dtype, which kernels then write: half the bytes of a float32 array that is rounded by
+    who reads it. Its gradient is that of the rounded out, as in a ring."""
+    operands = query, key, value, key_start, key_end
+    return _attend(*operands, None, None, carry, implementation, None, rounded=True)[0]
+
+
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    key_start: Array,
+    key_end: Array,
+    scale: float | None,
+    logits_soft_cap: float | None,
+    carry: tuple[Array, Array] | None,
+    implementation: Implementation | None,
+    deterministic: bool | None,
+    *,
+    rounded: bool = False,
+) -> tuple[Array, Array]:
+    """(out, lse) of `flash_attention`; rounded: out in the query's dtype."""
     query, key, value, unbatched = with_batch(query, key, value)
     check_inputs(query, key, value)
     options = BlockOptions.of_call(query.shape[-1], scale, logits_soft_cap, deterministic)
@@ -93,7 +127,8 @@ def flash_attention(
         out, lse = carry or (jnp.zeros((B, T, N, value.shape[3]), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
     else:
         query, kv, start, end, carry = align(query, kv, start, end, carry)
-        out, lse = _jitted_block(block, None, query, kv, Bounds(start, end), carry)
+        out, lse = _jitted_block(block, query.dtype if rounded else None, query, kv, Bounds(start, end), carry)
+    out = out.astype(query.dtype) if rounded else out
     return (out[0], lse[0]) if unbatched else (out, lse)
 
 

@@ -91,16 +91,16 @@ def row_delta(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
 
 
 def _forward(
-    block: Block, place: None, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
+    block: Block, out_dtype: Any, query: jax.Array, kv: jax.Array, bounds: Bounds, carry: Partial | None
 ) -> Partial:
-    return block.backend.forward(query, kv, bounds, carry, block.options)
+    return block.backend.forward(query, kv, bounds, carry, block.options, out_dtype=out_dtype)
 
 
 def _gradients(
-    block: Block, place: None, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
+    block: Block, out_dtype: Any, query: jax.Array, kv: jax.Array, bounds: Bounds, rows: RowGradients
 ) -> Gradients:
     return block.backend.backward(query, kv, bounds, rows, block.options)
 
 
-# One differentiable attention block on packed KV; float32 (out, lse). `place` is None.
+# One differentiable attention block on packed KV: (out, float32 lse). `place` is out's dtype, None for float32.
 attention_block = differentiable(_forward, _gradients)

@@ -9,6 +9,7 @@ import pytest
 
 import ring_jax
 from ring_jax.flash import backends, merge, xla
+from ring_jax.flash.api import rounded_attention
 from ring_jax.flash.kv import pack
 from tests.support import oracle
 from tests.support.masks import cases
@@ -284,3 +285,19 @@ def test_eager_calls_share_one_program(caplog):
         caplog.clear()
         call(1)
         assert "Compiling" not in caplog.text
+
+
+def test_rounded_attention_rounds_what_the_call_gives():
+    """Bit by bit forward, resumed or not; the gradient is that of the rounded out: delta is in float32, dO never was."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 24, 2, 16), jnp.bfloat16) for i in range(3))
+    end = jnp.arange(1, 25, dtype=jnp.int32)[None]
+    bounds = jnp.zeros_like(end), end
+    for carry in (None, ring_jax.flash_attention(q, v, k, *bounds)):
+        wide = ring_jax.flash_attention(q, k, v, *bounds, carry=carry)[0]
+        found, pull = jax.vjp(lambda *x, carry=carry: rounded_attention(*x, *bounds, carry=carry), q, k, v)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, wide.astype(jnp.bfloat16))
+        _, pull_wide = jax.vjp(lambda *x, c=carry: ring_jax.flash_attention(*x, *bounds, carry=c)[0], q, k, v)
+        for ours, theirs in zip(pull(found), pull_wide(found.astype(jnp.float32)), strict=True):
+            error = np.linalg.norm(np.float32(ours) - np.float32(theirs)) / np.linalg.norm(np.float32(theirs))
+            assert error < 1e-2

@@ -18,7 +18,7 @@ from ring_jax import gdn
 from ring_jax._checks import to_int32
 from ring_jax._vma import pcast_to
 from ring_jax.context import ring_attention
-from ring_jax.flash import flash_attention
+from ring_jax.flash.api import rounded_attention
 from ring_jax.gdn import segments
 from ring_jax.mask import Mask, ResolvedMask, causal, documents
 from ring_jax.mask import lengths as lengths_mask
@@ -61,7 +61,7 @@ class Pass(Collectives):
             options["carry"] = self.past.attend(query, layer, self.sharding, self.implementation)
         if self.sharding is None:
             assert isinstance(self.mask, tuple)
-            out: Any = flash_attention(query, key, value, *self.mask, **options)[0]
+            out: Any = rounded_attention(query, key, value, *self.mask, **options)
         else:
             assert isinstance(self.mask, ResolvedMask)
             out = ring_attention(query, key, value, mask=self.mask, context=self.sharding.context, **options)

@@ -29,6 +29,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "fusion-done", "copy-done"}
 PROMPT, ROOM, NEW = 1024, 64, 256  # tokens: cached, decoded at most, prefilled
+CUBLAS = {
+    "xla_gpu_enable_triton_gemm": False
+}  # what a described GPU, which times nothing, needs for a card's usual choice
 LEAST = 16 << 20  # bytes: half of the smallest projection below, more than any activation
 
 
@@ -74,6 +77,11 @@ def large_results(text: str, least: int = LEAST) -> list[str]:
     return result
 
 
+def wide_attention(text: str) -> list[str]:
+    """Instructions of compiled prefill that write what attention gives in float32."""
+    return re.findall(rf"%([\w.\-]+) = \(?f32\[1,{NEW},16,256\]", text)
+
+
 def _size(shape: str) -> int:
     """Bytes of the largest array in a shape or tuple of shapes; workspaces of libraries (s8) do not count."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
@@ -96,8 +104,13 @@ def main(folder: str) -> None:
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("",), (AxisType.Auto,), abstract_device=device)):
         for name, (program, operands) in model_and_programs()[1].items():
             operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), operands)
-            compiled = program.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
-            reports[name] = large_results(compiled.as_text())
+            lowered = program.trace(*operands).lower(lowering_platforms=("cuda",))
+            text = lowered.compile().as_text()
+            reports[name] = large_results(text)
+            if name == "prefill":
+                reports["attention in float32"] = wide_attention(text)
+                without = lowered.compile(compiler_options=CUBLAS).as_text()
+                reports["prefill, products by cuBLAS"] = large_results(without)
     print(json.dumps(reports))
 
 

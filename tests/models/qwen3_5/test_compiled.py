@@ -59,6 +59,15 @@ def test_nothing_is_copied_for_a_described_h100(described, name):
     check(name, described[name])
 
 
+def test_scan_copies_no_weight_where_products_are_cublas(described):
+    """Even the scan's own slices are read where they lie."""
+    assert described["prefill, products by cuBLAS"] == []
+
+
+def test_attention_is_rounded_by_its_kernel(described):
+    assert described["attention in float32"] == []
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["decode", "prefill"])
 def test_nothing_is_copied(name):
