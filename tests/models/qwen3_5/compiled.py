@@ -78,8 +78,9 @@ def large_results(text: str, least: int = LEAST) -> list[str]:
 
 
 def wide_attention(text: str) -> list[str]:
-    """Instructions of compiled prefill that write what attention gives in float32."""
-    return re.findall(rf"%([\w.\-]+) = \(?f32\[1,{NEW},16,256\]", text)
+    """Instructions of compiled prefill that write arrays of the size of attention's out in float32."""
+    heads, size = 16, 256
+    return [x for x in large_results(text, NEW * heads * size * 4) if f"f32[1,{NEW},{heads},{size}]" in x]
 
 
 def _size(shape: str) -> int:
