@@ -1,17 +1,39 @@
 """Slots of a ring of buffers, and turns that warpgroups take."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from ring_jax.mosaic import compat
+
 
 def ring_slot(step: Any, slots: int) -> Any:
     """step mod slots, for step >= 0."""
     return step & (slots - 1) if slots & (slots - 1) == 0 else lax.rem(step, slots)
+
+
+def feed(
+    count: Any, slots: int, copies: Callable[..., Iterable[tuple[Any, Any]]], *, full: Any, free: Any, **buffers: Any
+) -> None:
+    """Fills a ring of buffers by TMA, `count` times, each slot as soon as it is free: `copies(step, slot, **buffers)` says from where
+    to where."""
+
+    @pl.loop(0, count)
+    def _(step: jax.Array) -> None:
+        slot = ring_slot(step, slots)
+        plgpu.barrier_wait(free.at[slot])
+        for source, target in copies(step, slot, **buffers):
+            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+    if compat.interpreting():  # the interpreter wants every phase of a barrier to be seen
+        for slot in range(slots):
+            plgpu.barrier_wait(free.at[slot])
 
 
 def take_turn(warpgroup: jax.Array) -> None:

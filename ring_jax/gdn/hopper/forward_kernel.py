@@ -23,7 +23,7 @@ from ring_jax.gdn.hopper.config import CHUNK, GATE_ROWS, ForwardConfig
 from ring_jax.gdn.hopper.prepare import across, down, row_index
 from ring_jax.mosaic import compat, wgmma
 from ring_jax.mosaic.fragments import load_transposed, store, store_transposed
-from ring_jax.mosaic.pipeline import ring_slot
+from ring_jax.mosaic.pipeline import feed, ring_slot
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -147,7 +147,7 @@ def _body(problem: Problem, query, key, value, inverse, gates, *refs, **scratch)
     def _():
         plgpu.set_max_registers(config.memory_registers, action="decrease")
 
-        def copies(chunk, slot, q_smem, k_smem, v_smem, t_smem, gates_smem, starts_smem):
+        def copies(chunk, slot, q_smem, k_smem, v_smem, t_smem, gates_smem, starts_smem, **_):
             chunk += first
             rows = pl.ds(chunk * CHUNK, CHUNK)
             yield key.at[batch, rows, key_head], k_smem.at[slot]
@@ -160,20 +160,7 @@ def _body(problem: Problem, query, key, value, inverse, gates, *refs, **scratch)
                 yield value.at[batch, rows, head, columns], v_smem.at[slot, w]
             yield inverse.at[batch, head, chunk], t_smem.at[slot]
 
-        _memory(problem, count, copies, **scratch)
-
-
-def _memory(problem, count, copies, *, full, free, p_full, p_free, p_smem, o_smem, **buffers):
-    @pl.loop(0, count)
-    def _(chunk):
-        slot = ring_slot(chunk, problem.config.stages)
-        plgpu.barrier_wait(free.at[slot])
-        for source, target in copies(chunk, slot, **buffers):
-            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
-
-    if compat.interpreting():  # the interpreter wants every phase of a barrier to be seen
-        for slot in range(problem.config.stages):
-            plgpu.barrier_wait(free.at[slot])
+        feed(count, config.stages, copies, **scratch)
 
 
 def compute_scores(problem, count, *, q_smem, k_smem, p_smem, gates_smem, starts_smem, full, free, p_full, p_free, **_):

@@ -26,7 +26,7 @@ from ring_jax.gdn.hopper.forward_kernel import compute_scores
 from ring_jax.gdn.hopper.prepare import down
 from ring_jax.mosaic import compat, wgmma
 from ring_jax.mosaic.fragments import load_transposed, store, store_transposed
-from ring_jax.mosaic.pipeline import ring_slot
+from ring_jax.mosaic.pipeline import feed, ring_slot
 
 _TILE = plgpu.Layout.WGMMA
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -120,7 +120,7 @@ def _body(problem, query, key, value, out_gradient, inverse, gates, initial, las
 
         return at
 
-    def copies(chunk, slot, values, q_smem, k_smem, v_smem, t_smem, gates_smem, starts_smem):
+    def copies(chunk, slot, values, q_smem, k_smem, v_smem, t_smem, gates_smem, starts_smem, **_):
         yield key.at[batch, _tokens(chunk), key_head], k_smem.at[slot]
         yield gates.at[batch, head, chunk], gates_smem.at[slot]
         yield values.at[batch, _tokens(chunk), head, columns], v_smem.at[slot]
@@ -161,31 +161,17 @@ def _body(problem, query, key, value, out_gradient, inverse, gates, initial, las
 
         @pl.when(backward == 0)
         def _():
-            _memory(problem, lambda i, *at, **to: copies(i, *at, value, **to), **ahead, **scratch)
+            feed(problem.chunks, config.stages, lambda i, *at, **to: copies(i, *at, value, **to), **ahead, **scratch)
 
         @pl.when(backward == 1)
         def _():
             end = problem.chunks - 1
-            _memory(problem, lambda i, *at, **to: copies(end - i, *at, out_gradient, **to), **back, **scratch)
+            come = lambda i, *at, **to: copies(end - i, *at, out_gradient, **to)  # noqa: E731
+            feed(problem.chunks, config.stages, come, **back, **scratch)
 
 
 def _tokens(chunk):
     return pl.ds(chunk * CHUNK, CHUNK)
-
-
-def _memory(problem, copies, *, full, free, p_full, p_free, p_smem, s_smem, z_smem, **buffers):
-    stages = problem.config.stages
-
-    @pl.loop(0, problem.chunks)
-    def _(i):
-        slot = ring_slot(i, stages)
-        plgpu.barrier_wait(free.at[slot])
-        for source, target in copies(i, slot, **buffers):
-            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
-
-    if compat.interpreting():  # the interpreter wants every phase of a barrier to be seen
-        for slot in range(stages):
-            plgpu.barrier_wait(free.at[slot])
 
 
 def _write(half, targets, s_smem, z_smem):

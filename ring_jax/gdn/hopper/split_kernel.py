@@ -19,7 +19,7 @@ from ring_jax.gdn.hopper.config import CHUNK
 from ring_jax.gdn.hopper.prepare import down
 from ring_jax.mosaic import compat, wgmma
 from ring_jax.mosaic.fragments import load_transposed
-from ring_jax.mosaic.pipeline import ring_slot
+from ring_jax.mosaic.pipeline import feed, ring_slot
 
 GATES = 3  # rows of a chunk's gates: 2^G, scale 2^G, 2^(G_end - G)
 _STAGES = 2
@@ -111,20 +111,7 @@ def _body(problem: Problem, query, key, value, inverse, scores, gates, *refs, **
             yield inverse.at[place], t_smem.at[slot]
             yield scores.at[place], p_smem.at[slot]
 
-        _memory(problem, copies, **scratch)
-
-
-def _memory(problem, copies, *, full, free, **buffers):
-    @pl.loop(0, problem.chunks)
-    def _(chunk):
-        slot = ring_slot(chunk, _STAGES)
-        plgpu.barrier_wait(free.at[slot])
-        for source, target in copies(chunk, slot, **buffers):
-            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
-
-    if compat.interpreting():  # the interpreter wants every phase of a barrier to be seen
-        for slot in range(_STAGES):
-            plgpu.barrier_wait(free.at[slot])
+        feed(problem.chunks, _STAGES, copies, **scratch)
 
 
 def _halves(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
