@@ -192,7 +192,8 @@ class Job:
             if now > deadline:
                 self._signal(signal.SIGKILL)
                 deadline = float("inf")
-            if all(p.poll() is not None for p in self.processes) and now - max(self.ended.values()) > 1:
+            # Who was just ended was not seen to end yet.
+            if len(self.ended) == len(self.processes) and now - max(self.ended.values()) > 1:
                 break  # a grandchild holds the pipes
         if sent:
             return 128 + self.signals[0]
