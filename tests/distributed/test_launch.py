@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -118,6 +119,23 @@ def test_who_does_not_end_is_ended(script):
         begin = time.monotonic()
         process.communicate(timeout=60)
     assert process.returncode == 130 and time.monotonic() - begin < 10
+
+
+def test_who_dies_at_once_when_killed(monkeypatch):
+    """All between two looks of the launcher."""
+    send = launch.Job._signal
+
+    def and_wait(job, number):
+        send(job, number)
+        if number == signal.SIGKILL:
+            for process in job.processes:
+                process.wait()
+
+    monkeypatch.setattr(launch.Job, "_signal", and_wait)
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+    job = launch.Job([sys.executable, "-c", code], [dict(os.environ)] * 2, 0.2)
+    threading.Timer(1, job.signals.append, [signal.SIGINT]).start()
+    assert job.run() == 130
 
 
 def test_modules_and_subcommands(capfd):
