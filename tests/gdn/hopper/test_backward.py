@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 from ring_jax.gdn import gated_delta_rule
 from ring_jax.gdn.chunked import chunked
 from ring_jax.gdn.hopper import backend, backward_launch
-from ring_jax.gdn.hopper.backward_rounded import rounded_backward
 from ring_jax.gdn.reference import reference
 from ring_jax.gdn.segments import blank_padding
 from ring_jax.mosaic import compat
 from tests.gdn.helpers import check_gradients, jit, operands, relative
+from tests.gdn.hopper.rounded_backward import rounded_backward
 from tests.gdn.hopper.test_forward import ids, inputs, needs_kernel
 from tests.support.marks import interpreted
 

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 from ring_jax.gdn.chunked import chunked
 from ring_jax.gdn.hopper import backend, launch
 from ring_jax.gdn.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig, forward_config
-from ring_jax.gdn.hopper.rounded import rounded_forward
 from ring_jax.gdn.segments import blank_padding
 from ring_jax.mosaic import compat
 from tests.gdn.helpers import numpy_rule, operands, relative
+from tests.gdn.hopper.rounded import rounded_forward
 from tests.support.marks import interpreted
 
 WIDE = ForwardConfig(state_warpgroups=2, state_registers=200, scores_registers=88, pipelined=False)

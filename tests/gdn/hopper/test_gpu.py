@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ring_jax.gdn.hopper import launch
-from ring_jax.gdn.hopper.rounded import rounded_forward
 from ring_jax.gdn.reference import reference
 from ring_jax.gdn.segments import blank_padding
 from tests.gdn.helpers import log_decays, relative
+from tests.gdn.hopper.rounded import rounded_forward
 from tests.gdn.hopper.test_forward import NARROW, WIDE, ids
 
 pytestmark = pytest.mark.gpu

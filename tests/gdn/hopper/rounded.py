@@ -4,6 +4,8 @@ The kernels' errors are held to this form's, chunk by chunk (see `forward_kernel
 that reads them the state, y, u and u to_end have 16 bits; sums, decays and the state that goes on have 32.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -36,9 +38,7 @@ def rounded_forward(query, key, value, log_decay, beta, *, scale, initial_state=
     decay = jnp.exp2(jnp.where(visible, total[..., :, None] - total[..., None, :], 0))
     decay = jnp.where(visible, decay, 0)
 
-    def narrow(x):
-        return x.astype(dtype).astype(jnp.float32)
-
+    narrow = partial(rounded_to, dtype=dtype)
     strict = jnp.tril(strength[..., None] * _einsum("...id,...jd->...ij", k, k) * decay, -1)
     inverse = narrow(unit_lower_inverse(strict) * strength[..., None, :])
     scores = narrow(scale * _einsum("...id,...jd->...ij", q, k) * decay)
@@ -59,6 +59,12 @@ def rounded_forward(query, key, value, log_decay, beta, *, scale, initial_state=
     state, out = lax.scan(chunk, initial_state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), xs))
     out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, chunks * CHUNK, -1)
     return jnp.moveaxis(out, 1, 2)[:, :time], state
+
+
+def rounded_to(x, dtype):
+    """x with the mantissa and exponent of dtype. A cast and one back XLA may leave out: it allows more bits than asked for."""
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 def _einsum(formula, *operands):

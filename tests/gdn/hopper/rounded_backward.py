@@ -1,7 +1,9 @@
-"""What the Hopper backward computes, in plain JAX: as `rounded` for the forward; see `recurrence_kernel` and `gradient_kernel`.
+"""What the Hopper backward computes, in plain JAX: as `rounded` does for the forward.
 
 In float32 and float64 nothing is rounded, so that the formulas themselves can be held to autodiff.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from ring_jax.gdn.hopper.gates import document_starts
 from ring_jax.gdn.hopper.gradient_kernel import WEAK
 from ring_jax.gdn.inverse import unit_lower_inverse
 from ring_jax.gdn.segments import blank_padding
+from tests.gdn.hopper.rounded import rounded_to
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -24,8 +27,7 @@ def rounded_backward(operands, cotangents, *, scale, initial_state, segment_ids=
     batch, time, key_heads, _ = key.shape
     heads = value.shape[2]
 
-    def narrow(x):
-        return x.astype(dtype).astype(wide)
+    narrow = partial(rounded_to, dtype=dtype)
 
     def chunks(x):
         """[B, T, n, d] to [B, N, chunks, 64, d], zeros at the end."""
@@ -80,7 +82,7 @@ def rounded_backward(operands, cotangents, *, scale, initial_state, segment_ids=
     pair_dtype = jnp.bfloat16 if jnp.dtype(dtype).itemsize == 2 else wide
 
     def crossing(x):
-        x = jnp.tril(x, -1).astype(pair_dtype).astype(wide)
+        x = rounded_to(jnp.tril(x, -1), pair_dtype)
         return _einsum("li,...ij,lj->...l", jnp.triu(ones), x, jnp.tril(ones, -1))
 
     d_decay = crossing(a_beta * scores) + crossing(b_beta * keys)
