@@ -28,6 +28,7 @@ from ring_jax.inference.control import COLUMNS, Control
 from ring_jax.inference.past import PagedPast
 from ring_jax.inference.pool import Geometry, Pool, specs
 from ring_jax.inference.sampling import Drawn, draw
+from ring_jax.models.qwen3_5 import PREFILL_OPTIONS
 from ring_jax.models.qwen3_5.forward import Wanted, loop_layers, next_logits, scan_layers
 from ring_jax.models.qwen3_5.pass_ import embed, lay_out, same_tokens
 from ring_jax.models.qwen3_5.structure import Structure
@@ -117,26 +118,29 @@ class Programs:
         written: bool = False,
         sequences: int = 0,
     ) -> Any:
-        """`sequences`: how many of the operands, from the first on, lie over the context axis."""
-        given = self._params if params else {}
+        """`sequences`: how many of the operands, from the first on, lie over the context axis: a prefill's."""
+        given, run = self._params if params else {}, _run_prefill if sequences else _run
         if self._specs is None:
-            return _run(local, None, None, None, None, pool, given, operands)
+            return run(local, None, None, None, None, pool, given, operands)
         mesh, pool_specs, param_specs = self._specs
         sequence = P(None, self._sharding.sequence)
         each = (sequence,) * sequences + (P(),) * (len(operands) - sequences)
         in_specs = pool_specs, param_specs if params else {}, each
         leaves, tree = jax.tree.flatten(in_specs, is_leaf=lambda x: isinstance(x, P))
         out_specs = (pool_specs, P()) if written else pool_specs
-        return _run(local, mesh, tuple(leaves), tree, out_specs, pool, given, operands)
+        return run(local, mesh, tuple(leaves), tree, out_specs, pool, given, operands)
 
 
-@functools.partial(jax.jit, static_argnums=range(5), donate_argnums=5)
-def _run(local: Any, mesh: Any, leaves: Any, tree: Any, out_specs: Any, pool: Any, params: Any, operands: Any) -> Any:
+def _call(local: Any, mesh: Any, leaves: Any, tree: Any, out_specs: Any, pool: Any, params: Any, operands: Any) -> Any:
     if mesh is None:
         return local(pool, params, operands)
     in_specs = jax.tree.unflatten(tree, leaves)
     given = reshard_explicit((pool, params, operands), mesh, in_specs)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*given)
+
+
+_jit: Any = functools.partial(jax.jit, _call, static_argnums=range(5), donate_argnums=5)
+_run, _run_prefill = _jit(), _jit(compiler_options=PREFILL_OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
