@@ -7,6 +7,7 @@ spent waiting for the devices.
 
 import argparse
 import dataclasses
+import gc
 import statistics
 import time
 from typing import Any
@@ -110,6 +111,7 @@ def decode(model: Any, args: argparse.Namespace) -> dict[str, float]:
 
 
 def _engine(model: Any, args: argparse.Namespace, *, rows: int, tokens: int, chunk: int) -> Engine:
+    gc.collect()  # the pool of the engine before this one: handles and engine hold each other
     page = 64 * args.ranks
     return Engine(
         model,

@@ -118,17 +118,17 @@ class Programs:
         written: bool = False,
         sequences: int = 0,
     ) -> Any:
-        """`sequences`: how many of the operands, from the first on, lie over the context axis: a prefill's."""
-        given, run = self._params if params else {}, _run_prefill if sequences else _run
+        """`sequences`: how many of the operands, from the first on, lie over the context axis."""
+        given = self._params if params else {}
         if self._specs is None:
-            return run(local, None, None, None, None, pool, given, operands)
+            return _run(local, None, None, None, None, pool, given, operands)
         mesh, pool_specs, param_specs = self._specs
         sequence = P(None, self._sharding.sequence)
         each = (sequence,) * sequences + (P(),) * (len(operands) - sequences)
         in_specs = pool_specs, param_specs if params else {}, each
         leaves, tree = jax.tree.flatten(in_specs, is_leaf=lambda x: isinstance(x, P))
         out_specs = (pool_specs, P()) if written else pool_specs
-        return run(local, mesh, tuple(leaves), tree, out_specs, pool, given, operands)
+        return _run(local, mesh, tuple(leaves), tree, out_specs, pool, given, operands)
 
 
 def _call(local: Any, mesh: Any, leaves: Any, tree: Any, out_specs: Any, pool: Any, params: Any, operands: Any) -> Any:
@@ -140,7 +140,8 @@ def _call(local: Any, mesh: Any, leaves: Any, tree: Any, out_specs: Any, pool: A
 
 
 _jit: Any = functools.partial(jax.jit, _call, static_argnums=range(5), donate_argnums=5)
-_run, _run_prefill = _jit(), _jit(compiler_options=PREFILL_OPTIONS)
+# Inside of a loop over steps XLA's Triton products have every slice of a stacked weight copied, in every step.
+_run = _jit(compiler_options=PREFILL_OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,14 +190,15 @@ class _Local:
         packed, table = operands
         control = Control.of(packed)
         rows = packed.shape[0]
-        fresh = (control.enters & (control.position == 0))[:, None, None]
+        fresh = control.enters & (control.position == 0)  # texts of one token
+        state, tail = lax.cond(jnp.any(fresh), _cleared, lambda states, _: states, (pool.state, pool.tail), fresh)
         pool = dataclasses.replace(
             pool,
             token=jnp.where(control.enters, control.token, pool.token),
             position=jnp.where(control.enters, control.position, pool.position),
             active=jnp.where(control.enters, True, pool.active) & control.member,
-            state=jnp.where(fresh[..., None], 0, pool.state),
-            tail=jnp.where(fresh, jnp.zeros((), pool.tail.dtype), pool.tail),
+            state=state,
+            tail=tail,
         )
         shapes = jax.eval_shape(
             lambda: draw(jnp.zeros((rows, self.structure.config.vocab_size)), pool.position, control.sampling)
@@ -277,6 +279,15 @@ class _Local:
         source, target = operands
         page = lax.dynamic_slice_in_dim(pool.pages, source, 1, axis=2)
         return dataclasses.replace(pool, pages=lax.dynamic_update_slice_in_dim(pool.pages, page, target, axis=2))
+
+
+def _cleared(states: Any, rows: Any) -> Any:
+    """States and tails with some rows of zeros."""
+
+    def clear(x: Any) -> jax.Array:
+        return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 3)), jnp.zeros((), x.dtype), x)
+
+    return jax.tree.map(clear, states)
 
 
 def _rows(x: Any, row: Any) -> jax.Array:

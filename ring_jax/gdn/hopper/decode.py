@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from ring_jax._checks import Sizes, check_array
 from ring_jax.gdn.checks import check_operands
@@ -18,6 +18,7 @@ from ring_jax.mosaic import compat, in_place
 MAX_TOKENS = 8
 MULTIPROCESSORS = 132
 STATE_REGISTERS = 128  # of a thread, at most: as many again are needed beside them
+_CLOSED = -1e4  # of b and a: a strength and a log decay of exactly zero
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -126,6 +127,7 @@ def step(
     scale: float | None = None,
     norm_epsilon: float = 1e-6,
     at: tuple[int, int] | None = None,
+    present: Bool[Array, " B"] | None = None,
     config: DecodeConfig | None = None,
 ) -> tuple[Float[Array, "B T N dv"], Float32[Array, "... B N dk dv"], Float[Array, "B _ F"]]:
     """A GDN layer's token mixer between its projections: one or a few tokens in one launch; no gradient.
@@ -138,6 +140,8 @@ def step(
         scale: of the query, d_k^-0.5 by default.
         at: (layer, group) where states and tails are those of several layers, stacked, and weights those of several groups:
             which of them are this layer's.
+        present: rows whose tokens are real, all by default; the state and tail of the others stay as they are, bit for bit. What
+            `projected` holds of them must be finite.
 
     Returns:
         out (normalised where there is a norm) in the dtype of `projected`, the states, and this layer's leaving tail.
@@ -171,11 +175,17 @@ def step(
         norm_epsilon=norm_epsilon if gated else None,
         stacked=at is not None,
     )
+    if present is not None:
+        check_array("present", present, "B", {"B": batch}, kind="bool")
+        real, gates = present[:, None, None], features - 2 * n
+        projected = jnp.concatenate([projected[..., :gates], jnp.where(real, projected[..., gates:], _CLOSED)], axis=-1)
     projected = jnp.pad(projected, ((0, 0), (0, 0), (0, -features % 8)))  # rows begin where 16 bytes do
     operands = (projected, *operands)
     if at is not None:
         operands += (jnp.asarray(at, jnp.int32),)
     out, leaving, states = _launch(problem, operands, state)
+    if present is not None:
+        leaving = jnp.where(real, leaving, operands[1][0 if at is None else at[0]])
     return out, states if at is not None else states[0], leaving
 
 

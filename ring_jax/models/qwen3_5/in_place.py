@@ -42,9 +42,7 @@ class StatesInPlace:
 
     @staticmethod
     def runs(config: Config, here: Pass, cache: gdn.GDNCache) -> bool:
-        """Whether the kernel takes a token of each row here."""
-        if here.partition.segment_ids is not None:  # rows without a new token
-            return False
+        """Whether the kernel takes a token of each row here, or of some."""
         heads = config.linear.share(here.tensor_ranks)
         sizes = 1, heads.key_size, heads.value_size
         return (hopper_reason() or decode.unsupported_reason(*sizes, cache.tail)) is None

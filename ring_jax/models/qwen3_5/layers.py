@@ -160,9 +160,9 @@ class GatedDeltaNet(nnx.Module):
         conv = whole.conv_q[...], whole.conv_k[...], whole.conv_v[...]
         weights = StepWeights(conv, whole.A_log[...], whole.dt_bias[...], whole.norm[...])
         heads, epsilon = self.config.linear.share(here.tensor_ranks), self.config.norm_epsilon
-        out, states, tail = decode.step(
-            projected, cache.states, cache.tails, weights, heads=heads, norm_epsilon=epsilon, at=cache.at
-        )
+        present = None if here.valid is None else here.valid[:, 0]
+        options: Any = {"heads": heads, "norm_epsilon": epsilon, "at": cache.at, "present": present}
+        out, states, tail = decode.step(projected, cache.states, cache.tails, weights, **options)
         return self._leave(out, here), (states, tail)
 
 

@@ -103,6 +103,23 @@ def check_step(seed, batch, time, heads, dtype, gated, config=None, layers=None)
     np.testing.assert_array_equal(np.asarray(leaving, np.float64), want_leaving)
 
 
+def check_present(seed, heads, dtype, batch=3):
+    mixed, ba, state, tail, rest = step_inputs(seed, batch, 1, heads, dtype, layers=2)
+    projected, weights = packed(heads, mixed, ba, rest)
+    tails, weights = jnp.stack([tail + 1, tail]), jax.tree.map(lambda w: w[None], weights)
+    run = jax.jit(functools.partial(decode.step, heads=heads, at=(1, 0)))
+    present = np.arange(batch) % 2 == 0
+    out, states, leaving = run(projected, state, tails, weights, present=present)
+    want, all_states, all_leaving = run(projected, state, tails, weights)
+    np.testing.assert_array_equal(out[present], want[present])
+    np.testing.assert_array_equal(states[0], state[0])
+    np.testing.assert_array_equal(states[1][present], all_states[1][present])
+    np.testing.assert_array_equal(states[1][~present], state[1][~present])
+    np.testing.assert_array_equal(leaving[present], all_leaving[present])
+    np.testing.assert_array_equal(leaving[~present], tail[~present])
+    assert (all_states[1][~present] != state[1][~present]).any()
+
+
 def check_rule(seed, batch, time, key_heads, value_heads, size, dtype, decay, config=None):
     *arrays, state = operands(seed, batch, time, key_heads, value_heads, size, size, decay)
     q, k, v, g, beta = arrays
@@ -128,6 +145,13 @@ def check_rule(seed, batch, time, key_heads, value_heads, size, dtype, decay, co
 def test_interpreted_step(gated, config, layers):
     with compat.interpret_mode():
         check_step(1, 2, 2, Heads(1, 2, 64, 64), jnp.float32, gated, config, layers)
+
+
+@interpreted
+def test_rows_without_a_token():
+    """Their states and tails stay bit for bit; the others' are what they are without them."""
+    with compat.interpret_mode():
+        check_present(4, Heads(1, 2, 64, 64), jnp.float32)
 
 
 @interpreted
@@ -284,6 +308,11 @@ def test_gpu_configs(gated, config):
 @pytest.mark.parametrize("gated", [True, False])
 def test_gpu_step(batch, time, heads, dtype, gated):
     check_step(4, batch, time, heads, dtype, gated, layers=3 if batch == 2 else None)
+
+
+@pytest.mark.gpu
+def test_gpu_rows_without_a_token():
+    check_present(7, MODEL, jnp.bfloat16, batch=5)
 
 
 @pytest.mark.gpu
