@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="decoded of each of these")
     parser.add_argument("--decode-steps", type=int, default=8, metavar="N", help="tokens a dispatch")
     parser.add_argument("--ranks", type=int, default=1, help="devices to spread the sequence over")
+    parser.add_argument("--only", choices=("prefill", "decode"), help="one of the two parts")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts (default: 3)")
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
 
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     model = make_model(config, argparse.Namespace(**vars(args) | {"remat": "none"}))
     report: dict[str, Any] = {"environment": environment(), "arguments": vars(args), "figures": {}}
     for measure in (prefill, decode):
+        if args.only not in (None, measure.__name__):
+            continue
         found = measure(model, args)
         report["figures"] |= found
         for name, value in found.items():
@@ -66,7 +69,7 @@ def prefill(model: Any, args: argparse.Namespace) -> dict[str, float]:
     whole = _first_token(_engine(model, args, rows=1, tokens=2 * rounded, chunk=rounded), tokens[: args.prompt], args)
     engine = _engine(model, args, rows=1, tokens=4 * rounded, chunk=args.chunk)
     chunked = _first_token(engine, tokens[: args.prompt], args)
-    cold = _first_token(engine, tokens, args)
+    cold = _first_token(engine, tokens, args, salt="with the question")
     list(engine.submit(tokens[: args.prompt], max_new_tokens=1, stop_ids=()))
     hits = []
     for number in range(args.repeats + 1):  # the first compiles
@@ -128,9 +131,13 @@ def _tokens(model: Any, length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, model.config.vocab_size, length).tolist()
 
 
-def _first_token(engine: Engine, tokens: list[int], args: argparse.Namespace) -> float:
+def _first_token(engine: Engine, tokens: list[int], args: argparse.Namespace, salt: str = "") -> float:
     """The median of several; each under a salt of its own, so that nothing is cached, and the first, which compiles, not counted."""
-    times = [_timed(engine, tokens, salt=f"cold {number}")[0] for number in range(args.repeats + 1)]
+    times = []
+    for number in range(args.repeats + 1):
+        seconds, request = _timed(engine, tokens, salt=f"cold {salt}{number}")
+        assert not request.hit_tokens, request
+        times.append(seconds)
     return statistics.median(times[1:])
 
 

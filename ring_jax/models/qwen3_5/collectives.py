@@ -110,7 +110,10 @@ class Collectives:
         top = lax.stop_gradient(logits).max(axis=-1)
         top = lax.pmax(top, axes) if axes else top
         local, inside = self._own_part(targets, logits.shape[-1], axes)
-        target = jnp.where(inside, jnp.take_along_axis(logits, local[:, None], axis=-1)[:, 0], 0)
+        # Neither a gather, whose gradient is a scatter, nor a select: both take zeros of the size of the logits.
+        place = jnp.arange(logits.shape[-1], dtype=local.dtype)
+        own = (place[None] == local[:, None]) & inside[:, None]
+        target = (logits * own.astype(logits.dtype)).sum(axis=-1)
         total = jnp.exp(logits - top[:, None]).sum(axis=-1)
         if axes:
             total, target = lax.psum((total, target), axes)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ring_jax._vma import pcast_to
+from ring_jax._vma import align, pcast_to
 from ring_jax.models.qwen3_5.forward import Wanted, scan_layers
 from ring_jax.models.qwen3_5.layers import norm
 from ring_jax.models.qwen3_5.pass_ import Pass, embed, lay_out
@@ -64,6 +64,26 @@ class Loss:
         return loss
 
 
+@jax.custom_vjp
+def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """In float32. Their gradient goes back in the dtype of x: products of float32 with 16 bits run as TF32, at a third of the speed
+    (76 of 623 ms of loss and gradient of the 4B size, 8192 tokens, H100)."""
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    return _logits(x, kernel), (x, kernel)
+
+
+def _logits_backward(operands: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = operands
+    gradient = gradient.astype(x.dtype)
+    return jnp.matmul(gradient, kernel.T), jnp.matmul(x.T, gradient)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
+
+
 def _cross_entropy(
     x: jax.Array, kernel: jax.Array, targets: jax.Array, weights: Any, here: Pass, chunk: int
 ) -> jax.Array:
@@ -74,7 +94,7 @@ def _cross_entropy(
     @jax.checkpoint
     def chunk_loss(total: jax.Array, operands: Any) -> tuple[jax.Array, None]:
         x, targets, weights = operands
-        logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = _logits(*align(x, kernel.astype(x.dtype)))
         return total + jnp.sum(weights * here.cross_entropy(logits, targets)), None
 
     axes = here.token_axes()
