@@ -42,10 +42,19 @@ LayoutName = Literal["contiguous", "striped", "zigzag"]
 
 @runtime_checkable
 class Layout(Protocol):
-    """What the rest of the library asks of a layout. `length` is the padded length, `ranks` is C."""
+    """What the rest of the library asks of a layout. `length` is the padded length, `ranks` is C.
+
+    Every rank holds length / C positions, and its local indices ascend with them. An `Index` comes as an int, a NumPy array or a
+    (traced) JAX array of int32, and goes as the same.
+    """
 
     def padded_length(self, seq_len: int, ranks: int) -> int:
-        """Smallest length >= seq_len that this layout can divide over `ranks`."""
+        """Smallest length >= seq_len that this layout can divide over `ranks`; an even number of positions on each."""
+        ...
+
+    def block_size(self, length: int, ranks: int) -> int:
+        """A number b >= 1 such that on every rank each run of local indices [i b, (i+1) b) is one run of neighbouring positions; it
+        divides length / C. Larger ones make fewer pieces to move. Raises where the length does not divide."""
         ...
 
     def position(self, index: Index, rank: Index, length: int, ranks: int) -> Index:
@@ -313,8 +322,16 @@ def as_layout(layout: "Layout | str") -> Layout:
             )
         return _BY_NAME[layout]
     if isinstance(layout, type) or not isinstance(layout, Layout):
-        raise TypeError(f"layout must be a name or a value such as Zigzag(), got {describe(layout)}")
+        raise TypeError(f"layout must be a name or a value such as Zigzag(), got {describe(layout)}{_lacking(layout)}")
     return layout
+
+
+def _lacking(layout: Any) -> str:
+    """Of something with a part of a layout's methods: which are not there."""
+    asked = [name for name in vars(Layout) if not name.startswith("_")]
+    lacking = [name for name in asked if not hasattr(layout, name)]
+    partly = not isinstance(layout, type) and 0 < len(lacking) < len(asked)
+    return f", which lacks the methods {', '.join(lacking)} of ring_jax.Layout" if partly else ""
 
 
 def work_per_rank(starts: np.ndarray, ends: np.ndarray, layout: "Layout | LayoutName", ranks: int) -> Sequence[int]:

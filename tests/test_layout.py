@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ring_jax.layout import BlockCyclic, Contiguous, Layout, Striped, Zigzag, as_layout, work_per_rank
+from tests.support.layouts import Backwards
 
 LAYOUTS = st.one_of(
     st.just(Contiguous()),
+    st.just(Backwards()),
     st.builds(Striped, st.integers(1, 5)),
     st.just(Zigzag()),
     st.builds(Zigzag, st.integers(1, 5)),
@@ -24,6 +26,7 @@ def held(layout, length, ranks):
 
     owner = {
         Contiguous: lambda position: position // (length // ranks),
+        Backwards: lambda position: ranks - 1 - position // (length // ranks),
         Striped: lambda position: position // layout.block % ranks,
         Zigzag: zigzag,
     }[type(layout)]
@@ -44,6 +47,8 @@ def test_closed_forms_agree_with_walking_the_sequence(layout, seq_len, ranks, da
         assert layout.positions(rank, length, ranks).tolist() == shard
         assert layout.count_below(g, rank, length, ranks) == sum(p < g for p in shard)
         assert all(layout.rank_of(np.array(shard, int), length, ranks) == rank)
+        b = layout.block_size(length, ranks)
+        assert len(shard) % b == 0 and all(shard[i] + 1 == shard[i + 1] for i in range(len(shard) - 1) if (i + 1) % b)
         if isinstance(layout, BlockCyclic):
             assert layout.local_index(np.array(shard, int), length, ranks).tolist() == list(range(len(shard)))
 
@@ -115,11 +120,19 @@ def test_zigzag_balances_causal_work_exactly():
         assert len(set(work)) == 1
 
 
+class Partly:
+    """A layout that is not done yet."""
+
+    def padded_length(self, seq_len, ranks):
+        return seq_len
+
+
 @pytest.mark.parametrize(
     "make, error, message",
     [
         (lambda: as_layout("spiral"), ValueError, "unknown layout 'spiral': expected one of"),
         (lambda: as_layout(Zigzag), TypeError, "a value such as Zigzag"),
+        (lambda: as_layout(Partly()), TypeError, r"lacks the methods block_size, .*, scatter of"),
         (lambda: Zigzag(block=0), ValueError, r"Zigzag\(block=...\) must be >= 1, got 0"),
         (lambda: Striped(block=True), TypeError, r"Striped\(block=...\) must be an integer, got True"),
         (
@@ -136,7 +149,7 @@ def test_errors(make, error, message):
 
 
 def test_protocol():
-    assert all(isinstance(layout, Layout) for layout in (Contiguous(), Striped(), Zigzag()))
+    assert all(isinstance(layout, Layout) for layout in (Contiguous(), Striped(), Zigzag(), Backwards()))
     assert not isinstance("zigzag", Layout)
     assert as_layout("zigzag") == Zigzag() and hash(Zigzag(3)) == hash(Zigzag(3))
     assert jax.jit(lambda x, layout: x, static_argnums=1)(1.0, Zigzag(2)) == 1.0

@@ -197,7 +197,7 @@ def to_owners(
         order = jnp.arange(here, dtype=jnp.int32)[None]
         return new, jnp.where(order < lengths[:, None], start[:, None] + order, -1)
     total, rank = here * ranks, lax.axis_index(axis)
-    size = layout.block_size(total, ranks)  # type: ignore[attr-defined]
+    size = layout.block_size(total, ranks)
     blocks = here // size
 
     most = jnp.arange(most_owned(placement, size), dtype=jnp.int32)[None, None]

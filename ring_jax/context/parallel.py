@@ -93,7 +93,14 @@ class ContextParallel:
             seq_len: real length, known at trace time.
             like: an array on the mesh, where neither the context nor the ambient mesh names it.
         """
-        return self.layout.padded_length(check_count("seq_len", seq_len), self.ranks(like))
+        ranks = self.ranks(like)
+        length = self.layout.padded_length(check_count("seq_len", seq_len), ranks)
+        if length % (2 * ranks):
+            raise ValueError(
+                f"layout {self.layout} pads {seq_len} positions over {ranks} ranks to {length}, which is not a multiple of 2 x {ranks}: "
+                "its padded_length must give each rank an even number of positions"
+            )
+        return length
 
     def to_layout(self, x: Array, seq_axis: int = 1, *, head_dim: int | None = None, fill: int | float = 0) -> Array:
         """Natural order to this layout, padded to `padded_length`, sharded over the context axis.

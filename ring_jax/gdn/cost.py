@@ -266,9 +266,9 @@ def _state_cost(shape: GDNShape, ranks: int, layout: Layout, gpu: Hardware) -> C
         flops, kernel = _rule(shape, shape.batch, shape.length, heads, gpu)
         return Cost(0.0, flops, 0, None, kernel)
     zigzag = layout != Contiguous()
-    served = not zigzag or layout == Zigzag() or getattr(layout, "block", None) == shape.length // (2 * ranks) > 0
-    served = served and (not zigzag or isinstance(layout, Zigzag))
-    obstacle = None if served else f"layout {layout} cuts the sequence into more than one or two chunks a rank"
+    two = type(layout) is Zigzag and (layout.block is None or layout.block == shape.length // (2 * ranks))
+    otherwise = f"layout {layout} cuts the sequence otherwise than Contiguous() or the two-chunk Zigzag()"
+    obstacle = None if two or not zigzag else otherwise
     folds = 2 if zigzag else 1
     update = shape.batch * heads.value_heads * heads.key_size * heads.value_size * 4
     pair = update + shape.batch * heads.value_heads * heads.key_size**2 * 4

@@ -41,14 +41,14 @@ class Chunks:
 
     @classmethod
     def of(cls, shard: Shard) -> "Chunks":
-        """Raises ValueError where the layout cuts the sequence finer than one or two chunks a rank."""
+        """Raises ValueError where the layout cuts the sequence otherwise than into one chunk a rank, or two forth and back."""
         contiguous = shard.layout == Contiguous() or shard.ranks == 1
-        chunk = shard.layout.block_size(shard.length, shard.ranks) if isinstance(shard.layout, Zigzag) else 0
+        chunk = shard.layout.block_size(shard.length, shard.ranks) if type(shard.layout) is Zigzag else 0
         if not contiguous and chunk * 2 * shard.ranks != shard.length:
             raise ValueError(
                 f"strategy='state' passes one state from each chunk to the next, and layout {shard.layout} cuts {shard.length} "
-                f"tokens over {shard.ranks} ranks into other than one or two chunks a rank: use Contiguous() or the "
-                "two-chunk Zigzag(), or strategy='batch' or 'head'"
+                f"tokens over {shard.ranks} ranks otherwise than Contiguous() or the two-chunk Zigzag(): use one of those, or "
+                "strategy='batch' or 'head'"
             )
         folds = 1 if contiguous else 2
         return cls(shard.axis, shard.ranks, folds, shard.length // (folds * shard.ranks))

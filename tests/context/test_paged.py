@@ -15,6 +15,7 @@ from ring_jax.context.paged import Placement, decode_attention, most_owned, to_o
 from ring_jax.flash.paged import gather_pages
 from ring_jax.layout import Striped, as_layout
 from tests.support.hlo import collectives
+from tests.support.layouts import Backwards
 
 P, p, K, N, H, R, n, LAYERS = 12, 4, 2, 8, 16, 3, 4, 2
 POOL = S(None, None, None, "context")
@@ -88,7 +89,7 @@ def test_writes_in_place():
     assert memory.temp_size_in_bytes < 2**17
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [("zigzag", 4), ("contiguous", 3), ("striped", 2)])
+@pytest.mark.parametrize(("layout", "ranks"), [("zigzag", 4), ("contiguous", 3), ("striped", 2), (Backwards(), 2)])
 @pytest.mark.parametrize("chunk", [24, 48])
 def test_a_chunk_reaches_its_pages(layout, ranks, chunk):
     """From any layout, at any start, of any length; in one all-to-all."""

@@ -1,5 +1,7 @@
 """ContextParallel: layouts as resharding, meshes of all kinds, resolved masks, callers' own shard_maps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,12 @@ import ring_jax
 from ring_jax import ContextParallel, _mesh
 from tests.context.harness import expected, inputs, natural
 from tests.support import oracle
+from tests.support.layouts import LAYOUTS, Backwards
 from tests.support.masks import B, S, cases
 from tests.support.mesh import make_mesh
+from tests.support.strategies import SINGLE_AXIS
 
-LAYOUTS = [ring_jax.Contiguous(), ring_jax.Zigzag(), ring_jax.Zigzag(1), ring_jax.Zigzag(3), ring_jax.Striped()]
+ALL_LAYOUTS = [*LAYOUTS.values(), ring_jax.Zigzag(1), ring_jax.Zigzag(3), Backwards()]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, *(pytest.param(r, marks=pytest.mark.slow) for r in (5, 6, 7))])
@@ -22,7 +26,7 @@ def test_round_trips_are_bit_exact(ranks):
     mesh = make_mesh(context=ranks)
     rng = np.random.default_rng(0)
     x = rng.integers(-(2**30), 2**30, (2, 41, 3), dtype=np.int32)
-    for layout in LAYOUTS:
+    for layout in ALL_LAYOUTS:
         context = ContextParallel("context", layout=layout, mesh=mesh)
         laid = context.to_layout(x)
         assert laid.shape[1] == context.padded_length(41)
@@ -34,8 +38,8 @@ def test_round_trips_are_bit_exact(ranks):
 
 def test_relayout_walks_through_all_layouts():
     mesh = make_mesh(data=2, context=4)
-    x = np.arange(2 * 48, dtype=np.float32).reshape(2, 48)
-    contexts = [ContextParallel("context", layout=a, batch_axis="data", mesh=mesh) for a in LAYOUTS]
+    x = np.arange(2 * 96, dtype=np.float32).reshape(2, 96)
+    contexts = [ContextParallel("context", layout=a, batch_axis="data", mesh=mesh) for a in ALL_LAYOUTS]
     for source, target in zip(contexts, contexts[1:] + contexts[:1], strict=True):
         np.testing.assert_array_equal(source.relayout(source.to_layout(x), target), target.to_layout(x))
 
@@ -163,7 +167,7 @@ def test_ambient_auto_mesh():
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("strategy", ["ring", "pass_q", "all_gather", "ulysses"])
+@pytest.mark.parametrize("strategy", SINGLE_AXIS)
 def test_inside_the_callers_shard_map(strategy, check_vma):
     """Replicated sinks too: their gradient must be summed exactly once over ranks, whatever check_vma says."""
     x, args, want = loss_and_reference()
@@ -353,6 +357,11 @@ def test_call_errors(arguments, error, message):
         ring_jax.ring_attention(**call)
 
 
+class Odd(Backwards):
+    def padded_length(self, seq_len, ranks):
+        return -(-seq_len // ranks) * ranks
+
+
 def test_more_errors():
     mesh = make_mesh(data=2, context=4)
     context = ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh)
@@ -369,6 +378,8 @@ def test_more_errors():
         ring_jax.ring_attention(X, X, X, context=ContextParallel("context"))
     with pytest.raises(ValueError, match="length 7 on axis 1 does not divide"):
         context.from_layout(X[:, :7])
+    with pytest.raises(ValueError, match=r"layout Odd\(\) pads 9 .* over 4 ranks to 12, .* even number"):
+        dataclasses.replace(context, layout=Odd()).to_layout(np.ones((2, 9)))
     with pytest.raises(ValueError, match="seq_len must be in .0, 8., got 9"):
         context.from_layout(X, 9)
     with pytest.raises(ValueError, match="seq_axis=4 is out of range"):

@@ -94,6 +94,21 @@ def test_hops_cut_into_whole_halves(monkeypatch, cpu_devices, whole, layout):
     compare_ring(3, whole, layout, "ring", cpu_devices, length=48)
 
 
+def test_a_layout_that_derives_from_one_it_serves_is_another(monkeypatch, cpu_devices):
+    """Or the ring would leave out the hops that see nothing in the order of the base class."""
+
+    class Mirrored(ring_jax.Contiguous):
+        def position(self, index, rank, length, ranks):
+            return super().position(index, ranks - 1 - rank, length, ranks)
+
+        def count_below(self, g, rank, length, ranks):
+            return super().count_below(g, ranks - 1 - rank, length, ranks)
+
+    stand_in(monkeypatch)
+    with pytest.raises(NotImplementedError, match="a causal one needs"):
+        compare_ring(2, "causal", Mirrored(), "ring", cpu_devices, length=16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("whole", "layout", "strategy"), [("causal", "zigzag", "ulysses"), ("full", "striped", "all_gather")]
