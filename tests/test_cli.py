@@ -17,6 +17,7 @@ from ring_jax.cli import CommandError, main, parser_of
 from ring_jax.commands import generate
 from ring_jax.commands.progress import Progress
 from tests.inference.checkpoint import tiny_checkpoint
+from tests.support.strategies import SINGLE_AXIS
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,7 +82,7 @@ def test_doctor():
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"versions  Python [\d.]+, .*jax [\d.]+", result.stdout)
     assert "8 x cpu on cpu (emulated on one CPU)" in result.stdout
-    for name in ("reference", "xla", "ring", "pass_q", "all_gather", "ulysses", "chunked", "recurrent"):
+    for name in ("reference", "xla", *SINGLE_AXIS, "chunked", "recurrent"):
         assert re.search(rf"^  {name} .*agrees", result.stdout, re.MULTILINE), result.stdout
     assert "bfloat16, gated delta rule: chunked (mosaic needs" in result.stdout
     assert "bfloat16, experts: xla (mosaic needs" in result.stdout

@@ -8,6 +8,7 @@ import pytest
 import ring_jax
 from ring_jax.moe import MoEWeights, moe
 from tests.support.mesh import make_mesh
+from tests.support.strategies import SINGLE_AXIS
 
 
 def total(function):
@@ -18,7 +19,7 @@ EMPTY = pytest.mark.parametrize("batch, heads", [(0, 4), (2, 0), (0, 0)])
 
 
 @EMPTY
-@pytest.mark.parametrize("strategy", ["ring", "pass_q", "all_gather", "ulysses", "auto"])
+@pytest.mark.parametrize("strategy", [*SINGLE_AXIS, "auto"])
 def test_ring_attention(strategy, batch, heads):
     mesh = make_mesh(data=2, context=4)
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh, batch_axis="data", strategy=strategy)

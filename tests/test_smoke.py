@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import ring_jax
+from tests.support.strategies import SINGLE_AXIS
 
 SEQ_LEN = 60
 
 
-@pytest.mark.parametrize("strategy", ["ring", "pass_q", "all_gather", "ulysses"])
+@pytest.mark.parametrize("strategy", SINGLE_AXIS)
 def test_smoke(strategy):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("context",))
     cp = ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh, strategy=strategy)

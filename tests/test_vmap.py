@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import ring_jax
 from ring_jax import gdn
+from ring_jax.context.strategies import STRATEGIES
 from ring_jax.moe import MoEWeights, moe
 from tests.gdn.helpers import jit, operands
 from tests.support.mesh import make_mesh
@@ -28,7 +29,7 @@ DTYPES = pytest.mark.parametrize(
 )
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # `pass_q` sends as `ring` does, `ulysses` as `ring_ulysses`.
-STRATEGIES = ("ring", slow("pass_q"), "all_gather", slow("ulysses"), "ring_ulysses")
+EVERY_STRATEGY = [slow(name) if name in ("pass_q", "ulysses") else name for name in STRATEGIES]
 
 
 def check(function, arrays, dtype):
@@ -85,7 +86,7 @@ def normal(*shapes):
 
 
 @DTYPES
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
 def test_attention(strategy, dtype):
     if strategy == "ring_ulysses":
         axis, mesh = ("outer", "inner"), make_mesh(outer=2, inner=2)

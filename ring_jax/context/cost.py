@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from ring_jax._hardware import HOPPER, Hardware
 
+# The strategies that `costs` knows, which the planner takes.
+NAMES = ("ring", "pass_q", "all_gather", "ulysses")
+
 
 class Cost(NamedTuple):
     """Of one rank. compute: seconds in blocks. bytes: received. transfer: seconds that they take. seconds: all in all, what is
@@ -58,7 +61,7 @@ def costs(
     pairs = rows * query_len * key_len * (0.5 if causal else 1.0)
     work *= 4.0 * pairs * query_heads * head_size / ranks / gpu.attention_rate(head_size)
     if ranks == 1:
-        return dict.fromkeys(("ring", "pass_q", "all_gather", "ulysses"), Cost(work, 0.0, 0.0, work))
+        return dict.fromkeys(NAMES, Cost(work, 0.0, 0.0, work))
     rate = gpu.gather_bytes_per_s if bytes_per_second is None else bytes_per_second
     rate /= moved
     kv = rows * key_len / ranks * kv_heads * 2 * head_size * 2.0

@@ -4,10 +4,11 @@ A strategy is one function, called inside a shard_map that is manual over the co
 
     strategy(block, shard, query, kv, bounds, carry) -> (out in `block.out_dtype(query)`, float32 lse)
 
-block: what computes (`flash.block.Block`); query [B, T/C, N, H] local; kv packed local; bounds int32 [B, T/C] on *global* key
-positions, monotone; carry None or float32 (out, lse) to resume from. `flash.block.differentiable` makes one of a forward and a
-gradient function. To add one: write that function, register it in
-`STRATEGIES`, add its name to the harness in tests/context.
+block: what computes (`flash.block.Block`), whose `backend` takes and gives what `flash/backends.py` says; shard: where the *keys* lie
+(of the queries a strategy knows the bounds alone: they may have another length and another layout); query [B, T/C, N, H] local; kv local,
+packed in one of two shapes (`flash/kv.py`); bounds int32 [B, T/C] on *global* key positions, monotone; carry None or float32 (out, lse)
+to resume from. `flash.block.differentiable` makes one of a forward and a gradient function; float32 gradients are what the latter
+gives. CONTRIBUTING.md says how to add one.
 """
 
 from collections.abc import Callable

@@ -12,6 +12,7 @@ from typing import Any
 
 from ring_jax._checks import check_choice, check_count, check_instance, check_number
 from ring_jax._hardware import Hardware as Hardware
+from ring_jax.context import cost
 from ring_jax.context.strategies import choose_strategy
 from ring_jax.gdn.cost import STRATEGIES as GDN_STRATEGIES
 from ring_jax.gdn.cost import Rates
@@ -27,7 +28,7 @@ from ring_jax.plan.result import Piece as Piece
 from ring_jax.plan.result import Plan as Plan
 from ring_jax.plan.sizes import weights_of
 
-STRATEGIES = ("auto", "ring", "pass_q", "all_gather", "ulysses")
+STRATEGIES = ("auto", *cost.NAMES)
 
 
 def predict(

@@ -9,6 +9,7 @@ import ring_jax
 from tests.context.harness import inputs
 from tests.support import oracle
 from tests.support.mesh import make_mesh
+from tests.support.strategies import SINGLE_AXIS
 
 OLD, NEW, RANKS = 40, 24, 4
 
@@ -64,7 +65,7 @@ def expected(x):
     )
 
 
-@pytest.mark.parametrize("strategy", ["ring", "pass_q", "all_gather", "ulysses"])
+@pytest.mark.parametrize("strategy", SINGLE_AXIS)
 def test_a_chunk_after_cached_keys_is_two_calls(strategy):
     x = inputs(2, OLD + NEW, OLD + NEW, 4, 4, 8)
     context = ring_jax.ContextParallel("context", layout="zigzag", mesh=make_mesh(context=RANKS), strategy=strategy)

@@ -19,6 +19,7 @@ from ring_jax.flash.block import LSE_NAME, OUT_NAME
 from tests.context.harness import in_shares
 from tests.support.hlo import kinds, results
 from tests.support.mesh import make_mesh
+from tests.support.strategies import SINGLE_AXIS
 
 B, S, N, K, H, C = 2, 64, 8, 4, 16, 4
 
@@ -62,26 +63,26 @@ def programs(context, mesh, heads=K, implementation=None):
     return forward, backward
 
 
+COUNTS = {  # forward, backward
+    "ring": ({"collective-permute": C - 1}, {"collective-permute": 2 * C - 2}),
+    # queries, bounds and partials C - 1 each; backward (q, dO), (lse, delta), bounds and dQ C - 1 each
+    "pass_q": ({"collective-permute": 3 * C - 3}, {"collective-permute": 4 * C - 4}),
+    "all_gather": ({"all-gather": 1}, {"all-gather": 1, "reduce-scatter": 1}),
+    # query, KV, out; the all-gather is of the int32 bounds
+    "ulysses": ({"all-to-all": 3, "all-gather": 1}, {"all-to-all": 3}),
+}
+
+
 @pytest.mark.parametrize("data", [1, 2])
-@pytest.mark.parametrize(
-    "strategy, forward, backward",
-    [
-        ("ring", {"collective-permute": C - 1}, {"collective-permute": 2 * C - 2}),
-        # queries, bounds and partials C - 1 each; backward (q, dO), (lse, delta), bounds and dQ C - 1 each
-        ("pass_q", {"collective-permute": 3 * C - 3}, {"collective-permute": 4 * C - 4}),
-        ("all_gather", {"all-gather": 1}, {"all-gather": 1, "reduce-scatter": 1}),
-        # query, KV, out; the all-gather is of the int32 bounds
-        ("ulysses", {"all-to-all": 3, "all-gather": 1}, {"all-to-all": 3}),
-    ],
-)
-def test_kinds_and_numbers(strategy, forward, backward, data, unrolled):
+@pytest.mark.parametrize("strategy", SINGLE_AXIS)
+def test_kinds_and_numbers(strategy, data, unrolled):
     mesh = make_mesh(data=data, context=C)
     context = ContextParallel("context", layout="zigzag", batch_axis="data", mesh=mesh, strategy=strategy)
     compiled = programs(context, mesh)
-    assert (count(compiled[0]), count(compiled[1])) == (forward, backward)
+    assert (count(compiled[0]), count(compiled[1])) == COUNTS[strategy]
     for program in compiled:
         for kind, result in results(program):
-            if kind == "all-gather" and strategy != "all_gather":
+            if kind == "all-gather" and strategy == "ulysses":
                 assert result.startswith("s32[2,"), f"only bounds may be gathered, not {result}"
 
 

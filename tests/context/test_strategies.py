@@ -9,28 +9,24 @@ import pytest
 
 import ring_jax
 from ring_jax.context import gather
-from ring_jax.context.cost import costs
-from ring_jax.context.strategies import STRATEGIES, choose_strategy
+from ring_jax.context.cost import NAMES, costs
+from ring_jax.context.strategies import choose_strategy
 from ring_jax.flash import backends
 from tests.context.harness import expected, in_shares, inputs, run
 from tests.support import oracle
+from tests.support.layouts import LAYOUTS, Backwards
 from tests.support.masks import B, S, cases
 from tests.support.mesh import make_mesh
+from tests.support.strategies import SINGLE_AXIS
 
-LAYOUTS = {
-    "contiguous": ring_jax.Contiguous(),
-    "zigzag": ring_jax.Zigzag(),
-    "striped": ring_jax.Striped(),
-    "zigzag 4": ring_jax.Zigzag(4),
-}
 RANKS = (1, 2, 3, 4, 5, 8)
-SINGLE_AXIS = ("ring", "pass_q", "all_gather", "ulysses")
 TOLERANCE = 2e-6  # relative L2, everywhere; the contract is 2e-5
 
 EVERYTHING = list(itertools.product(RANKS, SINGLE_AXIS, LAYOUTS))
 # Pairwise: each strategy meets each number of ranks, and every layout with some of both.
 COVER = [
-    (C, s, list(LAYOUTS)[(i + j) % 4]) for (i, C), (j, s) in itertools.product(enumerate(RANKS), enumerate(SINGLE_AXIS))
+    (C, s, list(LAYOUTS)[(i + j) % len(LAYOUTS)])
+    for (i, C), (j, s) in itertools.product(enumerate(RANKS), enumerate(SINGLE_AXIS))
 ]
 
 
@@ -106,6 +102,14 @@ def test_ring_ulysses_over_two_axes(layout):
     for name in ("causal", "causal cu_seqlens", "full"):
         start, end = cases()[name][0].interval(q_len=S, kv_len=S)
         oracle.assert_close(run(x, start, end, context=context), expected(x, start, end), TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses"])
+def test_a_layout_of_the_users_own(strategy):
+    x = inputs(1, S, S, 4, 2, H=8)
+    context = ring_jax.ContextParallel("context", layout=Backwards(), mesh=make_mesh(context=2), strategy=strategy)
+    start, end = cases()["causal cu_seqlens"][0].interval(q_len=S, kv_len=S)
+    oracle.assert_close(run(x, start, end, context=context), expected(x, start, end), TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "pass_q", "all_gather"])
@@ -186,6 +190,7 @@ def test_costs_agree_with_what_was_measured(length, ranks, strategy, millisecond
 
 def test_choose_gives_reasons():
     common = {"query_heads": 32, "kv_heads": 8, "head_size": 128}
+    assert all(set(costs(query_len=64, key_len=64, ranks=ranks, **common)) == set(NAMES) for ranks in (1, 2))
     for ranks, length, name in (
         (1, 8192, "ring"),
         (2, 8192, "ring"),
@@ -199,4 +204,3 @@ def test_choose_gives_reasons():
     name, reason = choose_strategy(query_len=1024, key_len=1 << 20, ranks=8, **common)
     assert name == "pass_q" and "fewer bytes than KV" in reason
     assert choose_strategy(query_len=64, key_len=64, ranks=4, axis=("a", "b"), **common)[0] == "ring_ulysses"
-    assert set(STRATEGIES) == {*SINGLE_AXIS, "ring_ulysses"}
