@@ -5,14 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring_jax.layout import BlockCyclic, Contiguous, Layout, Striped, Zigzag, as_layout, work_per_rank
+from ring_jax.layout import _BY_NAME, BlockCyclic, Contiguous, Layout, Striped, Zigzag, as_layout, work_per_rank
 from tests.support.layouts import Backwards
 
 LAYOUTS = st.one_of(
-    st.just(Contiguous()),
-    st.just(Backwards()),
+    st.sampled_from([*_BY_NAME.values(), Backwards()]),
     st.builds(Striped, st.integers(1, 5)),
-    st.just(Zigzag()),
     st.builds(Zigzag, st.integers(1, 5)),
 )
 

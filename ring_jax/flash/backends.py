@@ -15,8 +15,8 @@ float32. `flash.block` puts the derivative rule around them.
 - `dq`: what to add to.
 
 A backend that only computes one plain block gets the rest from `flash.fallbacks` where it is registered (`_plain`). To add one:
-write the two functions, give `unsupported_reason` a reason for what it cannot do, add it to `BACKENDS`, and add its name to
-the harness in tests/flash.
+write the two functions, give `unsupported_reason` a reason for what it cannot do, add it to `BACKENDS` and its name to `Implementation`;
+CONTRIBUTING.md has the rest.
 """
 
 import functools

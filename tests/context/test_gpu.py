@@ -12,10 +12,11 @@ from ring_jax.bench.ring import check, draw, make_context, stack
 from ring_jax.flash import backends
 from ring_jax.flash.backends import select
 from ring_jax.flash.operands import BlockOptions
+from tests.support.strategies import SINGLE_AXIS
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("strategy", ["ring", "all_gather", "pass_q", "ulysses"])
+@pytest.mark.parametrize("strategy", SINGLE_AXIS)
 @pytest.mark.parametrize("heads, kv_heads, head_size", [(8, 4, 64), (8, 4, 128), (8, 4, 256)])
 def test_forward_and_gradients_over_all_gpus(strategy, heads, kv_heads, head_size):
     ranks = 2 if len(jax.devices()) < 4 else 4
