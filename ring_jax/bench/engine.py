@@ -89,17 +89,20 @@ def prefill(model: Any, args: argparse.Namespace) -> dict[str, float]:
 
 
 def decode(model: Any, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second of rows of equal length, the first decode left out."""
-    room = args.row_length + 2 * args.new_tokens + 2 * args.decode_steps
+    """Tokens a second of rows of equal length, the first decode left out. All rows must be there to the end, so the first ones
+    may have as many tokens more as they decode while the last ones are prefilled."""
+    most = (args.rows + 4) * args.decode_steps + 2 * args.new_tokens
+    room = args.row_length + most
     engine = _engine(model, args, rows=args.rows, tokens=args.rows * room, chunk=min(args.chunk, 8192))
-    options: dict[str, Any] = {"max_new_tokens": 2 * args.new_tokens, "stop_ids": ()}
+    options: dict[str, Any] = {"max_new_tokens": most, "stop_ids": ()}
     requests = [engine.submit(_tokens(model, args.row_length, seed=n), **options) for n in range(args.rows)]
     while not all(request.tokens for request in requests):
         engine.step()
     before, begin, counted = engine.stats(), time.perf_counter(), sum(len(r.tokens) for r in requests)
-    while any(len(r.tokens) < args.new_tokens for r in requests) or engine.stats().steps - before.steps < 4:
+    while sum(len(r.tokens) for r in requests) - counted < args.rows * args.new_tokens:
         engine.step()
     seconds, after = time.perf_counter() - begin, engine.stats()
+    assert not any(request.done for request in requests), "rows ended early"
     new = sum(len(r.tokens) for r in requests) - counted
     waiting = after.seconds_waiting - before.seconds_waiting
     for request in requests:

@@ -26,7 +26,7 @@ SHOWN = 40  # last lines of the process that failed
 GRACE_AFTER_FAILURE = (
     2.0  # seconds; the others wait for one that is gone, and JAX takes SIGTERM for a notice of preemption
 )
-_TRACEBACK = b"Traceback (most recent call last)"
+_TRACEBACKS = b"Traceback (most recent call last)", b"Fatal Python error"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +84,7 @@ def _environments(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     common = dict(os.environ)
     common |= {COORDINATOR: address, "JAX_COORDINATOR_BIND_ADDRESS": address, COUNT: str(args.processes)}
     common.pop("JAX_LOCAL_DEVICE_IDS", None)
+    common.setdefault("PYTHONFAULTHANDLER", "1")  # a crash in compiled code says where in the script it was
     if args.flags:
         use_flags(recommended_flags(args.processes), common)
     gpus = [] if args.cpu or common.get("JAX_PLATFORMS", "").startswith("cpu") else _gpus(common)
@@ -216,7 +217,7 @@ class Job:
             for line in lines:
                 if out is sys.stderr:
                     self.last[index].append(line)
-                    if line.startswith(_TRACEBACK):
+                    if line.startswith(_TRACEBACKS):
                         self.traced.setdefault(index, time.monotonic())
                 out.write(f"[{index}] {line.decode(errors='replace')}\n")
             out.flush()
@@ -236,7 +237,7 @@ class Job:
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
         print(f"ring-jax: process {index} of {len(self.processes)} {how}; the others were ended", file=sys.stderr)
         lines = list(self.last[index])
-        begins = [i for i, line in enumerate(lines) if line.startswith(_TRACEBACK)]
+        begins = [i for i, line in enumerate(lines) if line.startswith(_TRACEBACKS)]
         for line in lines[begins[0] :] if begins else lines[-SHOWN:]:
             print(f"    {line.decode(errors='replace')}", file=sys.stderr)
         return 128 - status if status < 0 else status

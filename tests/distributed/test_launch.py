@@ -73,6 +73,7 @@ def test_one_failure_ends_all_with_its_traceback_first(script, capfd):
 @pytest.mark.parametrize(("code", "status", "words"), [
     ("os.kill(os.getpid(), 9) if rank == 2 else time.sleep(600)", 137, "process 2 of 3 was ended by SIGKILL"),
     ("sys.exit('no such file') if rank == 0 else time.sleep(600)", 1, "    no such file"),
+    ("os.kill(os.getpid(), 11) if rank == 1 else time.sleep(600)", 139, "    Fatal Python error: Segmentation fault"),
     ("sys.exit(7) if rank == 0 else time.sleep(600)", 7, "process 0 of 3 failed with exit status 7"),
 ])  # fmt: skip
 def test_the_exit_status_is_that_of_the_cause(script, capfd, code, status, words):
