@@ -55,7 +55,7 @@ import ring_jax
 from ring_jax.data.byte_tokenizer import END, tokens_of, write_byte_tokenizer
 from ring_jax.data.passkey import held_out_text, random_text, training_row, training_text
 from ring_jax.gdn import Heads
-from ring_jax.models.qwen3_5 import Config, Qwen3_5, Sharding
+from ring_jax.models.qwen3_5 import COMPILER_OPTIONS, Config, Qwen3_5, Sharding
 from ring_jax.training import checkpoint
 
 ANSWER = 7  # tokens: five digits, a full stop, the end
@@ -165,7 +165,9 @@ class Trainer:
 
         shapes = jax.eval_shape(lambda: self.state)
         inputs = (whole, spread, spread, whole, each)
-        jitted = jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=whole)
+        jitted = jax.jit(
+            step, donate_argnums=0, in_shardings=inputs, out_shardings=whole, compiler_options=COMPILER_OPTIONS
+        )
 
         def compile(stage: Stage) -> Any:
             tokens = jax.ShapeDtypeStruct((stage.batch, stage.length), jnp.int32)

@@ -26,7 +26,7 @@ import ring_jax
 from ring_jax._hardware import BY_NAME
 from ring_jax.bench import trace
 from ring_jax.bench.attention import environment, write_json
-from ring_jax.models.qwen3_5 import PREFILL_OPTIONS, Config, Qwen3_5, Sharding
+from ring_jax.models.qwen3_5 import COMPILER_OPTIONS, Config, Qwen3_5, Sharding
 from ring_jax.models.qwen3_5.config import FULL, LINEAR, PRESETS
 
 GDN_FLOPS = 1.7e11 / (32768 * 32 * 128 * 128)  # of one token, value head, and entry of its state
@@ -120,9 +120,10 @@ class Programs:
         self.model = model
         program, self.params = model.split()  # plain dicts: calls with them cost the host least
         prefill = lambda p, tokens: _first(program(p, tokens, logits="last", cache_room=ROOM))  # noqa: E731
-        self.prefill = jax.jit(prefill, compiler_options=PREFILL_OPTIONS)
+        self.prefill = jax.jit(prefill, compiler_options=COMPILER_OPTIONS)
         self.decode = jax.jit(lambda p, token, cache: _greedy(program.decode(p, token, cache)), donate_argnums=2)
-        self.gradient = jax.jit(jax.value_and_grad(lambda p, tokens: program.loss(p, tokens)))
+        gradient = jax.value_and_grad(lambda p, tokens: program.loss(p, tokens))
+        self.gradient = jax.jit(gradient, compiler_options=COMPILER_OPTIONS)
 
 
 ROOM = 1024

@@ -19,7 +19,7 @@ from ring_jax.commands.progress import Progress
 from ring_jax.context.strategies import StrategyName
 from ring_jax.inference import Sampling
 from ring_jax.inference.sampling import sample
-from ring_jax.models.qwen3_5 import PREFILL_OPTIONS
+from ring_jax.models.qwen3_5 import COMPILER_OPTIONS
 
 STEPS = 4  # of a session besides the decoded tokens: load, compile and run prefill, compile decode
 
@@ -190,7 +190,7 @@ class Session:
         return f"{what} {', '.join(f'{size / 2**20:,.0f}' for size in sizes)} MiB on the devices"
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=PREFILL_OPTIONS)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=COMPILER_OPTIONS)
 def _prefill(program: Any, sampling: Sampling, room: int, params: Any, tokens: jax.Array, key: jax.Array) -> Any:
     out = program(params, tokens, logits="last", cache_room=room)
     return sample(out.logits, key, sampling), out.logits, out.cache

@@ -28,7 +28,7 @@ from ring_jax.inference.control import COLUMNS, Control
 from ring_jax.inference.past import PagedPast
 from ring_jax.inference.pool import Geometry, Pool, specs
 from ring_jax.inference.sampling import Drawn, draw
-from ring_jax.models.qwen3_5 import PREFILL_OPTIONS
+from ring_jax.models.qwen3_5 import COMPILER_OPTIONS
 from ring_jax.models.qwen3_5.forward import Wanted, loop_layers, next_logits, scan_layers
 from ring_jax.models.qwen3_5.pass_ import embed, lay_out, same_tokens
 from ring_jax.models.qwen3_5.structure import Structure
@@ -141,7 +141,7 @@ def _call(local: Any, mesh: Any, leaves: Any, tree: Any, out_specs: Any, pool: A
 
 _jit: Any = functools.partial(jax.jit, _call, static_argnums=range(5), donate_argnums=5)
 # Inside of a loop over steps XLA's Triton products have every slice of a stacked weight copied, in every step.
-_run = _jit(compiler_options=PREFILL_OPTIONS)
+_run = _jit(compiler_options=COMPILER_OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)

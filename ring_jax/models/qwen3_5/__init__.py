@@ -9,6 +9,6 @@ from ring_jax.models.qwen3_5.modeling import Qwen3_5 as Qwen3_5
 from ring_jax.models.qwen3_5.past import Chunk as Chunk
 from ring_jax.models.qwen3_5.past import Chunks as Chunks
 from ring_jax.models.qwen3_5.past import Past as Past
-from ring_jax.models.qwen3_5.program import PREFILL_OPTIONS as PREFILL_OPTIONS
+from ring_jax.models.qwen3_5.program import COMPILER_OPTIONS as COMPILER_OPTIONS
 from ring_jax.models.qwen3_5.program import Program as Program
 from ring_jax.models.qwen3_5.sharding import Sharding as Sharding

@@ -26,10 +26,11 @@ from ring_jax.moe import RouterStats
 
 LOGITS = ("all", "last", "none")
 
-#: For `jax.jit(..., compiler_options=)` of a program that does a long prefill and no decoding: cuBLAS's products read the scan's
-#: slices of stacked weights where they lie, Triton's are slower and have them copied. Qwen3.5-9B, 8192 tokens on an H100: 192.3 ms
-#: instead of 200.4; decode would lose 3 to 5%. jax takes such options for the outermost jit only.
-PREFILL_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+"""For `jax.jit(..., compiler_options=)` of a prefill, of loss and gradient, and of a loop over decode steps: cuBLAS's products read the
+slices of stacked weights where they lie, Triton's are slower and have them copied. Qwen3.5-9B, prefill of 8192 tokens on an H100: 192 ms
+instead of 200. A single decode step is the exception: it would lose 3 to 5%. jax takes such options for the outermost jit only, so
+the model cannot set them."""
 
 
 class Program(Structure):
