@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,6 +24,19 @@ def axis_names(axis: Axis | None) -> tuple[str, ...]:
 def axis_size(mesh: AnyMesh, axis: Axis | None) -> int:
     """Number of devices along `axis` (a name, a tuple or None)."""
     return math.prod(mesh.shape[a] for a in axis_names(axis))
+
+
+def mesh_of_ids(ids: list[int], shape: tuple[int, ...], axis_names: tuple[str, ...], kinds: list[str]) -> Mesh:
+    """The mesh of a pickle, over the devices of these ids in this process."""
+    devices = {d.id: d for d in jax.devices()}
+    missing = sorted(set(ids) - set(devices))
+    if missing:
+        raise ValueError(
+            f"this ContextParallel was pickled with a mesh of devices {ids}, and this process has no {missing}: pickle one "
+            "without a mesh (dataclasses.replace(context, mesh=None)) and run under jax.set_mesh here"
+        )
+    found = np.array([devices[i] for i in ids], dtype=object).reshape(shape)
+    return Mesh(found, axis_names, axis_types=tuple(AxisType[kind] for kind in kinds))
 
 
 @dataclasses.dataclass(frozen=True)

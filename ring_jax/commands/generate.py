@@ -33,6 +33,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context-ranks", type=int, metavar="C", help="devices that share the prompt (default: all of them)"
     )
+    _add_new_tokens(parser)
+    parser.add_argument(
+        "--raw", action="store_true", help="the prompt as it is, without the checkpoint's chat template"
+    )
+    parser.add_argument(
+        "--interactive", action="store_true", help="chat: each line is a question, with what came before it cached"
+    )
+    parser.add_argument(
+        "--chunk", type=int, metavar="N", help="tokens of the prompt that are computed at a time (default: all)"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the checkpoint's; float32 on CPUs")
+    parser.add_argument(
+        "--shard-weights",
+        action="store_true",
+        help="spread the weights over the devices too (default: where one cannot hold them)",
+    )
+    parser.add_argument(
+        "--png",
+        metavar="FILE",
+        help=f"where the bundled task draws which rank holds and computes what (default: {PNG})",
+    )
+
+
+def _add_new_tokens(parser: argparse.ArgumentParser) -> None:
+    """How many tokens, and how they are drawn."""
     parser.add_argument(
         "--max-new-tokens", type=int, default=None, metavar="N", help="end after so many tokens (default: 128)"
     )
@@ -54,26 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
-    )
-    parser.add_argument(
-        "--raw", action="store_true", help="the prompt as it is, without the checkpoint's chat template"
-    )
-    parser.add_argument(
-        "--interactive", action="store_true", help="chat: each line is a question, with what came before it cached"
-    )
-    parser.add_argument(
-        "--chunk", type=int, metavar="N", help="tokens of the prompt that are computed at a time (default: all)"
-    )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the checkpoint's; float32 on CPUs")
-    parser.add_argument(
-        "--shard-weights",
-        action="store_true",
-        help="spread the weights over the devices too (default: where one cannot hold them)",
-    )
-    parser.add_argument(
-        "--png",
-        metavar="FILE",
-        help=f"where the bundled task draws which rank holds and computes what (default: {PNG})",
     )
 
 

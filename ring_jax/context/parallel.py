@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
@@ -21,19 +20,26 @@ from ring_jax._checks import (
     check_mesh_axes,
     static_length,
 )
-from ring_jax._mesh import AnyMesh, Axis, HashablePartial, axis_names, axis_size, reshard_explicit, run_sharded
+from ring_jax._mesh import (
+    AnyMesh,
+    Axis,
+    HashablePartial,
+    axis_names,
+    axis_size,
+    mesh_of_ids,
+    reshard_explicit,
+    run_sharded,
+)
 from ring_jax._segment_ids import per_row
 from ring_jax.context import alone, strategies
 from ring_jax.context.reshard import relayout as relayout_shard
-from ring_jax.context.shard import Shard
+from ring_jax.context.shard import Shard, mask_specs, resolve
 from ring_jax.context.strategies import StrategyName
 from ring_jax.layout import Contiguous, Layout, LayoutName, as_layout
-from ring_jax.mask import Mask, MaskAndOffset, ResolvedMask
+from ring_jax.mask import Mask, ResolvedMask
 
 if TYPE_CHECKING:
     from ring_jax.context.attention_fn import AttentionFn
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,13 +198,13 @@ class ContextParallel:
         mask_and_offset = (mask, per_row("query_offset", query_offset))
         shard = self.shard(self.padded_length(seq_len, like), like)
         if self.is_manual:
-            return _resolve(mask_and_offset, shard, seq_len, kv_len)
+            return resolve(mask_and_offset, shard, seq_len, kv_len)
         rows = max([1] + [x.shape[0] for x in jax.tree.leaves(mask_and_offset)])
         mesh, batch = self.resolve_mesh(like), self.free(self.batch_axis)
         specs = mask_specs(mask_and_offset, rows, batch)
         out_specs = P(batch if rows > 1 else None, self.axis)
         return run_sharded(
-            HashablePartial(_resolve, (shard, seq_len, kv_len)), mesh, (specs,), out_specs, (mask_and_offset,)
+            HashablePartial(resolve, (shard, seq_len, kv_len)), mesh, (specs,), out_specs, (mask_and_offset,)
         )
 
     def describe(self, seq_len: int, like: Array | None = None) -> str:
@@ -268,7 +274,7 @@ class ContextParallel:
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         if isinstance(fields["mesh"], tuple):
-            fields = fields | {"mesh": _mesh_of(*fields["mesh"])}
+            fields = fields | {"mesh": mesh_of_ids(*fields["mesh"])}
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
@@ -372,35 +378,6 @@ class ContextParallel:
         ]
         spec[seq_axis] = axis
         return P(*spec)
-
-
-def _mesh_of(ids: list[int], shape: tuple[int, ...], axis_names: tuple[str, ...], kinds: list[str]) -> Mesh:
-    """The mesh of a pickle, over the devices of these ids in this process."""
-    devices = {d.id: d for d in jax.devices()}
-    missing = sorted(set(ids) - set(devices))
-    if missing:
-        raise ValueError(
-            f"this ContextParallel was pickled with a mesh of devices {ids}, and this process has no {missing}: pickle one "
-            "without a mesh (dataclasses.replace(context, mesh=None)) and run under jax.set_mesh here"
-        )
-    found = np.array([devices[i] for i in ids], dtype=object).reshape(shape)
-    return Mesh(found, axis_names, axis_types=tuple(AxisType[kind] for kind in kinds))
-
-
-def _resolve(mask_and_offset: MaskAndOffset, shard: Shard, q_len: int, kv_len: int) -> ResolvedMask:
-    mask, offset = mask_and_offset
-    return ResolvedMask(*shard.bounds(mask, q_len, kv_len, offset), shard.layout, q_len, kv_len)
-
-
-def mask_specs(tree: T, batch: int, batch_axis: Axis | None) -> T:
-    """PartitionSpecs of mask leaves, whose leading axis is 1 or the batch."""
-
-    def spec(x: Array) -> P:
-        if x.shape[0] not in (1, batch):
-            raise ValueError(f"a mask made for batch size {x.shape[0]} does not fit batch size {batch}")
-        return P(batch_axis if x.shape[0] > 1 else None)
-
-    return jax.tree.map(spec, tree)
 
 
 def _check_like(like: Any) -> None:

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from ring_jax._mesh import Axis
 from ring_jax.flash.operands import Bounds
 from ring_jax.layout import Index, Layout
-from ring_jax.mask import Mask
+from ring_jax.mask import Mask, MaskAndOffset, ResolvedMask
 
 T = TypeVar("T")
 
@@ -137,3 +138,20 @@ def axis_to_seq(x: jax.Array, shard: Shard, split_axis: int, seq_axis: int = 1) 
     """Inverse of `seq_to_axis`: natural order, sharded along `split_axis`, back to sequence shards in the layout."""
     x = shard.layout.scatter(x, seq_axis, shard.ranks)
     return lax.all_to_all(x, shard.axis, seq_axis, split_axis, tiled=True)
+
+
+def resolve(mask_and_offset: MaskAndOffset, shard: Shard, q_len: int, kv_len: int) -> ResolvedMask:
+    """Key bounds of the rank's queries, and what they are of."""
+    mask, offset = mask_and_offset
+    return ResolvedMask(*shard.bounds(mask, q_len, kv_len, offset), shard.layout, q_len, kv_len)
+
+
+def mask_specs(tree: T, batch: int, batch_axis: Axis | None) -> T:
+    """PartitionSpecs of mask leaves, whose leading axis is 1 or the batch."""
+
+    def spec(x: Array) -> P:
+        if x.shape[0] not in (1, batch):
+            raise ValueError(f"a mask made for batch size {x.shape[0]} does not fit batch size {batch}")
+        return P(batch_axis if x.shape[0] > 1 else None)
+
+    return jax.tree.map(spec, tree)

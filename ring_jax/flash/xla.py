@@ -104,11 +104,11 @@ def forward(
     """One block, see `ring_jax.flash_attention`. kv is packed."""
     B, T, N, H = query.shape
     K, Hv = kv.shape[-2], value_size(kv, H)
-    S = kv.shape[seq_axis(kv)]
-    acc_dtype = partial_dtype(query.dtype)
+    S, acc_dtype = kv.shape[seq_axis(kv)], partial_dtype(query.dtype)
     bq, bk = min(_BLOCK_Q, T), min(_BLOCK_K, S)
     kv = _pad_keys(kv, bk)
     axes = varying_axes(query, kv, bounds, carry)
+    einsum = functools.partial(jnp.einsum, precision=_precision(kv.dtype), preferred_element_type=acc_dtype)
     if carry is None:
         carry = (jnp.zeros((B, T, N, Hv), acc_dtype), jnp.full((B, T, N), -jnp.inf, acc_dtype))
 
@@ -130,13 +130,7 @@ def forward(
             m_new = jnp.maximum(m, jnp.max(s, axis=-1, keepdims=True))
             m_safe = jnp.where(jnp.isneginf(m_new), 0, m_new)
             p, shrink = jnp.exp(s - m_safe), jnp.exp(m - m_safe)
-            pv = jnp.einsum(
-                "bkgts,bskh->bkgth",
-                p.astype(v.dtype),
-                v,
-                precision=_precision(v.dtype),
-                preferred_element_type=acc_dtype,
-            )
+            pv = einsum("bkgts,bskh->bkgth", p.astype(v.dtype), v)
             return m_new, l * shrink + jnp.sum(p, axis=-1, keepdims=True), acc * shrink + pv
 
         first, last = _key_tiles(bounds, bk, S)

@@ -23,6 +23,24 @@ from ring_jax.nn.projections import check_projections
 from ring_jax.nn.rope import apply_rope, check_positions, check_rotary
 
 
+def _head_sizes(features: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """(key-value heads, size of a head), with their defaults."""
+    check_count("features", features, 1)
+    check_count("num_heads", num_heads, 1)
+    num_kv_heads = num_heads if num_kv_heads is None else check_count("num_kv_heads", num_kv_heads, 1)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
+    if head_dim is None and features % num_heads:
+        raise ValueError(f"features must divide by num_heads where head_dim is not given: {features} / {num_heads}")
+    return num_kv_heads, features // num_heads if head_dim is None else check_count("head_dim", head_dim, 1)
+
+
+def _check_rope(head_dim: int, rope_theta: float | None, rotary_fraction: float) -> None:
+    if rope_theta is not None:
+        check_number("rope_theta", rope_theta, above=0)
+        check_rotary(head_dim, rope_theta, rotary_fraction)
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary embedding, optional q/k norm and optional output gate.
 
@@ -95,57 +113,31 @@ class Attention(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        check_count("features", features, 1)
-        check_count("num_heads", num_heads, 1)
-        num_kv_heads = num_heads if num_kv_heads is None else check_count("num_kv_heads", num_kv_heads, 1)
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
-        if head_dim is None and features % num_heads:
-            raise ValueError(f"features must divide by num_heads where head_dim is not given: {features} / {num_heads}")
-        head_dim = features // num_heads if head_dim is None else check_count("head_dim", head_dim, 1)
-        check_options(
-            is_causal=is_causal,
-            local_window_size=local_window_size,
-            strategy=strategy,
-            implementation=implementation,
-        )
+        num_kv_heads, head_dim = _head_sizes(features, num_heads, num_kv_heads, head_dim)
+        options: Any = {"strategy": strategy, "implementation": implementation}
+        check_options(is_causal=is_causal, local_window_size=local_window_size, **options)
         check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel", optional=True)
         for name, flag in (("qk_norm", qk_norm), ("output_gate", output_gate), ("use_bias", use_bias)):
             check_flag(name, flag)
         check_number("norm_epsilon", norm_epsilon, above=0)
-        if rope_theta is not None:
-            check_number("rope_theta", rope_theta, above=0)
-            check_rotary(head_dim, rope_theta, rotary_fraction)
+        _check_rope(head_dim, rope_theta, rotary_fraction)
         check_projections(dtype, param_dtype, precision, kernel_init, rngs)
         self.features = features
-
-        self.is_causal = is_causal
-        self.local_window_size = local_window_size
-        self.rope_theta = rope_theta
-        self.rotary_fraction = rotary_fraction
-        self.context = context
-        self.strategy = strategy
-        self.implementation = implementation
+        self.is_causal, self.local_window_size = is_causal, local_window_size
+        self.rope_theta, self.rotary_fraction = rope_theta, rotary_fraction
+        self.context, self.strategy, self.implementation = context, strategy, implementation
 
         kernel_init = nnx.initializers.lecun_normal() if kernel_init is None else kernel_init
-        linear = functools.partial(
-            nnx.LinearGeneral,
-            use_bias=use_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-            kernel_init=kernel_init,
-            rngs=rngs,
+        dtypes: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        linear: Any = functools.partial(
+            nnx.LinearGeneral, use_bias=use_bias, precision=precision, kernel_init=kernel_init, **dtypes
         )
-        norm = functools.partial(
-            nnx.RMSNorm, head_dim, epsilon=norm_epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        norm: Any = functools.partial(nnx.RMSNorm, head_dim, epsilon=norm_epsilon, **dtypes)
         self.query = linear(features, (num_heads, 2 * head_dim if output_gate else head_dim))
         self.key = linear(features, (num_kv_heads, head_dim))
         self.value = linear(features, (num_kv_heads, head_dim))
         self.out = linear((num_heads, head_dim), features, axis=(-2, -1))
-        self.query_norm = norm() if qk_norm else None
-        self.key_norm = norm() if qk_norm else None
+        self.query_norm, self.key_norm = (norm() if qk_norm else None for _ in range(2))
         self.output_gate = output_gate
         place_parameters(self, context)
 

@@ -38,6 +38,23 @@ if TYPE_CHECKING:
 PROJECTIONS = ("separate", "fused")
 
 
+def _heads(num_key_heads: int, num_value_heads: int, key_head_dim: int, value_head_dim: int) -> Heads:
+    check_count("num_key_heads", num_key_heads, 1)
+    check_count("num_value_heads", num_value_heads, 1)
+    check_count("key_head_dim", key_head_dim, 1)
+    check_count("value_head_dim", value_head_dim, 1)
+    if num_value_heads % num_key_heads:
+        raise ValueError(f"num_value_heads must be a multiple of num_key_heads: {num_value_heads} and {num_key_heads}")
+    return Heads(num_key_heads, num_value_heads, key_head_dim, value_head_dim)
+
+
+def _check_context(context: Any) -> None:
+    if context is not None:
+        from ring_jax.context import ContextParallel
+
+        check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
+
+
 class GatedDeltaNet(nnx.Module):
     """Linear attention with a decaying, corrected state, behind a short convolution and before a gated norm.
 
@@ -104,54 +121,23 @@ class GatedDeltaNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_count("features", features, 1)
-        for name, count in (("num_key_heads", num_key_heads), ("num_value_heads", num_value_heads)):
-            check_count(name, count, 1)
-        for name, count in (("key_head_dim", key_head_dim), ("value_head_dim", value_head_dim)):
-            check_count(name, count, 1)
         check_count("conv_width", conv_width, 1)
         check_number("norm_epsilon", norm_epsilon, above=0)
         check_choice("projections", projections, PROJECTIONS)
         check_options(None, implementation)
         check_choice("strategy", strategy, ("auto", *STRATEGIES))
-        if context is not None:
-            from ring_jax.context import ContextParallel
-
-            check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
+        _check_context(context)
         check_projections(dtype, param_dtype, precision, kernel_init, rngs)
-        if num_value_heads % num_key_heads:
-            raise ValueError(
-                f"num_value_heads must be a multiple of num_key_heads: {num_value_heads} and {num_key_heads}"
-            )
-        self.features = features
-        self.heads = heads = Heads(num_key_heads, num_value_heads, key_head_dim, value_head_dim)
-        self.conv_width = conv_width
-        self.norm_epsilon = norm_epsilon
+        self.features, self.conv_width, self.norm_epsilon = features, conv_width, norm_epsilon
+        self.heads = heads = _heads(num_key_heads, num_value_heads, key_head_dim, value_head_dim)
         self.projections = projections
-        self.context = context
-        self.strategy = strategy
-        self.implementation = implementation
-        self.dtype = dtype
-        self.precision = precision
+        self.context, self.strategy, self.implementation = context, strategy, implementation
+        self.dtype, self.precision = dtype, precision
 
         kernel_init = nnx.initializers.lecun_normal() if kernel_init is None else kernel_init
-        linear = functools.partial(
-            nnx.Linear,
-            use_bias=False,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-            kernel_init=kernel_init,
-            rngs=rngs,
-        )
-        values = heads.parts[2]
-        if projections == "separate":
-            self.in_proj_qkv = linear(features, heads.features)
-            self.in_proj_z = linear(features, values)
-            self.in_proj_b = linear(features, num_value_heads)
-            self.in_proj_a = linear(features, num_value_heads)
-        else:
-            self.in_proj_qkvz = linear(features, heads.features + values)
-            self.in_proj_ba = linear(features, 2 * num_value_heads)
+        options: Any = {"dtype": dtype, "param_dtype": param_dtype, "precision": precision, "kernel_init": kernel_init}
+        linear: Any = functools.partial(nnx.Linear, use_bias=False, rngs=rngs, **options)
+        self._make_projections(linear)
         # A fan-in of W for each feature by itself.
         conv = jax.random.normal(rngs.params(), (conv_width, heads.features)) * conv_width**-0.5
         self.conv = nnx.Param(conv.astype(param_dtype))
@@ -159,8 +145,19 @@ class GatedDeltaNet(nnx.Module):
         self.A_log = nnx.Param(jnp.log(decays))
         self.dt_bias = nnx.Param(jnp.ones((num_value_heads,), jnp.float32))
         self.norm = nnx.Param(jnp.ones((value_head_dim,), jnp.float32))
-        self.out_proj = linear(values, features)
+        self.out_proj = linear(heads.parts[2], features)
         place_parameters(self, context)
+
+    def _make_projections(self, linear: Any) -> None:
+        width, heads, count = self.features, self.heads, self.heads.value_heads
+        if self.projections == "separate":
+            self.in_proj_qkv = linear(width, heads.features)
+            self.in_proj_z = linear(width, heads.parts[2])
+            self.in_proj_b = linear(width, count)
+            self.in_proj_a = linear(width, count)
+        else:
+            self.in_proj_qkvz = linear(width, heads.features + heads.parts[2])
+            self.in_proj_ba = linear(width, 2 * count)
 
     def __repr__(self) -> str:
         strategy = None if self.context is None else self.strategy

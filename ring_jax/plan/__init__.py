@@ -84,17 +84,8 @@ def predict(
     choices: dict[str, tuple[str, str]] = {}
     at = _resolved(config, machine, -(-rows // machine.size("data")), tokens, strategy, gdn_strategy, expert, choices)
 
-    def settings(each: str) -> Setting:
-        axes = _weight_axes(at, each, weights, optimizer_bytes)
-        if machine.size("context", "data") > 1 or axes:
-            spread = "over " + " and ".join(axes) if axes else "whole on every rank"
-            choices[f"weights in {each}"] = (
-                spread,
-                "asked for" if weights != "auto" else "along as few axes as make it fit",
-            )
-        return _with_weights(at, axes)
-
-    prefill, train, decode = (settings(each) for each in ("prefill", "train", "decode"))
+    passes_of = ("prefill", "train", "decode")
+    prefill, train, decode = (_spread_weights(at, each, weights, optimizer_bytes, choices) for each in passes_of)
     assumed = ["half of 400 Gb/s for each GPU between hosts"] if NETWORK in _links(machine) else []
     return Plan(
         name,
@@ -112,6 +103,20 @@ def predict(
         choices,
         tuple(assumed),
     )
+
+
+def _spread_weights(
+    at: Setting, what: str, weights: Any, optimizer_bytes: float, choices: dict[str, tuple[str, str]]
+) -> Setting:
+    """With the axes that weights lie over in this pass, which `choices` is told."""
+    axes = _weight_axes(at, what, weights, optimizer_bytes)
+    if at.machine.size("context", "data") > 1 or axes:
+        spread = "over " + " and ".join(axes) if axes else "whole on every rank"
+        choices[f"weights in {what}"] = (
+            spread,
+            "asked for" if weights != "auto" else "along as few axes as make it fit",
+        )
+    return _with_weights(at, axes)
 
 
 def smallest_mesh(

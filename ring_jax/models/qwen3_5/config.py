@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ring_jax import _html, _repr
-from ring_jax._checks import (
-    INT32,
-    check_choice,
-    check_count,
-    check_flag,
-    check_instance,
-    check_number,
-    check_path,
-)
+from ring_jax._checks import INT32, check_choice, check_count, check_flag, check_instance, check_number, check_path
 from ring_jax.gdn import Heads
 from ring_jax.models import hf
 from ring_jax.models.publish import located
