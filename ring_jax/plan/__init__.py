@@ -18,7 +18,7 @@ from ring_jax.gdn.cost import STRATEGIES as GDN_STRATEGIES
 from ring_jax.gdn.cost import Rates
 from ring_jax.gdn.cost import choose_strategy as choose_gdn
 from ring_jax.models.qwen3_5 import Config
-from ring_jax.moe.exchange import choose_strategy as choose_exchange
+from ring_jax.moe.exchange import choose_strategy as choose_expert_strategy
 from ring_jax.plan import memory, passes
 from ring_jax.plan.layers import Setting, attention_shape, rule_shape
 from ring_jax.plan.machine import NETWORK, Machine
@@ -167,7 +167,7 @@ def _resolved(
     expert: str | None,
     choices: dict[str, tuple[str, str]],
 ) -> Setting:
-    """Both strategies and the exchange by name, as `auto` takes them at run time; their reasons go to `choices`."""
+    """All strategies by name, as `auto` takes them at run time; their reasons go to `choices`."""
     if expert == "auto":
         expert = None
         if config.experts is not None:
@@ -199,11 +199,11 @@ def _resolved(
     else:
         reason = "asked for"
     choices["gdn_strategy"] = gdn_strategy, reason
-    exchange = "gather"
+    expert_strategy = "gather"
     if config.experts is not None and expert is not None and machine.size(expert) > 1:
-        exchange = choose_exchange("auto", machine.size(expert), config.experts.per_token, "gpu")
-        choices["exchange"] = exchange, f"experts over {expert}, {config.experts.per_token} a token"
-    return dataclasses.replace(at, strategy=strategy, gdn_strategy=gdn_strategy, exchange=exchange)
+        expert_strategy = choose_expert_strategy("auto", machine.size(expert), config.experts.per_token, "gpu")
+        choices["expert_strategy"] = expert_strategy, f"experts over {expert}, {config.experts.per_token} a token"
+    return dataclasses.replace(at, strategy=strategy, gdn_strategy=gdn_strategy, expert_strategy=expert_strategy)
 
 
 def _named_axes(weights: Any) -> "str | tuple[str, ...]":

@@ -24,7 +24,7 @@ class Setting:
     Fields:
         config, machine, weights: model, mesh, and its parameters on a rank.
         rows: of the batch on one rank. tokens: of one row, over all ranks.
-        strategy, gdn_strategy, exchange: how attention, the gated delta rule and tokens for experts go over ranks.
+        strategy, gdn_strategy, expert_strategy: how attention, the gated delta rule and tokens for experts go over ranks.
         expert: the axis of the experts. weight_axes: axes over which weights lie besides.
     """
 
@@ -35,7 +35,7 @@ class Setting:
     tokens: int
     strategy: str
     gdn_strategy: str
-    exchange: str
+    expert_strategy: str
     expert: str | None
     weight_axes: tuple[str, ...]
 
@@ -184,9 +184,9 @@ def _exchange(at: Setting, rows: float) -> Piece:
     assert config is not None and at.expert is not None
     link = at.machine.link(at.expert)
     slower = at.machine.gpu.gather_bytes_per_s / at.machine.rate(link)
-    per_byte = seconds_per_byte(ranks, config.per_token, at.machine.gpu)[at.exchange]
+    per_byte = seconds_per_byte(ranks, config.per_token, at.machine.gpu)[at.expert_strategy]
     token = rows * at.config.hidden_size * (2.0 + 4.0)
-    met = 1 - (1 - 1 / ranks) ** config.per_token if at.exchange == "ragged" else 1.0
+    met = 1 - (1 - 1 / ranks) ** config.per_token if at.expert_strategy == "ragged" else 1.0
     seconds = token * per_byte * slower + 2 * at.machine.gpu.seconds_per_collective
     return Piece(EXPERTS, 0.0, seconds, seconds, token * (ranks - 1) * met, link)
 

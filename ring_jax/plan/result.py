@@ -130,7 +130,7 @@ class Plan:
         machine: GPU and mesh.
         prefill, train, decode: passes, times on the slowest rank.
         memory: of each pass by name, on the fullest rank.
-        choices: what was chosen, with the reason: strategy, gdn_strategy, exchange, weights.
+        choices: what was chosen, with the reason: strategy, gdn_strategy, expert_strategy, weights.
         assumed: rates that no measurement of this package stands behind.
     """
 

@@ -89,7 +89,7 @@ def test_terms_add_up():
     for one in found.passes:
         assert sum(one.terms.values()) == pytest.approx(one.seconds)
         assert 0 <= one.hidden_share <= 1 and one.share_of_peak < 0.8
-    assert found.choices["exchange"][0] in ("gather", "ragged") and found.batch == 2
+    assert found.choices["expert_strategy"][0] in ("gather", "ragged") and found.batch == 2
     assert found.prefill.tokens == 2 << 17
     assert str(found).count("memory") == 3 and "does not fit" not in str(found).lower()
     assert "prefill" in repr(found) and "<table>" in found._repr_html_()
