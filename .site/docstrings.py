@@ -8,6 +8,7 @@ import griffe
 _SECTIONS = {"Example:": "Examples:", "Fields:": "Attributes:"}
 # "query, key: ..." and "name: one. other: two.": each name a line of its own.
 _SEVERAL = re.compile(r"^ {4}(\w+(?:, \w+)+): (.*)$")
+_NEXT = re.compile(r"(?<=[.;]) (?=[a-z_]\w*(?:, [a-z_]\w*)*: )")
 
 
 class Docstrings(griffe.Extension):
@@ -31,7 +32,9 @@ def rewritten(text: str) -> str:
         if section in ("Args:", "Fields:", "Attributes:", "Raises:") and line.startswith(" "):
             indent = len(line) - len(line.lstrip())
             scale = scale or 4 // indent  # Flax's style indents by two
-            lines += _items(" " * scale * indent + line.lstrip())
+            first, *more = _NEXT.split(" " * scale * indent + line.lstrip())
+            for item in (first, *(f"    {each}" for each in more)):
+                lines += _items(item)
         else:
             lines.append(line)
     return "\n".join(lines)
