@@ -114,8 +114,8 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         num_kv_heads, head_dim = _head_sizes(features, num_heads, num_kv_heads, head_dim)
-        options: Any = {"strategy": strategy, "implementation": implementation}
-        check_options(is_causal=is_causal, local_window_size=local_window_size, **options)
+        chosen: Any = {"strategy": strategy, "implementation": implementation}
+        check_options(is_causal=is_causal, local_window_size=local_window_size, **chosen)
         check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel", optional=True)
         for name, flag in (("qk_norm", qk_norm), ("output_gate", output_gate), ("use_bias", use_bias)):
             check_flag(name, flag)
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
         self.is_causal, self.local_window_size = is_causal, local_window_size
         self.rope_theta, self.rotary_fraction = rope_theta, rotary_fraction
         self.context, self.strategy, self.implementation = context, strategy, implementation
-
+        self.output_gate = output_gate
         kernel_init = nnx.initializers.lecun_normal() if kernel_init is None else kernel_init
         dtypes: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         linear: Any = functools.partial(
@@ -138,7 +138,6 @@ class Attention(nnx.Module):
         self.value = linear(features, (num_kv_heads, head_dim))
         self.out = linear((num_heads, head_dim), features, axis=(-2, -1))
         self.query_norm, self.key_norm = (norm() if qk_norm else None for _ in range(2))
-        self.output_gate = output_gate
         place_parameters(self, context)
 
     def __repr__(self) -> str:
