@@ -210,10 +210,13 @@ class Prefixes:
             self.pages.give(page)
 
     def add(self, node: Node, tokens: np.ndarray, page: int) -> Node | None:
-        """Makes a full page known, after `node`; None where another page with these tokens is there already."""
+        """The node of a full page, which becomes known, after `node`; that of another page where one has these tokens already. None
+        where `node` is forgotten."""
         text = tokens.tobytes()
-        if not node.alive or text in node.children:
+        if not node.alive:
             return None
+        if (known := node.children.get(text)) is not None:
+            return known
         child = Node(node, text, page, node.end + self.pages.tokens, _digest(node.digest, text))
         node.children[text] = child
         entry = self.entries.setdefault(page, Entry())

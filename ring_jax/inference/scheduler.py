@@ -235,11 +235,16 @@ class Scheduler:
         return True
 
     def _register(self, text: Text, known: int) -> None:
-        """Makes full pages known, as far as their tokens are."""
+        """Makes full pages known, as far as their tokens are. Where another page has the same tokens, the text takes that and
+        gives its own back: so it can keep snapshots behind it."""
         width = self.pages.tokens
         while text.node is not None and (text.registered + 1) * width <= known:
-            begin = text.registered * width
-            text.node = self.prefixes.add(text.node, text.tokens[begin : begin + width], text.pages[text.registered])
+            begin, own = text.registered * width, text.pages[text.registered]
+            text.node = self.prefixes.add(text.node, text.tokens[begin : begin + width], own)
+            if text.node is not None and text.node.page != own:
+                self.prefixes.hold(text.node.page)
+                self.prefixes.release(own)
+                text.pages[text.registered] = text.node.page
             text.registered += 1
 
     def _save(

@@ -260,6 +260,9 @@ def test_a_junction_is_kept_at_the_second_sighting():
     begin = list(range(45)) + list(range(5))
     hits = [run(scheduler, device, [*begin, *(number + 1,) * 60]).hit for number in range(4)]
     assert hits == [0, 0, 50, 50]
+    many = [7, *begin, *begin, *begin, *begin]  # three pages, of which the second text computes its own
+    hits = [run(scheduler, device, [*many, *(number + 1,) * 60]).hit for number in range(4)]
+    assert hits == [0, 0, len(many), len(many)]
     checkpoint = [run(scheduler, device, [9, *begin, *(n + 1,) * 60], checkpoints=(51,)).hit for n in range(3)]
     assert checkpoint == [0, 51, 51]
     few = [run(scheduler, device, [11, *(n,) * 60]).hit for n in range(3)]

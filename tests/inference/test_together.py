@@ -125,7 +125,7 @@ def test_nothing_is_compiled_after_warmup(engine):
         if RNG.random() < 0.4:
             engine.step()
     engine.run()
-    assert engine.stats().finished == 60 and engine.stats().prefills < 60
+    assert engine.stats().finished == 60 and engine.stats().hit_tokens > 1000
     assert not compiled
 
 
