@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
 
 # For kernels, whose exponentials are powers of two.
 LOG2E = math.log2(math.e)
@@ -24,6 +26,13 @@ def pad_to(x: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Ar
     if x.shape[axis] == size:
         return x
     return jnp.pad(x, [(0, size - x.shape[a] if a == axis else 0) for a in range(x.ndim)], mode=mode)
+
+
+def rounded_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x with the mantissa and exponent of a narrower dtype, in its own. A cast there and back XLA may leave out: it allows more
+    bits than asked for."""
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
 def on_host(x: jax.Array | np.ndarray) -> np.ndarray:

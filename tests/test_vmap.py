@@ -20,6 +20,7 @@ from ring_jax.context.strategies import STRATEGIES
 from ring_jax.moe import MoEWeights, moe
 from tests.gdn.helpers import jit, operands
 from tests.support.mesh import make_mesh
+from tests.support.strategies import ALIKE
 
 MAPPED, RANKS = 2, 4
 BOUND = {np.float32: 1e-5, np.float64: 1e-12}  # relative to the largest entry
@@ -28,8 +29,7 @@ DTYPES = pytest.mark.parametrize(
     "dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)], ids=["float64", "float32"]
 )
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-# `pass_q` sends as `ring` does, `ulysses` as `ring_ulysses`.
-EVERY_STRATEGY = [slow(name) if name in ("pass_q", "ulysses") else name for name in STRATEGIES]
+EVERY_STRATEGY = [slow(name) if name in ALIKE else name for name in STRATEGIES]
 
 
 def check(function, arrays, dtype):

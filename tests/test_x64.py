@@ -17,7 +17,7 @@ from ring_jax.moe import MoEWeights, moe
 from tests.gdn.helpers import numpy_rule, operands, relative
 from tests.support import oracle
 from tests.support.mesh import make_mesh
-from tests.support.strategies import SINGLE_AXIS
+from tests.support.strategies import ALIKE, SINGLE_AXIS
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def x64():
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("strategy", [slow(n) if n in ("pass_q", "ulysses") else n for n in SINGLE_AXIS])
+@pytest.mark.parametrize("strategy", [slow(name) if name in ALIKE else name for name in SINGLE_AXIS])
 def test_ring_attention(strategy):
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 2, 13, 4, 8))

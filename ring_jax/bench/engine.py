@@ -98,12 +98,13 @@ def decode(model: Any, args: argparse.Namespace) -> dict[str, float]:
     requests = [engine.submit(_tokens(model, args.row_length, seed=n), **options) for n in range(args.rows)]
     while not all(request.tokens for request in requests):
         engine.step()
-    before, begin, counted = engine.stats(), time.perf_counter(), sum(len(r.tokens) for r in requests)
-    while sum(len(r.tokens) for r in requests) - counted < args.rows * args.new_tokens:
+    decoded = lambda: sum(len(request.tokens) for request in requests)  # noqa: E731
+    before, begin, counted = engine.stats(), time.perf_counter(), decoded()
+    while decoded() - counted < args.rows * args.new_tokens:
         engine.step()
     seconds, after = time.perf_counter() - begin, engine.stats()
     assert not any(request.done for request in requests), "rows ended early"
-    new = sum(len(r.tokens) for r in requests) - counted
+    new = decoded() - counted
     waiting = after.seconds_waiting - before.seconds_waiting
     for request in requests:
         request.cancel()

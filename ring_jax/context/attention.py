@@ -129,18 +129,19 @@ def ring_attention(
     backends.check_inputs(query, key, value)
     if sinks is not None:
         check_array("sinks", sinks, "N", {"N": query.shape[2]}, advice="one logit for each query head")
+    offset = per_row("query_offset", query_offset)
     mask = _combine(mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, query_offset)
     if isinstance(mask, ResolvedMask):
         seq_len, key_value_seq_len = _resolved_lengths(mask, context, seq_len, key_value_seq_len)
     strategy = context.strategy if strategy is None else strategy
     options = BlockOptions.of_call(query.shape[-1], scale, logits_soft_cap, deterministic)
     call = _make_call(query, key, context, seq_len, key_value_seq_len, strategy, implementation, options)
-    call = dataclasses.replace(call, returns_partial=return_partial)
     where: Any = mask
+    fixed_mask = None
     if not isinstance(mask, ResolvedMask):
-        where = mask, per_row("query_offset", query_offset)
+        where, fixed_mask = (mask, offset), _fixed_mask(call, mask, query_offset)
         _check_rows(where, query.shape[0])
-        call = dataclasses.replace(call, fixed_mask=_fixed_mask(call, mask, query_offset))
+    call = dataclasses.replace(call, fixed_mask=fixed_mask, returns_partial=return_partial)
     operands = query, key, value, where, _check_sinks(sinks, carry), _check_carry(carry, query, value, unbatched)
     if context.is_manual:
         out, lse = call(*operands)

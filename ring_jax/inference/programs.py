@@ -131,17 +131,14 @@ class Programs:
         return _run(local, mesh, tuple(leaves), tree, out_specs, pool, given, operands)
 
 
-def _call(local: Any, mesh: Any, leaves: Any, tree: Any, out_specs: Any, pool: Any, params: Any, operands: Any) -> Any:
+# Inside of a loop over steps XLA's Triton products would have every slice of a stacked weight copied, in every step.
+@functools.partial(jax.jit, static_argnums=range(5), donate_argnums=5, compiler_options=COMPILER_OPTIONS)
+def _run(local: Any, mesh: Any, leaves: Any, tree: Any, out_specs: Any, pool: Any, params: Any, operands: Any) -> Any:
     if mesh is None:
         return local(pool, params, operands)
     in_specs = jax.tree.unflatten(tree, leaves)
     given = reshard_explicit((pool, params, operands), mesh, in_specs)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*given)
-
-
-_jit: Any = functools.partial(jax.jit, _call, static_argnums=range(5), donate_argnums=5)
-# Inside of a loop over steps XLA's Triton products have every slice of a stacked weight copied, in every step.
-_run = _jit(compiler_options=COMPILER_OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ring_jax import _repr
+from ring_jax._arrays import rounded_to
 from ring_jax._checks import Sizes, check_array, check_count, check_flag, check_instance, describe
 from ring_jax.moe.hopper import top_k as hopper
 from ring_jax.mosaic import compat
@@ -103,9 +104,8 @@ def route(
     if valid is not None:
         check_array("valid", valid, "T", sizes, kind="bool", advice="one entry per token")
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    info = jnp.finfo(x.dtype)
     # Explicit, since XLA leaves out the rounding between a product and a cast: near ties would depend on the program.
-    logits = lax.reduce_precision(x @ router, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    logits = rounded_to(x @ router, x.dtype)
     probs = jax.nn.softmax(logits.astype(wide), axis=-1)
     if compat.INTERPRET_AVAILABLE and hopper_reason() is None and hopper.worthwhile(probs, top_k):
         _, experts = hopper.top_k(lax.stop_gradient(probs), top_k)

@@ -122,11 +122,10 @@ class Attention(nnx.Module):
         check_number("norm_epsilon", norm_epsilon, above=0)
         _check_rope(head_dim, rope_theta, rotary_fraction)
         check_projections(dtype, param_dtype, precision, kernel_init, rngs)
-        self.features = features
+        self.features, self.output_gate = features, output_gate
         self.is_causal, self.local_window_size = is_causal, local_window_size
         self.rope_theta, self.rotary_fraction = rope_theta, rotary_fraction
         self.context, self.strategy, self.implementation = context, strategy, implementation
-        self.output_gate = output_gate
         kernel_init = nnx.initializers.lecun_normal() if kernel_init is None else kernel_init
         dtypes: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         linear: Any = functools.partial(
@@ -137,7 +136,8 @@ class Attention(nnx.Module):
         self.key = linear(features, (num_kv_heads, head_dim))
         self.value = linear(features, (num_kv_heads, head_dim))
         self.out = linear((num_heads, head_dim), features, axis=(-2, -1))
-        self.query_norm, self.key_norm = (norm() if qk_norm else None for _ in range(2))
+        self.query_norm = norm() if qk_norm else None
+        self.key_norm = norm() if qk_norm else None
         place_parameters(self, context)
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ring_jax._checks import (
     check_number,
     renamed_arguments,
 )
+from ring_jax.context import ContextParallel
 from ring_jax.gdn.checks import check_segments, state_dtype
 from ring_jax.gdn.cost import STRATEGIES, GDNShape
 from ring_jax.gdn.heads import Heads
@@ -31,9 +32,6 @@ from ring_jax.gdn.rule import check_options
 from ring_jax.gdn.sharded import run
 from ring_jax.nn.placement import place_parameters
 from ring_jax.nn.projections import check_projections
-
-if TYPE_CHECKING:
-    from ring_jax.context import ContextParallel
 
 PROJECTIONS = ("separate", "fused")
 
@@ -46,13 +44,6 @@ def _heads(num_key_heads: int, num_value_heads: int, key_head_dim: int, value_he
     if num_value_heads % num_key_heads:
         raise ValueError(f"num_value_heads must be a multiple of num_key_heads: {num_value_heads} and {num_key_heads}")
     return Heads(num_key_heads, num_value_heads, key_head_dim, value_head_dim)
-
-
-def _check_context(context: Any) -> None:
-    if context is not None:
-        from ring_jax.context import ContextParallel
-
-        check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel")
 
 
 class GatedDeltaNet(nnx.Module):
@@ -126,7 +117,7 @@ class GatedDeltaNet(nnx.Module):
         check_choice("projections", projections, PROJECTIONS)
         check_options(None, implementation)
         check_choice("strategy", strategy, ("auto", *STRATEGIES))
-        _check_context(context)
+        check_instance("context", context, ContextParallel, "a ring_jax.ContextParallel", optional=True)
         check_projections(dtype, param_dtype, precision, kernel_init, rngs)
         self.features, self.conv_width, self.norm_epsilon = features, conv_width, norm_epsilon
         self.heads = heads = _heads(num_key_heads, num_value_heads, key_head_dim, value_head_dim)

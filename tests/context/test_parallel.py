@@ -370,6 +370,8 @@ def test_more_errors():
     with pytest.raises(ValueError, match="a resolved mask is complete"):
         ring_jax.ring_attention(X, X, X, mask=context.resolve(ring_jax.Mask(), 8), is_causal=True, context=context)
     resolved = context.resolve(ring_jax.Mask(), 8)
+    with pytest.raises(TypeError, match="query_offset must be one integer"):
+        ring_jax.ring_attention(X, X, X, mask=resolved, query_offset=0.0, context=context)
     with pytest.raises(ValueError, match="seq_len=5, but the mask was resolved for 8"):
         ring_jax.ring_attention(X, X, X, mask=resolved, seq_len=5, context=context)
     with pytest.raises(ValueError, match="resolved for layout Zigzag"):

@@ -111,13 +111,15 @@ def test_nothing_is_asked_for_that_warmup_has_not_compiled():
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_after_warmup(engine):
+def test_nothing_is_compiled_after_warmup(engine, monkeypatch):
     engine.reset()
     assert engine.warmup() == len(list(engine._ladders.every_program()))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "compile" in name else None
     )
+    pieces, operands = [], Operands.prefill
+    monkeypatch.setattr(Operands, "prefill", lambda self, given: pieces.append(len(given)) or operands(self, given))
     begin = text(200)
     for _ in range(60):
         prompt = [*begin[: RNG.integers(0, 200)], *text(int(RNG.integers(1, 90)))]
@@ -126,6 +128,7 @@ def test_nothing_is_compiled_after_warmup(engine):
             engine.step()
     engine.run()
     assert engine.stats().finished == 60 and engine.stats().hit_tokens > 1000
+    assert engine.stats().prefills == len(pieces) < sum(pieces), "some went together"
     assert not compiled
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ring_jax._arrays import rounded_to
 from ring_jax._vma import align, pcast_to, varying_axes
 from ring_jax.gdn import chunked
 from ring_jax.gdn.hopper import split_kernel
@@ -128,7 +129,5 @@ def _group(query, key, log_decay, beta, documents, *, scale: float):
 
 def _parts(x, dtype):
     """[..., 64, 64] float32 as [..., 2, 64, 64] whose sum it is."""
-    info = jnp.finfo(dtype)
-    # Not a cast and one back, which XLA may leave out.
-    high = lax.reduce_precision(x, info.nexp, info.nmant)
+    high = rounded_to(x, dtype)
     return jnp.stack([high, x - high], axis=-3).astype(dtype)

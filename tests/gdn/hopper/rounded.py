@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._arrays import rounded_to
 from ring_jax.gdn.hopper.config import CHUNK
 from ring_jax.gdn.hopper.gates import chunked_rows, document_starts, gate_rows
 from ring_jax.gdn.inverse import unit_lower_inverse
@@ -59,12 +60,6 @@ def rounded_forward(query, key, value, log_decay, beta, *, scale, initial_state=
     state, out = lax.scan(chunk, initial_state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), xs))
     out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, chunks * CHUNK, -1)
     return jnp.moveaxis(out, 1, 2)[:, :time], state
-
-
-def rounded_to(x, dtype):
-    """x with the mantissa and exponent of dtype. A cast and one back XLA may leave out: it allows more bits than asked for."""
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 def _einsum(formula, *operands):

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._arrays import rounded_to
 from ring_jax.gdn.hopper.config import CHUNK
 from ring_jax.gdn.hopper.gates import document_starts
 from ring_jax.gdn.hopper.gradient_kernel import WEAK
 from ring_jax.gdn.inverse import unit_lower_inverse
 from ring_jax.gdn.segments import blank_padding
-from tests.gdn.hopper.rounded import rounded_to
 
 HIGHEST = lax.Precision.HIGHEST
 
