@@ -1,4 +1,4 @@
-"""The shortest run of the heart: every strategy, forward and gradients, against `jax.nn`. Runs on every jax in CI."""
+"""The shortest run of the heart: every strategy, forward and gradients, against `jax.nn`; a model that writes. Runs on every jax in CI."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 import ring_jax
+from ring_jax.inference import generate
+from tests.inference.checkpoint import CONFIG
+from tests.inference.harness import over
 from tests.support.strategies import SINGLE_AXIS
 
 SEQ_LEN = 60
@@ -30,3 +33,10 @@ def test_smoke(strategy):
     got, want = (jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))(*qkv) for f in (ours, theirs))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_smoke_generate():
+    """Over two ranks as on one device; the engine beneath has no snapshots here."""
+    prompt, options = list(range(1, 20)), {"max_new_tokens": 3, "stop_ids": ()}
+    alone, spread = (generate(over(CONFIG, **axes), [prompt], **options).tokens for axes in ({}, {"context": 2}))
+    assert spread == alone and len(alone[0]) == 3

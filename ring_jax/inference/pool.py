@@ -4,7 +4,8 @@
                                        t // (C p) of the text's table, on context rank (t // p) mod C, in slot t mod p there
     state     [G, n, R, V, dk, dv]     float32, of running rows, the same on all context ranks
     tail      [G, n, R, W - 1, F]      the convolutions' last inputs
-    saved, saved_tail                  snapshots of both, cut over the context ranks and padded where they do not divide
+    saved, saved_tail                  snapshots of both, cut over the context ranks and padded where they do not divide; None
+                                       where there are none: jax 0.11.2 ends the process at an empty array in a shard_map
 
 Keys and states have pools of their own: one page size for both would make pages of a hybrid model far too large.
 """
@@ -37,8 +38,8 @@ class Pool:
     pages: Float[Array, "L 2 P Cp K H"]
     state: Float32[Array, "G n R V dk dv"]
     tail: Float[Array, "G n R W-1 F"]
-    saved: Float32[Array, "Z G n V dk _"]
-    saved_tail: Float[Array, "Z G n W-1 _"]
+    saved: Float32[Array, "Z G n V dk _"] | None
+    saved_tail: Float[Array, "Z G n W-1 _"] | None
     token: Int[Array, " R"]
     position: Int[Array, " R"]
     active: Bool[Array, " R"]
@@ -74,17 +75,32 @@ class Geometry:
         matrix, history = (heads.value_heads, heads.key_size), config.conv_width - 1
         wide = jnp.float64 if model.dtype == jnp.float64 else jnp.float32
         shape: Any = jax.ShapeDtypeStruct
+        shares = round_up(heads.value_size, ranks), tensor * round_up(heads.features // tensor, ranks)
         return Pool(
             pages=shape(keys, model.dtype),
             state=shape((*states, self.rows, *matrix, heads.value_size), wide),
             tail=shape((*states, self.rows, history, heads.features), model.dtype),
-            saved=shape((self.slots, *states, *matrix, round_up(heads.value_size, ranks)), wide),
-            saved_tail=shape(
-                (self.slots, *states, history, tensor * round_up(heads.features // tensor, ranks)), model.dtype
-            ),
+            saved=shape((self.slots, *states, *matrix, shares[0]), wide) if self.slots else None,
+            saved_tail=shape((self.slots, *states, history, shares[1]), model.dtype) if self.slots else None,
             token=shape((self.rows,), jnp.int32),
             position=shape((self.rows,), jnp.int32),
             active=shape((self.rows,), jnp.bool_),
+        )
+
+    def specs(self, sharding: Any) -> Any:
+        """PartitionSpecs of a `Pool`."""
+        context, tensor = sharding.sequence, sharding.tensor
+        both = (*axis_names(tensor), *axis_names(context))
+        spec: Any = Pool
+        return spec(
+            pages=P(None, None, None, context, tensor),
+            state=P(None, None, None, tensor),
+            tail=P(None, None, None, None, tensor),
+            saved=P(None, None, None, tensor, None, context) if self.slots else None,
+            saved_tail=P(None, None, None, None, both) if self.slots else None,
+            token=P(),
+            position=P(),
+            active=P(),
         )
 
     def bytes_per_rank(self, model: Structure) -> int:
@@ -96,7 +112,7 @@ class Geometry:
         parts = jax.tree.map(
             lambda x, spec: math.prod(NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize,
             shapes,
-            specs(sharding),
+            self.specs(sharding),
         )
         return sum(jax.tree.leaves(parts))
 
@@ -107,26 +123,9 @@ class Geometry:
         if sharding is not None:
             mesh = sharding.resolve_mesh()
             is_spec = lambda x: isinstance(x, P)  # noqa: E731
-            places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(sharding), is_leaf=is_spec)
+            places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(sharding), is_leaf=is_spec)
         zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
         return jax.jit(zeros, out_shardings=places)()
-
-
-def specs(sharding: Any) -> Any:
-    """PartitionSpecs of a `Pool`."""
-    context, tensor = sharding.sequence, sharding.tensor
-    both = (*axis_names(tensor), *axis_names(context))
-    spec: Any = Pool
-    return spec(
-        pages=P(None, None, None, context, tensor),
-        state=P(None, None, None, tensor),
-        tail=P(None, None, None, None, tensor),
-        saved=P(None, None, None, tensor, None, context),
-        saved_tail=P(None, None, None, None, both),
-        token=P(),
-        position=P(),
-        active=P(),
-    )
 
 
 def context_ranks(sharding: Any) -> int:

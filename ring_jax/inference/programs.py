@@ -26,7 +26,7 @@ from ring_jax._mesh import HashablePartial, axis_names, reshard_explicit
 from ring_jax.context.paged import Placement, to_owners, write_pages
 from ring_jax.inference.control import COLUMNS, Control
 from ring_jax.inference.past import PagedPast
-from ring_jax.inference.pool import Geometry, Pool, specs
+from ring_jax.inference.pool import Geometry, Pool
 from ring_jax.inference.sampling import Drawn, draw
 from ring_jax.models.qwen3_5 import COMPILER_OPTIONS
 from ring_jax.models.qwen3_5.forward import Wanted, loop_layers, next_logits, scan_layers
@@ -58,7 +58,7 @@ class Programs:
         self._specs: Any = None
         if model.sharding is not None:
             mesh = model.sharding.resolve_mesh()
-            self._specs = mesh, specs(model.sharding), model.param_specs(params, mesh)
+            self._specs = mesh, geometry.specs(model.sharding), model.param_specs(params, mesh)
 
     def prefill(self, pool: Pool, tokens: Any, start: Any, length: Any, row: Any, table: Any, *, whole: bool) -> Pool:
         """tokens int32 [N, T], padded from `length` on; start, length, row int32 [N]: all start at 0, or none does. table int32
@@ -89,12 +89,15 @@ class Programs:
 
     def rehearse(self, pool: Pool, name: str, *sizes: Any) -> Pool:
         """Runs a program of `Ladders.every_program` where it does no harm: in a row that no text has, page 0, no snapshot."""
-        page, rows, slots = self._local.placement.tokens, pool.token.shape[0], pool.saved.shape[0]
+        page, rows = self._local.placement.tokens, pool.token.shape[0]
+        slots = 0 if pool.saved is None else pool.saved.shape[0]
         match name, *sizes:
+            case "save" | "restore", *_ if not slots:
+                return pool
             case "save", *_:
                 return self.save(pool, 0, slots)
             case "restore", *_:
-                return self.restore(pool, 0, 0) if slots else pool
+                return self.restore(pool, 0, 0)
             case "copy", *_:
                 return self.copy(pool, 0, 0)
             case "decode", width:

@@ -15,7 +15,7 @@ import ring_jax
 from ring_jax.inference import programs
 from ring_jax.inference.control import COLUMNS
 from ring_jax.inference.ladders import Ladders
-from ring_jax.inference.pool import Geometry, Pool, specs
+from ring_jax.inference.pool import Geometry, Pool
 from ring_jax.models.qwen3_5 import Qwen3_5, Sharding
 from tests.inference.checkpoint import CONFIG
 
@@ -122,7 +122,7 @@ def test_a_rank_holds_its_share(ranks):
     geometry = Geometry(tokens // (ranks * 8), 8, ROWS, 64)
     shapes, places, whole = (
         geometry.shapes(model),
-        specs(model.sharding),
+        geometry.specs(model.sharding),
         Geometry(tokens // 8, 8, ROWS, 64).shapes(alone),
     )
     for name in ("pages", "saved", "saved_tail"):
