@@ -324,8 +324,8 @@ class Engine:
         self._check_warm()
 
     def _decode(self, decode: Decode) -> None:
-        control, table = self._operands.decode(decode.members, self._requests.__getitem__)
-        self._pool, written = self._programs.decode(self._pool, control, table)
+        operands = self._operands.decode(decode, self._requests.__getitem__)
+        self._pool, written = self._programs.decode(self._pool, **operands)
         depart(written)
         self._flight.append((decode, written))
 

@@ -78,7 +78,7 @@ class Ladders:
         """What `Programs` can be asked for: its name, and the sizes."""
         yield from (("save",), ("restore",), ("copy",))
         for width in self.widths:
-            yield "decode", width
+            yield from (("decode", width, steady) for steady in (False, True))
         for size in self.sizes:
             for width in (0, *self.widths):
                 yield "prefill", self.pieces(size, width), size, width, False

@@ -9,7 +9,7 @@ import numpy as np
 
 from ring_jax.inference.control import COLUMNS, pack
 from ring_jax.inference.ladders import Ladders
-from ring_jax.inference.operations import Member, Piece
+from ring_jax.inference.operations import Decode, Piece
 from ring_jax.inference.requests import Request
 
 
@@ -21,6 +21,7 @@ class Operands:
         self._table = np.zeros((ladders.rows, ladders.widths[-1]), np.int32)
         self._filled = [0] * ladders.rows
         self._control = np.zeros((ladders.rows, COLUMNS), np.int32)
+        self._easy = [True] * ladders.rows
 
     def prefill(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Arguments of `Programs.prefill`; places without a piece have no tokens, and a row that is not there."""
@@ -40,18 +41,21 @@ class Operands:
         whole = ladders.has_whole(size) and int(length[0]) == size
         return {"tokens": tokens, "start": start, "length": length, "row": row, "table": table, "whole": whole}
 
-    def decode(self, members: Sequence[Member], request: Callable[[Any], Request]) -> tuple[np.ndarray, np.ndarray]:
-        """control and table of `Programs.decode`."""
+    def decode(self, decode: Decode, request: Callable[[Any], Request]) -> dict[str, Any]:
+        """Arguments of `Programs.decode`."""
         self._control[:, 0:2] = 0
-        longest = 1
-        for member in members:
+        longest, steady = 1, decode.full
+        for member in decode.members:
             row, pages = member.row, member.pages
             if member.enters:
                 asked = request(member.text)
                 self._control[row] = pack(member, asked.sampling, asked.seed, asked.top_count)
+                self._easy[row] = asked.top_count == 0 and not asked.sampling.cuts
                 self._filled[row] = 0
             self._control[row, 0:2] = 1, member.enters
             self._table[row, self._filled[row] : len(pages)] = pages[self._filled[row] :]
             self._filled[row] = len(pages)
             longest = max(longest, len(pages))
-        return self._control.copy(), np.ascontiguousarray(self._table[:, : self._ladders.width(longest)])
+            steady &= self._easy[row] and not (member.enters and member.position == 0)
+        table = np.ascontiguousarray(self._table[:, : self._ladders.width(longest)])
+        return {"control": self._control.copy(), "table": table, "steady": steady}

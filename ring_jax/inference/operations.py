@@ -126,10 +126,13 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Up to `steps` new tokens for each member; a row ends by itself at a stop or at its limit. Other rows rest."""
+    """Up to `steps` new tokens for each member; a row ends by itself at a stop or at its limit. Other rows rest.
+
+    `full`: some member has room for all of them."""
 
     members: tuple[Member, ...]
     steps: int
+    full: bool
 
 
 Operation = Copy | Restore | Save | Prefill | Decode

@@ -5,7 +5,7 @@
     save, restore, copy     a row's states to a snapshot and back; a page to another
 
 Which texts, where and how many tokens are arrays: a program is compiled for a padded chunk length (which says how many pieces it
-takes), a width of page tables, and whether there is a past, nothing else.
+takes), a width of page tables, whether there is a past, and whether a decode is `steady`, nothing else.
 """
 
 from __future__ import annotations
@@ -68,12 +68,14 @@ class Programs:
         self.keys.add(("prefill", *tokens.shape, table.shape[1] if past else 0, whole))
         return self._run(local, pool, (tokens, start, length, row, table), params=True, sequences=1)
 
-    def decode(self, pool: Pool, control: Any, table: Any) -> tuple[Pool, Written]:
-        """control int32 [R, COLUMNS], table int32 [R, n]."""
-        self.keys.add(("decode", table.shape[1]))
-        return self._run(
-            HashablePartial(_Local.decode, (self._local,)), pool, (control, table), params=True, written=True
-        )
+    def decode(self, pool: Pool, control: Any, table: Any, *, steady: bool) -> tuple[Pool, Written]:
+        """control int32 [R, COLUMNS], table int32 [R, n].
+
+        `steady`: all steps are taken, no vocabulary is sorted and no text begins. Then nothing of the program depends on data, and a GPU
+        takes it in whole, where it asks the host before each step or branch."""
+        local = HashablePartial(_Local.decode, (self._local, steady))
+        self.keys.add(("decode", table.shape[1], steady))
+        return self._run(local, pool, (control, table), params=True, written=True)
 
     def save(self, pool: Pool, row: int, slot: int) -> Pool:
         self.keys.add(("save",))
@@ -100,9 +102,9 @@ class Programs:
                 return self.restore(pool, 0, 0)
             case "copy", *_:
                 return self.copy(pool, 0, 0)
-            case "decode", width:
-                control = np.zeros((rows, COLUMNS), np.int32)
-                return self.decode(pool, control, np.zeros((rows, width), np.int32))[0]
+            case "decode", width, steady:
+                control, table = np.zeros((rows, COLUMNS), np.int32), np.zeros((rows, width), np.int32)
+                return self.decode(pool, control, table, steady=steady)[0]
             case _, pieces, size, width, whole:
                 table = np.zeros((pieces, width or self._local.placement.pages(size)), np.int32)
                 start, length, row = (
@@ -186,19 +188,15 @@ class _Local:
         )
 
     @staticmethod
-    def decode(pool: Pool, params: Any, operands: Any, self: _Local) -> tuple[Pool, Written]:
+    def decode(pool: Pool, params: Any, operands: Any, self: _Local, steady: bool) -> tuple[Pool, Written]:
         packed, table = operands
         control = Control.of(packed)
         rows = packed.shape[0]
-        fresh = control.enters & (control.position == 0)  # texts of one token
-        state, tail = lax.cond(jnp.any(fresh), _cleared, lambda states, _: states, (pool.state, pool.tail), fresh)
         pool = dataclasses.replace(
             pool,
             token=jnp.where(control.enters, control.token, pool.token),
             position=jnp.where(control.enters, control.position, pool.position),
             active=jnp.where(control.enters, True, pool.active) & control.member,
-            state=state,
-            tail=tail,
         )
         shapes = jax.eval_shape(
             lambda: draw(jnp.zeros((rows, self.structure.config.vocab_size)), pool.position, control.sampling)
@@ -211,14 +209,24 @@ class _Local:
 
         def body(state: Any) -> Any:
             i, pool, count, drawn = state
-            pool, active, new = self._one(params, pool, control, table)
+            pool, active, new = self._one(params, pool, control, table, steady)
             drawn = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, 0), drawn, new)
             return i + 1, pool, count + active.astype(jnp.int32), drawn
 
-        _, pool, count, drawn = lax.while_loop(going, body, start)
+        if steady:
+            _, pool, count, drawn = lax.fori_loop(0, self.steps, lambda _, state: body(state), start)
+        else:
+            start = start[0], self._begun(pool, control), *start[2:]
+            _, pool, count, drawn = lax.while_loop(going, body, start)
         return pool, Written(drawn, count)
 
-    def _one(self, params: Any, pool: Pool, control: Control, table: Any) -> tuple[Pool, Array, Drawn]:
+    def _begun(self, pool: Pool, control: Control) -> Pool:
+        """The pool with states of zeros for texts of one token, which no prefill has begun."""
+        fresh = control.enters & (control.position == 0)
+        state, tail = lax.cond(jnp.any(fresh), _cleared, lambda states, _: states, (pool.state, pool.tail), fresh)
+        return dataclasses.replace(pool, state=state, tail=tail)
+
+    def _one(self, params: Any, pool: Pool, control: Control, table: Any, steady: bool) -> tuple[Pool, Array, Drawn]:
         """One token of every active row."""
         active, position, model = pool.active, pool.position, self.structure
         states = _cache(pool.state, pool.tail)
@@ -227,7 +235,7 @@ class _Local:
         here = same_tokens(model, tokens, active.astype(jnp.int32), past)
         x, left = loop_layers(model, params, embed(model, params, here, tokens), here)
         logits = here.whole_vocabulary(next_logits(model, params, here, x[:, 0]))
-        drawn = draw(logits, position, control.sampling)
+        drawn = draw(logits, position, control.sampling, easy=steady)
         # Non-finite logits are reported, once: the row rests from then on.
         drawn = dataclasses.replace(drawn, finite=drawn.finite | ~active)
         ends = jnp.any(drawn.token[:, None] == control.stops, axis=1) | (position + 2 >= control.limit)

@@ -39,6 +39,11 @@ class Sampling:
             check_count("top_k", self.top_k, 1, advice="None takes all tokens")
         check_number("top_p", self.top_p, above=0, high=1, advice="1 takes all tokens")
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are never drawn, for which a vocabulary has to be sorted."""
+        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
+
 
 def sample(logits: Float[Array, "B V"], key: jax.Array, sampling: Sampling = Sampling()) -> Int[Array, " B"]:  # noqa: B008
     """One token for each row, int32 [B].
@@ -114,11 +119,12 @@ class Drawn:
     finite: Bool[Array, " R"]
 
 
-def draw(logits: Float32[Array, "R V"], position: Int[Array, " R"], how: RowSampling) -> Drawn:
+def draw(logits: Float32[Array, "R V"], position: Int[Array, " R"], how: RowSampling, *, easy: bool = False) -> Drawn:
     """Each row's next token, by its own sampling and a key of its own seed and position: rows do not see each other, and a text
     that is computed again is drawn again.
 
-    Sorting a large vocabulary costs more than a layer, so it is done only where a row asks for it.
+    Sorting a large vocabulary costs more than a layer, so it is done only where a row asks for it. `easy` says that none does: then
+    there are no branches, for which a GPU would ask the host.
     """
     logits = logits.astype(jnp.float32)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -127,12 +133,12 @@ def draw(logits: Float32[Array, "R V"], position: Int[Array, " R"], how: RowSamp
 
     def drawn() -> jax.Array:
         cut = warm & ((how.top_k > 0) | (how.top_p < 1))
-        kept = jax.lax.cond(jnp.any(cut), lambda: _cut(scaled, how), lambda: scaled)
+        kept = scaled if easy else jax.lax.cond(jnp.any(cut), lambda: _cut(scaled, how), lambda: scaled)
         keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.wrap_key_data(s, impl="threefry2x32"), p))
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys(how.seed, position))
         return jnp.where(warm, jnp.argmax(kept + noise, axis=-1).astype(jnp.int32), greedy)
 
-    token = jax.lax.cond(jnp.any(warm), drawn, lambda: greedy)
+    token = drawn() if easy else jax.lax.cond(jnp.any(warm), drawn, lambda: greedy)
     total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - total
     most = min(MOST_TOP, logits.shape[1])
@@ -142,7 +148,7 @@ def draw(logits: Float32[Array, "R V"], position: Int[Array, " R"], how: RowSamp
         return values - total[:, None], tokens.astype(jnp.int32)
 
     none = jnp.zeros_like(logits[:, :most]), jnp.zeros_like(greedy)[:, None] * jnp.zeros(most, jnp.int32)[None]
-    values, tokens = jax.lax.cond(jnp.any(how.top > 0), top, lambda: none)
+    values, tokens = none if easy else jax.lax.cond(jnp.any(how.top > 0), top, lambda: none)
     return Drawn(token, chosen, tokens, values, jnp.all(jnp.isfinite(logits), axis=-1))
 
 

@@ -146,10 +146,12 @@ class Scheduler:
         self._register(text, text.length - 1)
 
     def _decode(self) -> Decode | None:
-        members = []
+        members, most = [], 0
         for text in self.running:
-            if text.state is not State.DECODE or text.length + text.ahead >= text.limit:
+            left = text.limit - text.length - text.ahead
+            if text.state is not State.DECODE or left <= 0:
                 continue
+            most = max(most, left)
             last = text.length - 1
             member = Member(
                 text.row, text, tuple(text.pages), not text.entered, last, 0 if text.entered else int(text.tokens[last])
@@ -157,7 +159,7 @@ class Scheduler:
             members.append(member)
             text.entered = True
             text.ahead += self.decode_steps
-        return Decode(tuple(members), self.decode_steps) if members else None
+        return Decode(tuple(members), self.decode_steps, most >= self.decode_steps) if members else None
 
     # -- prefill ---------------------------------------------------------------------------------
 

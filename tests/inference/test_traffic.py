@@ -55,10 +55,11 @@ def moved(monkeypatch):
     return of
 
 
-def test_decode_moves_nothing_of_the_cached_length(moved):
+@pytest.mark.parametrize("steady", [False, True])
+def test_decode_moves_nothing_of_the_cached_length(moved, steady):
     def decode(width):
         control, table = np.zeros((ROWS, COLUMNS), np.int32), np.zeros((ROWS, width), np.int32)
-        return moved(lambda run, pool: run.decode(pool, control, table))
+        return moved(lambda run, pool: run.decode(pool, control, table, steady=steady))
 
     short, long = decode(2), decode(64)
     assert short == long and short, "queries, or partial results of them"

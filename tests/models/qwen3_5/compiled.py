@@ -56,6 +56,31 @@ def model_and_programs():
     return model, {"decode": (decode, (params, cache, one)), "prefill": (jax.jit(prefill), (params, tokens(NEW)))}
 
 
+def engine_decode(model):
+    """The engine's decode of all steps, of one row: (program, operands, how many of the first are static)."""
+    import jax
+    import jax.numpy as jnp
+
+    from ring_jax._mesh import HashablePartial
+    from ring_jax.inference import programs
+    from ring_jax.inference.control import COLUMNS
+    from ring_jax.inference.pool import Geometry
+
+    structure, params = model.split()
+    rows, geometry = 1, Geometry(pages=16, page=64, rows=1, slots=2)
+    local = programs._Local(structure, geometry.placement(None), 8)
+    control, table = (jax.ShapeDtypeStruct((rows, n), jnp.int32) for n in (COLUMNS, 16))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    function = HashablePartial(programs._Local.decode, (local, True))
+    return programs._run, (function, *(None,) * 4, geometry.shapes(structure), params, (control, table)), 5
+
+
+def asks_the_host(text: str) -> list[str]:
+    """Loops of a compiled program whose length depends on data, and its branches."""
+    found = [line.strip() for line in text.splitlines() if re.search(r" = .* (while|conditional)\(", line)]
+    return [line[:200] for line in found if " while(" not in line or "known_trip_count" not in line]
+
+
 def large_results(text: str, least: int = LEAST) -> list[str]:
     """Instructions of a compiled program that write `least` bytes or more, but for updates in place: name, what the
     operation is (of a fusion, its last one), shape."""
@@ -102,12 +127,16 @@ def main(folder: str) -> None:
     here = NamedSharding(Mesh(np.array(topology.devices), ("gpu",)), PartitionSpec())
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
     reports = {}
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("",), (AxisType.Auto,), abstract_device=device)):
-        for name, (program, operands) in model_and_programs()[1].items():
-            operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), operands)
-            lowered = program.trace(*operands).lower(lowering_platforms=("cuda",))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=device)):
+        model, programs = model_and_programs()
+        programs = {name: (program, operands, 0) for name, (program, operands) in programs.items()}
+        for name, (program, operands, static) in (programs | {"engine": engine_decode(model)}).items():
+            given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), operands[static:])
+            lowered = program.trace(*operands[:static], *given).lower(lowering_platforms=("cuda",))
             text = lowered.compile().as_text()
             reports[name] = large_results(text)
+            if name == "engine":
+                reports["asks the host"] = asks_the_host(text)
             if name == "prefill":
                 reports["attention in float32"] = wide_attention(text)
                 without = lowered.compile(compiler_options=CUBLAS).as_text()

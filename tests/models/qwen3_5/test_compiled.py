@@ -50,13 +50,23 @@ def test_the_reader_sees_copies():
 
 def check(name: str, large: list[str]) -> None:
     """A scan's own slices of the stacked weights are copies, one of each weight; decode has no scan."""
-    found = large if name == "decode" else [x for x in large if x.split()[1] != "dynamic-slice"]
+    found = large if name in ("decode", "engine") else [x for x in large if x.split()[1] != "dynamic-slice"]
     assert found == [], f"{name} writes arrays of the size of a weight"
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill"])
+@pytest.mark.parametrize("name", ["decode", "engine", "prefill"])
 def test_nothing_is_copied_for_a_described_h100(described, name):
     check(name, described[name])
+
+
+def test_a_steady_decode_asks_the_host_nothing(described):
+    """What a GPU's loop or branch depends on it sends to the host, and waits: a call would return when its last step has begun."""
+    assert described["asks the host"] == []
+    branch = jax.jit(lambda x: jax.lax.cond(x[0] > 0, jnp.sin, jnp.cos, x)).lower(jnp.ones(64)).compile().as_text()
+    until = jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] < 9, lambda x: 2 * x, x)).lower(jnp.ones(64))
+    fixed = jax.jit(lambda x: jax.lax.fori_loop(0, 9, lambda _, x: jnp.sin(x), x)).lower(jnp.ones(64))
+    assert [len(compiled.asks_the_host(text)) for text in (branch, until.compile().as_text())] == [1, 1]
+    assert compiled.asks_the_host(fixed.compile().as_text()) == []
 
 
 def test_scan_copies_no_weight_where_products_are_cublas(described):
