@@ -94,8 +94,8 @@ class Geometry:
         spec: Any = Pool
         return spec(
             pages=P(None, None, None, context, tensor),
-            state=P(None, None, None, tensor),
-            tail=P(None, None, None, None, tensor),
+            state=_spec(None, None, None, tensor),
+            tail=_spec(None, None, None, None, tensor),
             saved=P(None, None, None, tensor, None, context) if self.slots else None,
             saved_tail=P(None, None, None, None, both) if self.slots else None,
             token=P(),
@@ -126,6 +126,11 @@ class Geometry:
             places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(sharding), is_leaf=is_spec)
         zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
         return jax.jit(zeros, out_shardings=places)()
+
+
+def _spec(*axes: Any) -> P:
+    """As programs return it, P() where nothing is cut: else the first call of each after `empty` would miss jit's fastest path."""
+    return P(*axes) if any(axes) else P()
 
 
 def context_ranks(sharding: Any) -> int:
