@@ -19,6 +19,7 @@ from ring_jax._device import target
 from ring_jax._mesh import axis_names
 from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.models.qwen3_5.sharding import Sharding
+from ring_jax.moe.hopper import dense
 
 _FEW = 8  # rows of a product
 
@@ -42,13 +43,23 @@ class Collectives:
     def product(self, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
         """x [..., D] times w [D, F], wherever the rows of w lie; in `dtype` (default: x's)."""
         dtype = x.dtype if dtype is None else dtype
-        size = x.shape[-1]
-        axes = self._weights_axes() if w.shape[0] != size else ()
-        if not axes or varying_axes(x) & set(axes):
-            return _matmul(x, self.weight(w, 0, size, x), dtype)
+        axes = self._summed_axes(x, w)
+        if not axes:
+            return _matmul(x, self.weight(w, 0, x.shape[-1], x), dtype)
         start = lax.axis_index(axes) * w.shape[0]
         part = lax.dynamic_slice_in_dim(x, start, w.shape[0], x.ndim - 1)
         return lax.psum(_matmul(part, w, jnp.float32), axes).astype(dtype)
+
+    def swiglu(self, x: jax.Array, gate_up: jax.Array) -> jax.Array:
+        """silu(gate) * up of x [..., D] times gate_up [D, 2 F], gate first."""
+        if dense.worthwhile(x, gate_up.shape[1]) and not self._summed_axes(x, gate_up):
+            return dense.swiglu(x, self.weight(gate_up.astype(x.dtype), 0, x.shape[-1], x))
+        return dense.combine(self.product(x, gate_up))
+
+    def _summed_axes(self, x: jax.Array, w: jax.Array) -> tuple[str, ...]:
+        """Those of the weights axis over which w's rows lie and x is the same: parts of the product are summed over them."""
+        axes = self._weights_axes() if w.shape[0] != x.shape[-1] else ()
+        return () if varying_axes(x) & set(axes) else axes
 
     def sum_tensor(self, y: jax.Array) -> jax.Array:
         """The sum over the tensor axis of what its ranks have computed from their heads or features."""

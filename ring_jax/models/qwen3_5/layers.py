@@ -220,8 +220,7 @@ def _by_head(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
 
 
 def _swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array, here: Collectives) -> jax.Array:
-    gate, up = jnp.split(here.product(x, gate_up.reshape(gate_up.shape[0], -1)), 2, axis=-1)
-    return here.product(jax.nn.silu(gate) * up, down)
+    return here.product(here.swiglu(x, gate_up.reshape(gate_up.shape[0], -1)), down)
 
 
 def norm(x: jax.Array, weight: Any, config: Config) -> jax.Array:

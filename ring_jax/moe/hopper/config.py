@@ -23,6 +23,8 @@ class GroupedConfig:
         stages: steps in flight in shared memory.
         warpgroups: compute warpgroups, of 64 rows each.
         swiglu: whether half of the columns are gate, half up, and a tile's result is half as wide.
+        band: tiles of rows that each tile of columns goes through before the next one. Many where experts have many rows: those stay
+            in L2 meanwhile, and weights are read once a band.
         multiprocessors: thread blocks, each walking over several tiles.
     """
 
@@ -32,6 +34,7 @@ class GroupedConfig:
     stages: int = 4
     warpgroups: int = 2
     swiglu: bool = False
+    band: int = 1
     multiprocessors: int = 132
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class GroupedConfig:
             raise ValueError(f"{self.columns=} must be a multiple of {chunk}, at most 256")
         if self.stages < 3:
             raise ValueError(f"{self.stages=} must be at least 3")
+        if self.band < 1:
+            raise ValueError(f"{self.band=} must be positive")
         if self.multiprocessors < 1:
             raise ValueError(f"{self.multiprocessors=} must be positive")
         if self.shared_memory_bytes > SHARED_MEMORY_BYTES:
@@ -102,6 +107,11 @@ def experts_config(rows_per_expert: float, features: int, width: int) -> Experts
     if rows_per_expert > 1:
         return ExpertsConfig(up=GroupedConfig(columns=128, stages=7, swiglu=True, **few), down=down)
     return ExpertsConfig(up=GroupedConfig(columns=64, width=32, stages=10, swiglu=True, **few), down=down)
+
+
+def dense_config(features: int) -> GroupedConfig:
+    """For SwiGLU's product of many rows with weights [width, 2 features] that all of them share."""
+    return GroupedConfig(columns=2 * _widest(features, 128), stages=4, swiglu=True, band=16)
 
 
 def product_config(columns: int) -> GroupedConfig:

@@ -57,6 +57,16 @@ class Plan:
         return cls(order, order // per_token, groups, tiles, jnp.minimum(last[-1:], tile.size), rows)
 
     @classmethod
+    def of_rows(cls, count: int, rows: int) -> "Plan":
+        """Of so many rows of one expert, in order: constants."""
+        first = np.arange(0, count, rows, dtype=np.int32)
+        tiles = np.stack([np.zeros_like(first), first, np.minimum(count - first, rows), np.zeros_like(first)], axis=1)
+        order, groups, tiles, number = (
+            jnp.asarray(np.asarray(a, np.int32)) for a in (np.arange(count), [[0, count]], tiles, [len(tiles)])
+        )
+        return cls(order, order, groups, tiles, number, rows)
+
+    @classmethod
     def of_one_token(cls, experts: jax.Array, count: int, rows: int) -> "Plan":
         """The same for int32 [1, k] distinct experts, for products by rows only: a tile each, and nothing to sort."""
         flat = experts.reshape(-1)

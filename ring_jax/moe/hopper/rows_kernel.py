@@ -8,7 +8,7 @@ Rows are found through the routing: A is gathered from the tokens by cp.async (w
 does), and each result row is copied to its place on its own, so that no array is padded or permuted and groups end anywhere
 (SonicMoE, Guo et al. 2025, arXiv 2512.14080, gathers so, too).
 
-Tiles go expert by expert, and all columns of one tile of rows come first: thread blocks that run side by side share rows
+Tiles go expert by expert, and all columns of one band of tiles of rows come first: thread blocks that run side by side share rows
 and weights in L2. A warpgroup without rows in a tile lets its steps pass. Slots follow from a counter of steps that runs
 through all tiles, and are declared free at first, see `flash.hopper.forward_kernel`.
 """
@@ -107,7 +107,7 @@ def rows_product(
 
     call = compat.kernel(
         functools.partial(kernel, problem),
-        name="grouped_swiglu" if config.swiglu else "grouped_rows",
+        name=("dense" if w.shape[0] == 1 else "grouped") + ("_swiglu" if config.swiglu else "_rows"),
         out_type=tuple(
             compat.output_like((plan.order.shape[0], n), a.dtype, *operands)
             for n in ((width, columns) if keep else (width,))
@@ -135,8 +135,12 @@ def kernel(problem: Problem, a, w, tiles, count, *refs, a_smem, b_smem, staging,
     def item(index):
         """(expert, first row, rows, tile of columns) of this block's tile number `index`."""
         tile = block + index * config.multiprocessors
-        of_rows = lax.div(tile, problem.across)
-        return tiles[of_rows, 0], tiles[of_rows, 1], tiles[of_rows, 2], tile - of_rows * problem.across
+        first = lax.div(tile, config.band * problem.across) * config.band
+        size = jnp.minimum(config.band, count[0] - first)
+        tile = tile - first * problem.across
+        column = lax.div(tile, size)
+        of_rows = first + tile - column * size
+        return tiles[of_rows, 0], tiles[of_rows, 1], tiles[of_rows, 2], column
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute():
