@@ -199,7 +199,9 @@ class _Local:
             active=jnp.where(control.enters, True, pool.active) & control.member,
         )
         shapes = jax.eval_shape(
-            lambda: draw(jnp.zeros((rows, self.structure.config.vocab_size)), pool.position, control.sampling)
+            lambda: draw(
+                jnp.zeros((rows, self.structure.config.vocab_size), jnp.float32), pool.position, control.sampling
+            )
         )
         drawn = jax.tree.map(lambda x: jnp.zeros((self.steps, *x.shape), x.dtype), shapes)
         start = jnp.int32(0), pool, jnp.zeros(rows, jnp.int32), drawn

@@ -119,7 +119,7 @@ class Drawn:
     finite: Bool[Array, " R"]
 
 
-def draw(logits: Float32[Array, "R V"], position: Int[Array, " R"], how: RowSampling, *, easy: bool = False) -> Drawn:
+def draw(logits: Float[Array, "R V"], position: Int[Array, " R"], how: RowSampling, *, easy: bool = False) -> Drawn:
     """Each row's next token, by its own sampling and a key of its own seed and position: rows do not see each other, and a text
     that is computed again is drawn again.
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import ring_jax
 from ring_jax.gdn.backends import select
 from ring_jax.nn import GatedDeltaNet
+from tests.support.hopper import on_hopper
 
 RUNS = jax.__version_info__ >= (0, 11, 2)
 
@@ -17,11 +17,6 @@ def operands(dtype=jnp.bfloat16, time=100, size=64):
     like = jax.ShapeDtypeStruct
     key, rows = like((1, time, 2, size), dtype), like((1, time, 4), jnp.float32)
     return key, key, like((1, time, 4, size), dtype), rows, rows
-
-
-def on_hopper():
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("",), (AxisType.Auto,), abstract_device=device))
 
 
 def test_the_kernel_is_the_default_wherever_it_runs():

@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from ring_jax.moe import MoEWeights, moe
 from ring_jax.moe.backends import select
 from ring_jax.mosaic import compat
+from tests.support.hopper import on_hopper
 
 
 def arrays(dtype=jnp.bfloat16, experts=8, width=128, features=64, tokens=64):
@@ -25,12 +25,6 @@ def arrays(dtype=jnp.bfloat16, experts=8, width=128, features=64, tokens=64):
 
 def chosen(implementation, x, weights):
     return select(implementation, x, weights.gate_up, weights.down).name
-
-
-def on_hopper(ranks=1):
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
-    mesh = AbstractMesh((ranks,), ("expert",), axis_types=(AxisType.Auto,), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def test_the_kernels_are_the_default_wherever_they_run():
@@ -68,6 +62,6 @@ def test_the_kernels_run_on_experts_over_an_axis():
         sharded = jax.shard_map(lambda x, w: call(x, w)[0], in_specs=(P("expert"), spec), out_specs=P("expert"))
         return sharded(x, weights).astype(jnp.float32).sum()
 
-    with on_hopper(ranks=2):
+    with on_hopper(2, "expert"):
         text = jax.jit(jax.grad(loss, (0, 1))).trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text and "all_gather" in text

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P, lax
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AxisType
 
 from ring_jax.moe import layer, moe, ragged
 from ring_jax.moe.exchange import choose_strategy
 from tests.moe.helpers import check, dense, expected, margin, operands, pulled
 from tests.moe.test_expert_parallel import slow, specs, spread
+from tests.support.hopper import on_hopper
 from tests.support.mesh import make_mesh
 from tests.support.numbers import jit
 
@@ -97,8 +98,6 @@ def test_way_with_fewer_bytes():
 @pytest.mark.parametrize("ranks, exchange, sent", [(4, "auto", 1), (2, "ragged", 1), (2, "auto", 0)])
 def test_lowers_for_cuda(ranks, exchange, sent):
     """On GPUs the ragged collective is used where C > k: twice out and once back, and as often for the gradient."""
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    mesh = AbstractMesh((ranks,), ("expert",), axis_types=(AxisType.Auto,), abstract_device=device)
     x, weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), operands(64, 8)[:2])
 
     def loss(x, weights):
@@ -110,7 +109,7 @@ def test_lowers_for_cuda(ranks, exchange, sent):
         text = jax.jit(f).trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
         return text.count("@ragged_all_to_all")
 
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on_hopper(ranks, "expert"):
         assert count(loss) == 3 * sent
         assert exchange != "auto" or not sent or count(jax.grad(loss, argnums=(0, 1))) == 6
 

@@ -386,7 +386,7 @@ def test_a_whole_model_changes_its_mesh(tmp_path, kind):
 KILLED = """
     import os, signal, sys
     import orbax.checkpoint as ocp
-    from tests.models import test_checkpoint as t
+    from tests.training import test_checkpoint as t
     model, optimizer = t.make()
     t.checkpoint.save(sys.argv[1], 1, model, optimizer)
     real = ocp.StandardCheckpointHandler.async_save
@@ -425,7 +425,7 @@ TWO_PROCESSES = """
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-    from tests.models import test_checkpoint as t
+    from tests.training import test_checkpoint as t
     from flax import nnx
     model, optimizer = t.make(t.mesh_of(4, 2))
     t.checkpoint.save(sys.argv[3], 5, model, optimizer, extra={"a": [1, 2]})

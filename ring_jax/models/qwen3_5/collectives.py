@@ -18,8 +18,10 @@ from jax import lax
 from ring_jax._device import target
 from ring_jax._mesh import axis_names
 from ring_jax._vma import pcast_to, varying_axes
+from ring_jax.models.qwen3_5.norm import Normed
 from ring_jax.models.qwen3_5.sharding import Sharding
 from ring_jax.moe.hopper import dense
+from ring_jax.nn.hopper import few_rows
 
 _FEW = 8  # rows of a product
 
@@ -40,8 +42,11 @@ class Collectives:
             w = lax.all_gather(w, axis, axis=dim, tiled=True, to="varying" if axis in varying else "invarying")
         return w
 
-    def product(self, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+    def product(self, x: jax.Array | Normed, w: jax.Array, dtype: Any = None) -> jax.Array:
         """x [..., D] times w [D, F], wherever the rows of w lie; in `dtype` (default: x's)."""
+        if dtype is None and _of_few_rows(x, w):
+            return _few_rows(x, w)
+        x = x.array() if isinstance(x, Normed) else x
         dtype = x.dtype if dtype is None else dtype
         axes = self._summed_axes(x, w)
         if not axes:
@@ -50,8 +55,17 @@ class Collectives:
         part = lax.dynamic_slice_in_dim(x, start, w.shape[0], x.ndim - 1)
         return lax.psum(_matmul(part, w, jnp.float32), axes).astype(dtype)
 
-    def swiglu(self, x: jax.Array, gate_up: jax.Array) -> jax.Array:
+    def add_product(self, total: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+        """total + x [..., D] times w [D, F], summed over the tensor axis, whose ranks have heads or features of their own."""
+        if self.tensor is None and _of_few_rows(x, w):
+            return _few_rows(x, w, added=total.reshape(-1, total.shape[-1]))
+        return total + self.sum_tensor(self.product(x, w))
+
+    def swiglu(self, x: jax.Array | Normed, gate_up: jax.Array) -> jax.Array:
         """silu(gate) * up of x [..., D] times gate_up [D, 2 F], gate first."""
+        if _of_few_rows(x, gate_up, swiglu=True):
+            return _few_rows(x, gate_up, swiglu=True)
+        x = x.array() if isinstance(x, Normed) else x
         if dense.worthwhile(x, gate_up.shape[1]) and not self._summed_axes(x, gate_up):
             return dense.swiglu(x, self.weight(gate_up.astype(x.dtype), 0, x.shape[-1], x))
         return dense.combine(self.product(x, gate_up))
@@ -168,6 +182,19 @@ class Collectives:
             return ()
         used = axis_names(self.sharding.expert) if expert else ()
         return tuple(name for name in axis_names(self.sharding.weights) if name not in used and lax.axis_size(name) > 1)
+
+
+def _of_few_rows(x: jax.Array | Normed, w: jax.Array, *, swiglu: bool = False) -> bool:
+    """Whether one kernel multiplies x with w, whole here, with norm, SwiGLU and sum if there are."""
+    x = x.x if isinstance(x, Normed) else x
+    return w.shape[0] == x.shape[-1] and few_rows.worthwhile(x, w, swiglu=swiglu)
+
+
+def _few_rows(x: jax.Array | Normed, w: jax.Array, **options: Any) -> jax.Array:
+    if isinstance(x, Normed):
+        options["norm"] = few_rows.Norm(x.weight, x.epsilon)
+        x = x.x
+    return few_rows.product(x.reshape(-1, x.shape[-1]), w, **options).reshape(*x.shape[:-1], -1)
 
 
 def _matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:

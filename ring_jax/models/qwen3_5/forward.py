@@ -24,7 +24,7 @@ from ring_jax.layout import Contiguous, Layout, Striped
 from ring_jax.models.qwen3_5.cache import Cache, append, put
 from ring_jax.models.qwen3_5.config import FULL, LINEAR
 from ring_jax.models.qwen3_5.in_place import StatesInPlace
-from ring_jax.models.qwen3_5.layers import norm
+from ring_jax.models.qwen3_5.norm import Normed
 from ring_jax.models.qwen3_5.pass_ import Pass, embed, lay_out, same_tokens
 from ring_jax.models.qwen3_5.past import Chunk, Chunks, Past
 from ring_jax.models.qwen3_5.structure import Structure, head
@@ -289,7 +289,7 @@ def _logits_of(call: Forward, params: Any, here: Pass, x: jax.Array, lengths: ja
 
 
 def next_logits(model: Structure, params: Any, here: Pass, x: jax.Array) -> Array:
-    return here.product(norm(x, params["final_norm"], model.config), head(params), jnp.float32)
+    return here.product(Normed(x, params["final_norm"], model.config.norm_epsilon), head(params), jnp.float32)
 
 
 def _natural(x: Any, here: Pass, seq_axis: int = 1) -> jax.Array:

@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array
 
 from ring_jax import gdn
-from ring_jax.gdn.checks import widened
 from ring_jax.gdn.hopper import decode
 from ring_jax.gdn.hopper.decode import StepWeights
 from ring_jax.gdn.mixer import MixerWeights, mix, projects_own_heads
@@ -26,6 +25,7 @@ from ring_jax.models.qwen3_5.collectives import Collectives
 from ring_jax.models.qwen3_5.config import FULL, Config
 from ring_jax.models.qwen3_5.in_place import InPlace
 from ring_jax.models.qwen3_5.init import stacked
+from ring_jax.models.qwen3_5.norm import Normed, norm
 from ring_jax.models.qwen3_5.pass_ import Pass
 from ring_jax.models.qwen3_5.sharding import (
     EXPERTS,
@@ -50,7 +50,7 @@ class Group(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """x += mixer(norm(x));  x += mlp(norm(x))."""
+    """x += mixer(norm(x));  x += mlp(norm(x)). Mixer and MLP make the norm and the sum, each within its products."""
 
     def __init__(self, config: Config, kind: str, dtype: Any):
         make = functools.partial(stacked, config.groups)
@@ -65,11 +65,10 @@ class Layer(nnx.Module):
         """(x, what the mixer leaves for later passes, router statistics or None).
 
         past: of a GDN layer its cache, of full attention its number among those of the model."""
-        config = self.config
-        mixed, left = self.mixer(norm(x, self.input_norm, config), past, here)
-        x = x + mixed
-        y, stats = self.mlp(norm(x, self.post_norm, config), here, valid)
-        return x + y, left, stats
+        epsilon = self.config.norm_epsilon
+        x, left = self.mixer(Normed(x, self.input_norm[...], epsilon), past, here)
+        x, stats = self.mlp(Normed(x, self.post_norm[...], epsilon), here, valid)
+        return x, left, stats
 
 
 class FullAttention(nnx.Module):
@@ -89,16 +88,16 @@ class FullAttention(nnx.Module):
         self.q_norm = make((size,), (WHOLE,), "zeros", dtype)
         self.k_norm = make((size,), (WHOLE,), "zeros", dtype)
 
-    def __call__(self, x_btd: Array, layer: Any, here: Pass) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, given: Normed, layer: Any, here: Pass) -> tuple[Array, tuple[Array, Array]]:
         config, size = self.config, self.config.head_dim
-        queries, k, v = _by_head(here.product(x_btd, self.in_proj[...]), (self.queries, size, size))
-        q, gate = jnp.split(queries.reshape(*x_btd.shape[:2], -1, 2 * size), 2, axis=-1)
+        queries, k, v = _by_head(here.product(given, self.in_proj[...]), (self.queries, size, size))
+        q, gate = jnp.split(queries.reshape(*given.shape[:2], -1, 2 * size), 2, axis=-1)
         rope = functools.partial(apply_rope, theta=config.rope_theta, rotary_fraction=config.rotary_fraction)
         q = rope(norm(q, self.q_norm, config), here.positions)
         k = rope(norm(k, self.k_norm, config), here.positions)
         out_btnh = here.attend(q, k, v, layer)
-        gated = (out_btnh * jax.nn.sigmoid(gate)).reshape(*x_btd.shape[:2], -1)
-        return here.sum_tensor(here.product(gated, self.o[...])), (k, v)
+        gated = (out_btnh * jax.nn.sigmoid(gate)).reshape(*given.shape[:2], -1)
+        return here.add_product(given.x, gated, self.o[...]), (k, v)
 
 
 class GatedDeltaNet(nnx.Module):
@@ -123,9 +122,10 @@ class GatedDeltaNet(nnx.Module):
         self.norm = make((heads.value_size,), (WHOLE,), "ones", jnp.float32)
         self.o = make((values, width), (REDUCED_HEADS, WHOLE), "rows", dtype)
 
-    def __call__(self, x_btd: Array, cache: gdn.GDNCache | InPlace | None, here: Pass) -> tuple[Array, Any]:
+    def __call__(self, given: Normed, cache: gdn.GDNCache | InPlace | None, here: Pass) -> tuple[Array, Any]:
         if isinstance(cache, InPlace):
-            return self._step(x_btd, cache, here)
+            return self._step(given, cache, here)
+        x_btd = given.array()
         partition, width, heads = here.partition, x_btd.shape[-1], self.config.linear.share(here.tensor_ranks)
         conv = jnp.concatenate([self.conv_q[...], self.conv_k[...], self.conv_v[...]], axis=-1)
         weights: Any = functools.partial(
@@ -144,18 +144,18 @@ class GatedDeltaNet(nnx.Module):
             projected = (jnp.concatenate([q, k, v], axis=-1),), jnp.concatenate([b, a], axis=-1)
             out, cache = mix(weights((), ()), x_btd, cache, partition, projected=projected)
         out = gated_rms_norm(out, gate.reshape(out.shape), self.norm[...], self.config.norm_epsilon)
-        return self._leave(out, here), cache
+        return self._leave(given.x, out, here), cache
 
     def _parts(self, x: Array) -> list[Array]:
         """q, k, v, z, b, a of all heads, each [..., its features]."""
         return [part.reshape(*part.shape[:-2], -1) for part in _by_head(x, self.sizes)]
 
-    def _leave(self, out_btnh: Array, here: Pass) -> Array:
-        return here.sum_tensor(here.product(out_btnh.reshape(*out_btnh.shape[:2], -1), self.o[...]))
+    def _leave(self, x_btd: Array, out_btnh: Array, here: Pass) -> Array:
+        return here.add_product(x_btd, out_btnh.reshape(*out_btnh.shape[:2], -1), self.o[...])
 
-    def _step(self, x_btd: Array, cache: InPlace, here: Pass) -> tuple[Array, tuple[Array, Array]]:
+    def _step(self, given: Normed, cache: InPlace, here: Pass) -> tuple[Array, tuple[Array, Array]]:
         """One token in one kernel between the projections: y, and for `StatesInPlace` all states and this layer's tail."""
-        projected = jnp.concatenate(self._parts(here.product(x_btd, self.in_proj[...])), axis=-1)
+        projected = jnp.concatenate(self._parts(here.product(given, self.in_proj[...])), axis=-1)
         whole = cache.mixer
         conv = whole.conv_q[...], whole.conv_k[...], whole.conv_v[...]
         weights = StepWeights(conv, whole.A_log[...], whole.dt_bias[...], whole.norm[...])
@@ -163,7 +163,7 @@ class GatedDeltaNet(nnx.Module):
         present = None if here.valid is None else here.valid[:, 0]
         options: Any = {"heads": heads, "norm_epsilon": epsilon, "at": cache.at, "present": present}
         out, states, tail = decode.step(projected, cache.states, cache.tails, weights, **options)
-        return self._leave(out, here), (states, tail)
+        return self._leave(given.x, out, here), (states, tail)
 
 
 class MLP(nnx.Module):
@@ -174,8 +174,9 @@ class MLP(nnx.Module):
         self.gate_up = make((width, 2, size), (REDUCED, WHOLE, FEATURES), "pairs", dtype)
         self.down = make((size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
 
-    def __call__(self, x_btd: Array, here: Collectives, valid: Array | None) -> tuple[Array, None]:
-        return here.sum_tensor(_swiglu(x_btd, self.gate_up[...], self.down[...], here)), None
+    def __call__(self, given: Normed, here: Collectives, valid: Array | None) -> tuple[Array, None]:
+        hidden = here.swiglu(given, _side_by_side(self.gate_up[...]))
+        return here.add_product(given.x, hidden, self.down[...]), None
 
 
 class SparseMLP(nnx.Module):
@@ -193,7 +194,8 @@ class SparseMLP(nnx.Module):
         self.shared_down = make((experts.shared_size, width), (REDUCED_FEATURES, WHOLE), "rows", dtype)
         self.shared_gate = make((width,), (WHOLE,), "vector", dtype)
 
-    def __call__(self, x_btd: Array, here: Collectives, valid: Array | None) -> tuple[Array, RouterStats]:
+    def __call__(self, given: Normed, here: Collectives, valid: Array | None) -> tuple[Array, RouterStats]:
+        x_btd = given.array()
         width, experts, dtype = x_btd.shape[-1], self.experts, x_btd.dtype
         gate_up = here.weight(self.gate_up[...].astype(dtype), 1, width, x_btd, expert=True)
         down = here.weight(self.down[...].astype(dtype), 1, gate_up.shape[-1], x_btd, expert=True)
@@ -208,9 +210,10 @@ class SparseMLP(nnx.Module):
             tensor_axis=here.tensor,
             valid=None if valid is None else valid.reshape(-1),
         )
-        shared = here.sum_tensor(_swiglu(x_btd, self.shared_gate_up[...], self.shared_down[...], here))
+        hidden = here.swiglu(x_btd, _side_by_side(self.shared_gate_up[...]))
+        shared = here.sum_tensor(here.product(hidden, self.shared_down[...]))
         gate = jax.nn.sigmoid(jnp.einsum("btd,d->bt", x_btd, self.shared_gate[...].astype(dtype)))[..., None]
-        return routed.reshape(x_btd.shape) + gate * shared, stats
+        return given.x + (routed.reshape(x_btd.shape) + gate * shared), stats
 
 
 def _by_head(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
@@ -219,13 +222,6 @@ def _by_head(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
     return jnp.split(x, list(itertools.accumulate(sizes[:-1])), axis=-1)
 
 
-def _swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array, here: Collectives) -> jax.Array:
-    return here.product(here.swiglu(x, gate_up.reshape(gate_up.shape[0], -1)), down)
-
-
-def norm(x: jax.Array, weight: Any, config: Config) -> jax.Array:
-    """x / rms(x) * (1 + weight), in float32."""
-    wide = widened(x)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)
-    scale = 1 + weight[...].astype(wide.dtype)
-    return (wide * scale.reshape((1,) * (wide.ndim - 1) + scale.shape)).astype(x.dtype)
+def _side_by_side(pairs: jax.Array) -> jax.Array:
+    """[rows here, 2, F] as [rows here, 2 F]."""
+    return pairs.reshape(pairs.shape[0], -1)

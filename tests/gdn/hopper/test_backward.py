@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from ring_jax.gdn import gated_delta_rule
@@ -18,6 +17,7 @@ from ring_jax.mosaic import compat
 from tests.gdn.helpers import check_gradients, jit, operands, relative
 from tests.gdn.hopper.rounded_backward import rounded_backward
 from tests.gdn.hopper.test_forward import ids, inputs, needs_kernel
+from tests.support.hopper import lower
 from tests.support.marks import interpreted
 
 NAMES = ("query", "key", "value", "log_decay", "beta", "state")
@@ -116,12 +116,6 @@ def loss(*arrays):
 gradients = jax.grad(loss, argnums=tuple(range(6)))
 
 
-def lowered(function, *arrays):
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-
-
 KERNELS = ("gated_delta_prepare", "gated_delta_recurrences", "gated_delta_gradients")
 
 
@@ -136,7 +130,7 @@ KERNELS = ("gated_delta_prepare", "gated_delta_recurrences", "gated_delta_gradie
     ids=["128", "grouped", "tiny"],
 )
 def test_lowers(shape, dtype):
-    text = lowered(gradients, *structs(shape, dtype))
+    text = lower(gradients, *structs(shape, dtype)).as_text()
     assert all(name in text for name in KERNELS)
 
 
@@ -145,10 +139,10 @@ def test_lowers(shape, dtype):
 def test_lowers_under(transform):
     arrays = structs((1, 70, 1, 2, 64, 64))
     if transform == "remat":
-        text = lowered(jax.grad(jax.checkpoint(loss), argnums=(0, 5)), *arrays)
+        text = lower(jax.grad(jax.checkpoint(loss), argnums=(0, 5)), *arrays).as_text()
     elif transform == "vmap":
         mapped = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in arrays]
-        text = lowered(jax.vmap(gradients), *mapped)
+        text = lower(jax.vmap(gradients), *mapped).as_text()
     else:
 
         def repeated(query, *others):
@@ -157,7 +151,7 @@ def test_lowers_under(transform):
 
             return jax.lax.scan(body, query, length=2)[0]
 
-        text = lowered(repeated, *arrays)
+        text = lower(repeated, *arrays).as_text()
     # Forward and backward have two and three kernels; those that are mapped over have lost their names.
     assert text.count("custom_call @mosaic_gpu") == 5
 

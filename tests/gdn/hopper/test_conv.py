@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from ring_jax.gdn import causal_convolution
@@ -16,6 +15,7 @@ from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.hopper import conv
 from ring_jax.mosaic import compat
 from tests.gdn.helpers import relative
+from tests.support.hopper import lower, on_hopper
 from tests.support.marks import interpreted, needs_in_place
 
 SMALL = Heads(8, 16, 64, 64)  # 512 features each in q and k: one block of channels
@@ -150,12 +150,6 @@ def test_interpreted_forward_without_documents():
 # Lowering for CUDA, on the CPU.
 
 
-def lower(function, *arguments):
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
 def structs(batch, time, heads, dtype, joint=True, tail=True, ids=True):
     def shapes(*leading):
         each = [jax.ShapeDtypeStruct((*leading, n), dtype) for n in ((heads.features,) if joint else heads.parts)]
@@ -182,7 +176,7 @@ def loss(heads, mixed, weight, tail, ids):
 )
 def test_lowers(heads, dtype, joint, plain):
     arguments = structs(2, 1001, heads, dtype, joint, tail=not plain, ids=not plain)
-    text = lower(jax.grad(functools.partial(loss, heads), argnums=(0, 1)), *arguments)
+    text = lower(jax.grad(functools.partial(loss, heads), argnums=(0, 1)), *arguments).as_text()
     assert text.count("custom_call @mosaic_gpu") == 2
 
 
@@ -200,7 +194,9 @@ def test_lowers_inside_shard_map():
             mixed, weight, tail, ids
         )
 
-    text = lower(jax.grad(sharded, argnums=(0, 1)), *structs(2, 64, SMALL, jnp.bfloat16))
+    traced = jax.jit(jax.grad(sharded, argnums=(0, 1))).trace
+    with on_hopper(axis=None):
+        text = traced(*structs(2, 64, SMALL, jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 2
     assert text.count("all_reduce") == 1
 

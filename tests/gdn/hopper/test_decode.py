@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from ring_jax.gdn import causal_convolution, gated_delta_rule
 from ring_jax.gdn.convolved import l2_normalize
@@ -17,6 +16,7 @@ from ring_jax.gdn.hopper.decode import DecodeConfig
 from ring_jax.mosaic import compat
 from ring_jax.nn.gdn import gated_rms_norm
 from tests.gdn.helpers import BOUND, numpy_rule, operands, relative
+from tests.support.hopper import lower
 from tests.support.marks import interpreted, needs_in_place
 
 WIDTH = 4
@@ -164,13 +164,6 @@ def test_interpreted_rule(decay):
 # Lowering for CUDA, on the CPU.
 
 
-def lower(function, *arguments, donate=()):
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
 CONFIGS = [
     (True, DecodeConfig(columns=32, warpgroups=4)),
     (True, DecodeConfig(columns=64, warpgroups=2)),
@@ -192,7 +185,7 @@ def test_lowers_step(gated, config):
         projected, weights = packed(heads, mixed, ba, rest)
         return decode.step(projected, state, tail, weights, heads=heads, config=config)
 
-    text = lower(run, *arrays, rest, donate=(2,))
+    text = lower(run, *arrays, rest, donate=(2,)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
     assert text.count("output_operand_alias<") == 1
 
@@ -211,7 +204,7 @@ def test_layers_share_kernels():
             found.append((out, leaving))
         return found, states
 
-    text = lower(run, mixed, ba, state, tail, rest, donate=(2,))
+    text = lower(run, mixed, ba, state, tail, rest, donate=(2,)).as_text()
     # States as they came in and as a layer left them differ in their types, by which jax tells programs apart.
     assert text.count("custom_call @mosaic_gpu") <= 2 and text.count(" call @_launch") == 3
 
@@ -228,7 +221,7 @@ def test_lowers_rule(key_size, value_size):
     values = jax.ShapeDtypeStruct((batch, time, heads, value_size), jnp.float16)
     per_head = jax.ShapeDtypeStruct((batch, time, heads), jnp.float32)
     state = jax.ShapeDtypeStruct((batch, heads, key_size, value_size), jnp.float32)
-    text = lower(run, keys, keys, values, per_head, per_head, state)
+    text = lower(run, keys, keys, values, per_head, per_head, state).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from ring_jax.gdn.chunked import chunked
@@ -16,6 +15,7 @@ from ring_jax.gdn.segments import blank_padding
 from ring_jax.mosaic import compat
 from tests.gdn.helpers import numpy_rule, operands, relative
 from tests.gdn.hopper.rounded import rounded_forward
+from tests.support.hopper import on_hopper
 from tests.support.marks import interpreted
 
 WIDE = ForwardConfig(state_warpgroups=2, state_registers=200, scores_registers=88, pipelined=False)
@@ -80,8 +80,7 @@ def lower(shape, dtype=jnp.bfloat16, *, initial=True, documents=False, function=
     if documents:
         extra["segment_ids"] = struct((batch, time), jnp.int32)
     call = jax.jit(functools.partial(function, scale=0.1, **options))
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    with on_hopper():
         return call.trace(*arrays, **extra).lower(lowering_platforms=("cuda",)).as_text()
 
 

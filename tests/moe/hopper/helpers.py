@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 EVEN, SKEWED, ONE_EXPERT, LONELY = "even", "skewed", "one expert", "one row"
 
@@ -54,10 +53,3 @@ def _exact(x, gate_up, down, weights, experts, dtype):
 
 def exact(x, gate_up, down, weights, experts, dtype=jnp.float32):
     return _exact(x, gate_up, down, weights, experts, dtype)
-
-
-def lower(function, *shapes):
-    """Lowered for CUDA on a Hopper GPU, wherever this runs."""
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=device)):
-        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))

@@ -14,8 +14,9 @@ from ring_jax.moe.hopper.outer_kernel import outer_product
 from ring_jax.moe.hopper.plan import Plan
 from ring_jax.moe.hopper.rows_kernel import rows_product
 from ring_jax.mosaic import compat
-from tests.moe.hopper.helpers import EVEN, LONELY, ONE_EXPERT, SKEWED, exact, lower, operands
+from tests.moe.hopper.helpers import EVEN, LONELY, ONE_EXPERT, SKEWED, exact, operands
 from tests.moe.hopper.test_forward import LAYERS, shapes
+from tests.support.hopper import lower
 from tests.support.marks import interpreted
 from tests.support.numbers import relative
 

@@ -11,7 +11,7 @@ from ring_jax.moe.hopper import dense
 from ring_jax.moe.hopper.config import SHARED_MEMORY_BYTES, GroupedConfig, dense_config
 from ring_jax.moe.hopper.plan import Plan
 from ring_jax.mosaic import compat
-from tests.moe.hopper.helpers import lower
+from tests.support.hopper import lower
 from tests.support.marks import interpreted
 from tests.support.numbers import relative
 

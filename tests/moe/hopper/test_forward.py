@@ -13,7 +13,8 @@ from ring_jax.moe.hopper.config import SHARED_MEMORY_BYTES, ExpertsConfig, Group
 from ring_jax.moe.hopper.plan import Plan
 from ring_jax.moe.hopper.rows_kernel import rows_product
 from ring_jax.mosaic import compat
-from tests.moe.hopper.helpers import EVEN, LONELY, ONE_EXPERT, SKEWED, exact, lower, operands
+from tests.moe.hopper.helpers import EVEN, LONELY, ONE_EXPERT, SKEWED, exact, operands
+from tests.support.hopper import lower
 from tests.support.marks import interpreted
 from tests.support.numbers import relative
 

@@ -8,7 +8,7 @@ from jax import lax
 
 from ring_jax.moe.hopper.top_k import top_k, unsupported_reason, worthwhile
 from ring_jax.mosaic import compat
-from tests.moe.hopper.helpers import lower
+from tests.support.hopper import lower
 from tests.support.marks import interpreted
 
 
