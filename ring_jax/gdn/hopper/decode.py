@@ -29,16 +29,27 @@ class DecodeConfig:
     Attributes:
         columns: of the state [dk, dv] that a warpgroup holds in registers: 32, 64 or 128.
         warpgroups: of a program. Where the output norm is fused, they must hold a whole head.
+        slots: states in shared memory of a program that walks over heads, at least 3; 0 for programs with one head each. A warpgroup
+            must hold a whole head.
+        walkers: such programs; one fits on a multiprocessor.
     """
 
     columns: int
     warpgroups: int
+    slots: int = 0
+    walkers: int = MULTIPROCESSORS
 
     def __post_init__(self):
         if self.columns not in (32, 64, 128):
             raise ValueError(f"{self.columns=} must be 32, 64 or 128")
         if self.warpgroups not in (1, 2, 4):
             raise ValueError(f"{self.warpgroups=} must be 1, 2 or 4")
+        if self.slots not in (0, 3, 4, 5, 6):
+            raise ValueError(f"{self.slots=} must be 0 or from 3 to 6")
+        if self.walkers < 1:
+            raise ValueError(f"{self.walkers=} must be positive")
+        if self.slots and self.warpgroups > 1:
+            raise ValueError(f"a program that walks over heads has one warpgroup, got {self.warpgroups=}")
 
 
 def decode_config(batch: int, value_heads: int, dk: int, dv: int, whole_heads: bool) -> DecodeConfig:
@@ -46,11 +57,13 @@ def decode_config(batch: int, value_heads: int, dk: int, dv: int, whole_heads: b
 
     Chosen on one H200 (head size 128, 16 / 32 heads, one token, jax 0.11.2, 2026-11-26), microseconds for batch 1, 32, 128.
     Everything fused: a head in one warpgroup 4.6, 38.7, 142; in two 4.7, 44.9, 175; in four 5.6, 52.4, 193. Without the output
-    norm a quarter of a head in a program takes 3.3, 45.8, 173.
+    norm a quarter of a head in a program takes 3.3, 45.8, 173. Walking over heads, from four a multiprocessor on, is not timed yet.
     """
-    if whole_heads or batch * value_heads >= 4 * MULTIPROCESSORS:
+    many = batch * value_heads >= 4 * MULTIPROCESSORS
+    if whole_heads or many:
         columns = min(dv, STATE_REGISTERS * 128 // dk)
-        return DecodeConfig(columns=columns, warpgroups=dv // columns)
+        slots = 3 if many and columns == dv else 0
+        return DecodeConfig(columns=columns, warpgroups=dv // columns, slots=slots)
     return DecodeConfig(columns=32, warpgroups=1)
 
 
@@ -111,7 +124,10 @@ def recurrent(
     _refuse(unsupported_reason(time, dk, dv, query, key, value, log_decay, beta))
     config = config or decode_config(batch, heads, dk, dv, whole_heads=False)
     _check_config(config, dv, whole_heads=False)
-    problem = Problem(batch, time, key_heads, heads, dk, dv, config.columns, config.warpgroups, scale, None, None)
+    problem = Problem(
+        batch, time, key_heads, heads, dk, dv, config.columns, config.warpgroups, scale, None, None,
+        slots=config.slots, walkers=config.walkers,
+    )  # fmt: skip
     operands = (query, key, value, log_decay, beta)
     out, state = _launch(problem, operands, initial_state[None])
     return out, state[0]
@@ -174,6 +190,8 @@ def step(
         width=weights.conv[0].shape[-2],
         norm_epsilon=norm_epsilon if gated else None,
         stacked=at is not None,
+        slots=config.slots,
+        walkers=config.walkers,
     )
     if present is not None:
         check_array("present", present, "B", {"B": batch}, kind="bool")
@@ -222,9 +240,9 @@ def _refuse(reason: str | None) -> None:
 
 
 def _check_config(config: DecodeConfig, dv: int, whole_heads: bool) -> None:
-    held = config.columns * config.warpgroups
+    held, whole_heads = config.columns * config.warpgroups, whole_heads or config.slots > 0
     if dv % held or (whole_heads and dv != held):
-        raise ValueError(f"{config} does not fit a value head of {dv}" + (" with its norm" if whole_heads else ""))
+        raise ValueError(f"{config} does not fit a value head of {dv}" + (" as a whole" if whole_heads else ""))
 
 
 def _check_step(heads: Heads, projected, states, operands, at) -> None:

@@ -13,6 +13,9 @@ columns, so that sums over dk need shuffles alone.
 The convolution of q and k is made one channel a thread and handed over through shared memory; every warpgroup makes its own.
 The leaving tail goes to an array of its own, since other programs still read the one that came in. With a gate z, the program
 holds a whole head and ends with y = weight o / rms(o) silu(z).
+
+Programs that load, compute and store in step leave memory idle in between. So where there are many heads, a program *walks* over
+several: their states come to `slots` in shared memory by TMA, two ahead, and go back from there.
 """
 
 import dataclasses
@@ -43,6 +46,7 @@ class Problem:
         width: of the convolution, where the operands are projections.
         norm_epsilon: None for no gate and no output norm.
         stacked: whether an operand (layer, group) says whose states and tail, and whose weights, of all these are.
+        slots: for the states of a program that walks over heads, 0 where each program has one. walkers: such programs.
     """
 
     batch: int
@@ -57,6 +61,8 @@ class Problem:
     width: int | None
     norm_epsilon: float | None
     stacked: bool = False
+    slots: int = 0
+    walkers: int = 0
 
     @property
     def features(self) -> int:
@@ -64,8 +70,13 @@ class Problem:
         return 2 * self.key_heads * self.dk + self.value_heads * self.dv
 
     @property
-    def programs(self) -> int:
+    def items(self) -> int:
+        """Heads of rows of a batch, or parts of them."""
         return self.batch * self.value_heads * self.dv // (self.columns * self.warpgroups)
+
+    @property
+    def programs(self) -> int:
+        return min(self.items, self.walkers) if self.slots else self.items
 
 
 def _tiled(tiling, warp_dims, lane_dims) -> Any:
@@ -112,12 +123,12 @@ def softplus(x: jax.Array) -> jax.Array:
 
 
 class _Head:
-    """What one warpgroup of a program works on."""
+    """What one warpgroup of a program works on: one of `Problem.items`."""
 
-    def __init__(self, problem: Problem):
-        program, self.warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    def __init__(self, problem: Problem, item):
+        self.warpgroup = lax.axis_index("warpgroup")
         slices = problem.dv // (problem.columns * problem.warpgroups)
-        part, rest = lax.rem(program, slices), lax.div(program, slices)
+        part, rest = lax.rem(item, slices), lax.div(item, slices)
         self.problem, self.batch = problem, lax.div(rest, problem.value_heads)
         self.head = lax.rem(rest, problem.value_heads)
         self.group = problem.value_heads // problem.key_heads
@@ -247,47 +258,97 @@ class _Projected:
         return q, k, self.values[t], g, sigmoid(b)
 
 
-def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None) -> None:
+def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None, slots=None, loaded=None) -> None:
     """refs: the operands; the output norm's weight where there is a gate; (layer, group) where they are an operand; the states;
     out, and the leaving tail of projected operands."""
-    head = _Head(problem)
-    *inputs, state_ref, out_ref = refs if problem.width is None else refs[:-1]
+    *inputs, states_ref, out_ref = refs if problem.width is None else refs[:-1]
     layer = group = 0
     if problem.stacked:
         *inputs, at_ref = inputs
-        sizes = state_ref.shape[0], inputs[-1].shape[0]
+        sizes = states_ref.shape[0], inputs[-1].shape[0]
         layer, group = (lax.max(lax.min(at_ref[i], size - 1), 0) for i, size in enumerate(sizes))
-    operands: Any
-    norm_ref = None
-    if problem.width is None:
-        operands = _Given(head, inputs)
+
+    def one(item, load, store):
+        """Moves on one item's state, which `load` gives and `store` takes."""
+        head, rest = _Head(problem, item), inputs
+        operands: Any
+        norm_ref = None
+        if problem.width is None:
+            operands = _Given(head, rest)
+        else:
+            if problem.norm_epsilon is not None:
+                *rest, norm_ref = rest
+                norm_ref = norm_ref.at[group]
+            operands = _Projected(head, rest, layer, group, refs[-1])
+        state_ref = states_ref.at[layer, head.batch, head.head, :, head.columns]
+        state = load(state_ref, head.layout) if slots is None else None
+        operands.load()
+        gate = None if norm_ref is None else _OutputNorm(head, operands.z, norm_ref)
+        operands.prepare(qk_smem)
+        state = load(state_ref, head.layout) if state is None else state
+        state, outs = _tokens(head, operands, state)
+        store(state_ref, state)
+        if gate is not None:
+            outs = gate.apply(outs, o_smem, o_full)
+        for t, out in enumerate(outs):
+            compat.store(out_ref.at[head.batch, t, head.head, head.columns], out.astype(out_ref.dtype))
+
+    if slots is None:
+        one(lax.axis_index("program"), compat.load, compat.store)
     else:
-        if problem.norm_epsilon is not None:
-            *inputs, norm_ref = inputs
-            norm_ref = norm_ref.at[group]
-        operands = _Projected(head, inputs, layer, group, refs[-1])
-    state_ref = state_ref.at[layer, head.batch, head.head, :, head.columns]
-    state = compat.load(state_ref, head.layout)
-    operands.load()
-    gate = None if norm_ref is None else _OutputNorm(head, operands.z, norm_ref)
-    operands.prepare(qk_smem)
+        _walk(problem, one, states_ref.at[layer], slots, loaded)
+
+
+def _tokens(head: _Head, operands: Any, state: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """The state after all tokens, and what each reads."""
     outs = []
-    for t in range(problem.time):
+    for t in range(head.problem.time):
         q, k, v, g, beta = operands.token(t)
         slow = g > SLOW
         change = jnp.where(slow, expm1(lax.max(g, SLOW)), jnp.exp(g))
         state = state * change + state * jnp.where(slow, 1.0, 0.0)
-        q, key = q * problem.scale, head.over_rows(k)
+        q, key = q * head.problem.scale, head.over_rows(k)
         read_k = jnp.sum(state * key, axis=0)
         read_q = jnp.sum(state * head.over_rows(q), axis=0)
         u = beta * (v - read_k)
         outs.append(read_q + jnp.sum(k * q) * u)
         state = state + key * head.over_columns(u)
-    compat.store(state_ref, state)
-    if gate is not None:
-        outs = gate.apply(outs, o_smem, o_full)
-    for t, out in enumerate(outs):
-        compat.store(out_ref.at[head.batch, t, head.head, head.columns], out.astype(out_ref.dtype))
+    return state, outs
+
+
+def _walk(problem: Problem, one: Any, states_ref: Any, slots: Any, loaded: Any) -> None:
+    """Every `programs`-th item: whole heads, a warpgroup each. States come `slots` - 1 ahead."""
+    program, ahead = lax.axis_index("program"), problem.slots - 1
+    rounds = lax.div(problem.items - program + problem.programs - 1, problem.programs)
+
+    def fetch(i):
+        @pl.when(i < rounds)
+        def _():
+            item, slot = program + i * problem.programs, lax.rem(i, problem.slots)
+            source = states_ref.at[lax.div(item, problem.value_heads), lax.rem(item, problem.value_heads)]
+            plgpu.copy_gmem_to_smem(source, slots.at[slot], loaded.at[slot])
+
+    for i in range(ahead):
+        fetch(jnp.int32(i))
+
+    @pl.loop(0, rounds)
+    def _(i):
+        slot = lax.rem(i, problem.slots)
+
+        def load(_, layout):
+            plgpu.barrier_wait(loaded.at[slot])
+            return compat.load(slots.at[slot], layout)
+
+        def store(state_ref, state):
+            compat.store(slots.at[slot], state)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(slots.at[slot], state_ref)
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the state before has left: its slot is free
+            fetch(i + ahead)
+
+        one(program + i * problem.programs, load, store)
+
+    plgpu.wait_smem_to_gmem(0)
 
 
 class _OutputNorm:
@@ -322,6 +383,9 @@ class _OutputNorm:
 def scratch(problem: Problem) -> dict[str, Any]:
     """Shared memory of a program."""
     found: dict[str, Any] = {}
+    if problem.slots:
+        found["slots"] = plgpu.SMEM((problem.slots, problem.dk, problem.dv), jnp.float32)
+        found["loaded"] = plgpu.Barrier(num_barriers=problem.slots)
     if problem.width is not None:
         found["qk_smem"] = plgpu.SMEM((problem.warpgroups, problem.time, 2, problem.dk), jnp.float32)
     if problem.norm_epsilon is not None:

@@ -140,11 +140,18 @@ def check_rule(seed, batch, time, key_heads, value_heads, size, dtype, decay, co
 @interpreted
 @pytest.mark.parametrize(
     ("gated", "config", "layers"),
-    [(True, None, 2), (True, DecodeConfig(columns=64, warpgroups=1), None), (False, None, 2)],
+    [
+        (True, None, 2),
+        (True, DecodeConfig(columns=64, warpgroups=1), None),
+        (False, None, 2),
+        (True, DecodeConfig(columns=64, warpgroups=1, slots=3, walkers=2), 2),
+        (False, DecodeConfig(columns=64, warpgroups=1, slots=4, walkers=1), None),
+    ],
 )
 def test_interpreted_step(gated, config, layers):
     with compat.interpret_mode():
-        check_step(1, 2, 2, Heads(1, 2, 64, 64), jnp.float32, gated, config, layers)
+        batch = 2 if config is None or not config.slots else 3  # six heads: one walker has six, two have three each
+        check_step(1, batch, 2, Heads(1, 2, 64, 64), jnp.float32, gated, config, layers)
 
 
 @interpreted
@@ -170,6 +177,8 @@ CONFIGS = [
     (True, DecodeConfig(columns=128, warpgroups=1)),
     (False, DecodeConfig(columns=32, warpgroups=1)),
     (False, DecodeConfig(columns=64, warpgroups=1)),
+    (True, DecodeConfig(columns=128, warpgroups=1, slots=3)),
+    (False, DecodeConfig(columns=128, warpgroups=1, slots=3)),
 ]
 
 
@@ -270,7 +279,7 @@ def test_errors():
         step(projected, state, tail, weights._replace(norm=None))
     with pytest.raises(ValueError, match="state must be float32"):
         step(projected, state.astype(jnp.bfloat16), tail, weights)
-    with pytest.raises(ValueError, match="does not fit a value head of 64 with its norm"):
+    with pytest.raises(ValueError, match="does not fit a value head of 64 as a whole"):
         step(projected, state, tail, weights, config=DecodeConfig(columns=32, warpgroups=1))
     with pytest.raises(ValueError, match="one of 1 layers and one of 1 groups, got \\(1, 0\\)"):
         stacked = jax.tree.map(lambda x: x[None], (state, tail, weights))
