@@ -24,6 +24,7 @@ from jax import lax
 from ring_jax._hardware import H100
 from ring_jax.bench.attention import environment
 from ring_jax.bench.trace import device_times
+from ring_jax.models.qwen3_5.collectives import Collectives
 from ring_jax.moe import MoEWeights, moe, route
 from ring_jax.moe.hopper import backend
 from ring_jax.moe.hopper.config import ExpertsConfig, GroupedConfig
@@ -75,8 +76,9 @@ def in_mosaic(x, weights: MoEWeights, per_token: int) -> jax.Array:
 
 def shared(x, weights: MoEWeights) -> jax.Array:
     """The gated shared expert, as models have it beside the routed ones."""
-    gate, up = jnp.split(x @ weights.gate_up[0].reshape(x.shape[1], -1), 2, axis=-1)
-    return jax.nn.sigmoid(x @ weights.router[:, 0])[:, None] * ((jax.nn.silu(gate) * up) @ weights.down[0])
+    alone = Collectives(None)
+    hidden = alone.swiglu(x, weights.gate_up[0].reshape(x.shape[1], -1))
+    return jax.nn.sigmoid(x @ weights.router[:, 0])[:, None] * alone.product(hidden, weights.down[0])
 
 
 def layer(case: Case, experts: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
