@@ -92,11 +92,10 @@ class StatePassing(Stay):
         operands = query, key, value, log_decay, beta
         check_operands(*operands, initial_state, self.segment_ids)
         chunks, batch = self.chunks, key.shape[0]
-        if initial_state is None:
-            shape = (batch, value.shape[2], key.shape[3], value.shape[3])
-            initial_state = jnp.zeros(shape, state_dtype(*operands))
         if 0 in value.shape:
-            return jnp.zeros_like(value), initial_state
+            shape = (batch, value.shape[2], key.shape[3], value.shape[3])
+            zeros = jnp.zeros(shape, state_dtype(*operands))
+            return jnp.zeros_like(value), zeros if initial_state is None else initial_state
         rows = [_merge(chunks.split(x)) for x in segments.blank_padding(self.segment_ids, *operands)]
         ids = None if self.segment_ids is None else _merge(chunks.split(self.segment_ids))
         maps = self._transition(implementation, rows, ids)

@@ -90,14 +90,14 @@ class Chunks:
         return lax.psum(jnp.where(mine, x[-1], jnp.zeros_like(x[-1])), self.axis)
 
     def entering(
-        self, transition: jax.Array, update: jax.Array, initial: jax.Array, gather: bool | None = None
+        self, transition: jax.Array, update: jax.Array, initial: jax.Array | None, gather: bool | None = None
     ) -> jax.Array:
         """The state that enters each chunk.
 
         Args:
             transition: M, chunked [folds, B, N, dk, dk], float32.
             update: B, chunked [folds, B, N, dk, dv]: what the chunk makes of a state of zero.
-            initial: the state before the sequence, [B, N, dk, dv], the same on all ranks.
+            initial: the state before the sequence, [B, N, dk, dv], the same on all ranks; None for zeros.
             gather: gather all pairs instead of scanning; default: for up to GATHER_RANKS ranks.
 
         Returns:
@@ -108,6 +108,7 @@ class Chunks:
         transition, update, initial = align(transition, update, initial)
         if gather:
             return self._entering_by_gather(transition, update, initial)
+        initial = jnp.zeros_like(update[0]) if initial is None else initial
         first, total = self._scan(transition[0], update[0], initial, self.up, 0)
         if self.folds == 1:
             return first[None]
@@ -137,15 +138,16 @@ class Chunks:
             by *= 2
         return jnp.where(begins, initial, shift(update)), update
 
-    def _entering_by_gather(self, transition: jax.Array, update: jax.Array, initial: jax.Array) -> jax.Array:
+    def _entering_by_gather(self, transition: jax.Array, update: jax.Array, initial: jax.Array | None) -> jax.Array:
         dv = update.shape[-1]
         # [C, folds, ...]; tiled, see `Shard.gather`.
         pairs = lax.all_gather(jnp.concatenate([update, transition], axis=-1)[None], self.axis, axis=0, tiled=True)
         in_order = pairs[:, 0] if self.folds == 1 else jnp.concatenate([pairs[:, 0], pairs[::-1, 1]])
-        state, states = initial, []
-        for pair in in_order:
-            states.append(state)
-            state = _apply(pair[..., dv:], state) + pair[..., :dv]
+        states = [jnp.zeros_like(update[0]) if initial is None else initial]
+        for pair in in_order[:-1]:
+            made, through = pair[..., :dv], pair[..., dv:]
+            begins = initial is None and len(states) == 1  # what a state of zero becomes
+            states.append(made if begins else _apply(through, states[-1]) + made)
         return jnp.take(jnp.stack(states), self.starts() // max(self.size, 1), axis=0, mode="clip")
 
 

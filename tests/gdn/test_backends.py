@@ -1,5 +1,7 @@
 """Which backend computes the gated delta rule, and that it is the one which runs, also in a layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -66,3 +68,14 @@ def test_a_layer_in_16_bits_runs_the_kernel():
             call.trace(jax.ShapeDtypeStruct((1, 100, 32), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
         )
     assert "mosaic_gpu" in text
+
+
+@pytest.mark.skipif(not RUNS, reason="the kernels need jax 0.11.2 or later")
+def test_chunks_are_prepared_once():
+    """Passing states, a chunk's transition and the rule itself want the same inverses: one program text, which XLA merges."""
+    with on_hopper(2, "context"):
+        context = ring_jax.ContextParallel("context", layout="zigzag", mesh=jax.sharding.get_abstract_mesh())
+        call = functools.partial(ring_jax.gated_delta_rule, context=context, strategy="state")
+        text = jax.jit(call).trace(*operands(time=1024)).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 3, "preparation, transition, rule"
+    assert text.count("call @prepare") == 2

@@ -9,8 +9,10 @@ keys are alike.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
@@ -65,6 +67,8 @@ def row_index():
     return plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=_ROWS)
 
 
+# Where a transition and the rule ask for the same (state passing), they are one program text, of which XLA keeps one.
+@functools.partial(jax.jit, static_argnums=0)
 def prepare(problem: Problem, key, rows, starts):
     """T [B, N, chunks, 64, 64] in the dtype of the keys, and `gates`."""
     heads = problem.key_heads * problem.group
