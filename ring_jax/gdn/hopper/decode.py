@@ -124,10 +124,8 @@ def recurrent(
     _refuse(unsupported_reason(time, dk, dv, query, key, value, log_decay, beta))
     config = config or decode_config(batch, heads, dk, dv, whole_heads=False)
     _check_config(config, dv, whole_heads=False)
-    problem = Problem(
-        batch, time, key_heads, heads, dk, dv, config.columns, config.warpgroups, scale, None, None,
-        slots=config.slots, walkers=config.walkers,
-    )  # fmt: skip
+    sizes = dict(batch=batch, time=time, key_heads=key_heads, value_heads=heads, dk=dk, dv=dv)
+    problem = Problem(**sizes, scale=scale, width=None, norm_epsilon=None, **dataclasses.asdict(config))
     operands = (query, key, value, log_decay, beta)
     out, state = _launch(problem, operands, initial_state[None])
     return out, state[0]
@@ -184,14 +182,11 @@ def step(
         value_heads=n,
         dk=dk,
         dv=dv,
-        columns=config.columns,
-        warpgroups=config.warpgroups,
         scale=dk**-0.5 if scale is None else scale,
         width=weights.conv[0].shape[-2],
         norm_epsilon=norm_epsilon if gated else None,
         stacked=at is not None,
-        slots=config.slots,
-        walkers=config.walkers,
+        **dataclasses.asdict(config),
     )
     if present is not None:
         check_array("present", present, "B", {"B": batch}, kind="bool")
