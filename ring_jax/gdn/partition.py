@@ -205,20 +205,25 @@ class BatchSplit(OneDevice):
 
     Fields:
         shard: how the sequence lies outside. batch: rows outside; where they do not divide, rows of padding are added.
+        documents: whether segment ids were given; without, they only mark rows of padding.
     """
 
     shard: Shard = dataclasses.field(kw_only=True)
     batch: int = dataclasses.field(kw_only=True)
+    documents: bool = dataclasses.field(kw_only=True)
 
     @classmethod
     def of(cls, shard: Shard, batch: int, local_length: int, natural_ids: jax.Array | None) -> "BatchSplit":
         """natural_ids: of whole rows, [B, T], the same on all ranks."""
-        padded = -(-batch // shard.ranks) * shard.ranks
+        padded, documents = -(-batch // shard.ranks) * shard.ranks, natural_ids is not None
         if natural_ids is None and padded != batch:
             natural_ids = jnp.zeros((batch, local_length * shard.ranks), jnp.int32)
         if natural_ids is not None:
             natural_ids = _own_rows(_pad_rows(natural_ids, padded, segments.PADDING), shard)
-        return cls(natural_ids, shard=shard, batch=batch)
+        return cls(natural_ids, shard=shard, batch=batch, documents=documents)
+
+    def edge_segments(self) -> Any:
+        return super().edge_segments() if self.documents else None
 
     @property
     def padded(self) -> int:
