@@ -24,12 +24,12 @@ from ring_jax._hardware import H100
 from ring_jax.bench.attention import environment
 from ring_jax.bench.trace import device_times
 from ring_jax.models.qwen3_5 import COMPILER_OPTIONS, PRESETS, Config
-from ring_jax.models.qwen3_5.norm import Normed
 from ring_jax.moe.hopper import dense
 from ring_jax.moe.hopper.config import GroupedConfig
 from ring_jax.mosaic.device import hopper_reason
 from ring_jax.nn.hopper import few_rows
-from ring_jax.nn.hopper.few_rows import FewRowsConfig, Norm
+from ring_jax.nn.hopper.config import FewRowsConfig
+from ring_jax.nn.norm import Normed
 
 _BYTES = 400 << 20  # of weights: eight times a Hopper GPU's L2
 _EPSILON = 1e-6
@@ -106,9 +106,8 @@ def in_kernel(
 ) -> jax.Array:
     if not case.few:
         return dense.swiglu(x, w) if config is None else dense.run(x, w, config=config)
-    norm = Norm(weight, _EPSILON) if case.normed else None
-    total = None if case.normed else added
-    return few_rows.product(x, w, norm=norm, swiglu=case.swiglu, added=total, config=config)
+    given, total = (Normed(x, weight, _EPSILON), None) if case.normed else (x, added)
+    return few_rows.product(given, w, swiglu=case.swiglu, added=total, config=config)
 
 
 def tuned_forms(case: Case) -> dict[str, Form]:

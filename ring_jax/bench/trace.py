@@ -24,7 +24,9 @@ _KINDS = {
     "attention": re.compile(r"attention|fmha|flash", re.IGNORECASE),
     "gated delta rule": re.compile(r"delta|gdn", re.IGNORECASE),
     "experts": re.compile(r"expert|moe|grouped", re.IGNORECASE),
-    "matrix products": re.compile(r"dense_|gemm|nvjet|cutlass|cublas|splitk|matmul|dot|triton_nested", re.IGNORECASE),
+    "matrix products": re.compile(
+        r"dense_|few_rows|gemm|nvjet|cutlass|cublas|splitk|matmul|dot|triton_nested", re.IGNORECASE
+    ),
     "copies": re.compile(r"memcpy|memset|copy|slice|concatenate|transpose|pad_fusion", re.IGNORECASE),
     "reductions": re.compile(r"reduce|softmax", re.IGNORECASE),
     "other fusions": re.compile(r"fusion|wrapped", re.IGNORECASE),

@@ -198,6 +198,7 @@ class _Local:
             position=jnp.where(control.enters, control.position, pool.position),
             active=jnp.where(control.enters, True, pool.active) & control.member,
         )
+        pool = pool if steady else self._begun(pool, control)
         shapes = jax.eval_shape(
             lambda: draw(
                 jnp.zeros((rows, self.structure.config.vocab_size), jnp.float32), pool.position, control.sampling
@@ -207,7 +208,8 @@ class _Local:
         start = jnp.int32(0), pool, jnp.zeros(rows, jnp.int32), drawn
 
         def going(state: Any) -> jax.Array:
-            return (state[0] < self.steps) & jnp.any(state[1].active)
+            more = state[0] < self.steps
+            return more if steady else more & jnp.any(state[1].active)
 
         def body(state: Any) -> Any:
             i, pool, count, drawn = state
@@ -215,11 +217,7 @@ class _Local:
             drawn = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, 0), drawn, new)
             return i + 1, pool, count + active.astype(jnp.int32), drawn
 
-        if steady:
-            _, pool, count, drawn = lax.fori_loop(0, self.steps, lambda _, state: body(state), start)
-        else:
-            start = start[0], self._begun(pool, control), *start[2:]
-            _, pool, count, drawn = lax.while_loop(going, body, start)
+        _, pool, count, drawn = lax.while_loop(going, body, start)
         return pool, Written(drawn, count)
 
     def _begun(self, pool: Pool, control: Control) -> Pool:

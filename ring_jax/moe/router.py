@@ -11,8 +11,7 @@ from ring_jax import _repr
 from ring_jax._arrays import rounded_to
 from ring_jax._checks import Sizes, check_array, check_count, check_flag, check_instance, describe
 from ring_jax.moe.hopper import top_k as hopper
-from ring_jax.mosaic import compat
-from ring_jax.mosaic.device import hopper_reason
+from ring_jax.mosaic.device import runs_kernels
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +106,7 @@ def route(
     # Explicit, since XLA leaves out the rounding between a product and a cast: near ties would depend on the program.
     logits = rounded_to(x @ router, x.dtype)
     probs = jax.nn.softmax(logits.astype(wide), axis=-1)
-    if compat.INTERPRET_AVAILABLE and hopper_reason() is None and hopper.worthwhile(probs, top_k):
+    if runs_kernels() and hopper.worthwhile(probs, top_k):
         _, experts = hopper.top_k(lax.stop_gradient(probs), top_k)
         weights = jnp.take_along_axis(probs, experts, axis=-1)
     else:

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _interpret = contextvars.ContextVar("ring_jax_mosaic_interpret", default=None)
@@ -87,6 +89,13 @@ def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
         dtype,
         transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)),
     )
+
+
+def tiled_layout(tiling: Any, warp_dims: tuple[Any, ...], lane_dims: tuple[Any, ...]) -> Any:
+    """A layout written out: tiles within tiles, and which of their dimensions are warps and lanes; the last is a thread's vector."""
+    layout = mgpu.TiledLayout(fragmented_array.Tiling(tiling), warp_dims, lane_dims, -1, _check_canonical=False)
+    layout = layout.canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
 def load(ref: Any, layout: Any) -> jax.Array:

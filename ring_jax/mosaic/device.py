@@ -1,6 +1,7 @@
 """Which devices run the Hopper kernels."""
 
 from ring_jax._device import target
+from ring_jax.mosaic import compat
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
@@ -13,3 +14,8 @@ def hopper_reason() -> str | None:
     if not any(name in device.kind for name in _HOPPER):
         return f"needs an NVIDIA Hopper GPU (compute capability 9.0), this is {device.kind}"
     return None
+
+
+def runs_kernels() -> bool:
+    """Whether that device runs them, those that need jax 0.11 among them."""
+    return compat.INTERPRET_AVAILABLE and hopper_reason() is None

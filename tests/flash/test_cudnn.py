@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AxisType
 
 import ring_jax
 from ring_jax.flash import backends, cudnn
@@ -15,6 +15,7 @@ from ring_jax.flash.backends import select, unsupported_reason
 from ring_jax.flash.kv import pack
 from ring_jax.flash.operands import BlockOptions
 from tests.flash.calls import flat_backward, flat_forward, reference_backward, reference_forward
+from tests.support.hopper import on_hopper
 from tests.support.numbers import relative
 
 CASES = [("full", "zigzag"), ("causal", "zigzag"), ("causal", "contiguous")]
@@ -141,11 +142,6 @@ def test_says_what_it_cannot_do():
         assert "soft cap" in reason((1, 8, 2, 64), cap=3.0)
         assert "multiples of 8" in reason((1, 8, 2, 60))
     assert "NVIDIA GPU" in reason((1, 8, 2, 64))
-
-
-def on_hopper():
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
 
 
 @pytest.mark.parametrize("whole", ["full", "causal"])

@@ -26,7 +26,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -326,7 +325,4 @@ def _vector(size: int):
     """[size], spread over the threads of a warpgroup, which hold it twice where 128 does not divide it."""
     tile = 128 if size % 128 == 0 else 64
     warps = (-3,) if tile == 128 else (fragmented_array.Replicated(2), -3)
-    layout = mgpu.TiledLayout(
-        fragmented_array.Tiling(((tile,), (32,), (1,))), warps, (-2,), -1, _check_canonical=False
-    ).canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+    return compat.tiled_layout(((tile,), (32,), (1,)), warps, (-2,))

@@ -25,8 +25,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax._arrays import LOG2E
@@ -97,9 +95,7 @@ class Problem:
 def heads_layout(head_size: int, vector: int) -> Any:
     """[heads, head_size] over a warpgroup: `vector` neighbouring channels a thread, no head in two warps."""
     heads = 32 * vector // head_size  # of a warp
-    tiling = fragmented_array.Tiling(((4 * heads, head_size), (heads, head_size), (1, vector)))
-    layout = mgpu.TiledLayout(tiling, (-6,), (-4, -3), -1, _check_canonical=False).canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+    return compat.tiled_layout(((4 * heads, head_size), (heads, head_size), (1, vector)), (-6,), (-4, -3))
 
 
 def sigmoid(x: jax.Array) -> jax.Array:

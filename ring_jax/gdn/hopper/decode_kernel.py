@@ -26,7 +26,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -79,29 +78,25 @@ class Problem:
         return min(self.items, self.walkers) if self.slots else self.items
 
 
-def _tiled(tiling, warp_dims, lane_dims) -> Any:
-    layout = mgpu.TiledLayout(fragmented_array.Tiling(tiling), warp_dims, lane_dims, -1, _check_canonical=False)
-    layout = layout.canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
-
-
 def state_layout(columns: int) -> Any:
     """[dk, columns]: a warp owns a quarter of the columns, 16 bytes a thread, and spreads the rows over its other lanes."""
     of_warp = columns // _WARPS
     rows = _LANES * _VECTOR // of_warp
-    return _tiled(((rows, columns), (rows, of_warp), (1, _VECTOR)), (-5,), (-4, -3))
+    return compat.tiled_layout(((rows, columns), (rows, of_warp), (1, _VECTOR)), (-5,), (-4, -3))
 
 
 def channel_layout(size: int) -> Any:
     """[size], a channel a thread; of fewer than 128, several warps hold the same."""
     replicated = fragmented_array.Replicated(128 // min(size, 128))
     warps = (-3,) if size >= 128 else (replicated, -3)
-    return _tiled(((min(size, 128),), (_LANES,), (1,)), warps, (-2,))
+    return compat.tiled_layout(((min(size, 128),), (_LANES,), (1,)), warps, (-2,))
 
 
 def whole_layout(size: int) -> Any:
     """[size] in every warp."""
-    return _tiled(((_LANES * (size // _LANES),), (size // _LANES,)), (fragmented_array.Replicated(_WARPS),), (-2,))
+    return compat.tiled_layout(
+        ((_LANES * (size // _LANES),), (size // _LANES,)), (fragmented_array.Replicated(_WARPS),), (-2,)
+    )
 
 
 def expm1(g: jax.Array) -> jax.Array:
@@ -269,7 +264,7 @@ def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None, slot
         layer, group = (lax.max(lax.min(at_ref[i], size - 1), 0) for i, size in enumerate(sizes))
 
     def one(item, load, store):
-        """Moves on one item's state, which `load` gives and `store` takes."""
+        """Moves on one item's state, for which `load` asks, a call of what it returns waits, and which `store` takes."""
         head, rest = _Head(problem, item), inputs
         operands: Any
         norm_ref = None
@@ -281,12 +276,11 @@ def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None, slot
                 norm_ref = norm_ref.at[group]
             operands = _Projected(head, rest, layer, group, refs[-1])
         state_ref = states_ref.at[layer, head.batch, head.head, :, head.columns]
-        state = load(state_ref, head.layout) if slots is None else None
+        arrived = load(state_ref, head.layout)
         operands.load()
         gate = None if norm_ref is None else _OutputNorm(head, operands.z, norm_ref)
         operands.prepare(qk_smem)
-        state = load(state_ref, head.layout) if state is None else state
-        state, outs = _tokens(head, operands, state)
+        state, outs = _tokens(head, operands, arrived())
         store(state_ref, state)
         if gate is not None:
             outs = gate.apply(outs, o_smem, o_full)
@@ -294,9 +288,14 @@ def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None, slot
             compat.store(out_ref.at[head.batch, t, head.head, head.columns], out.astype(out_ref.dtype))
 
     if slots is None:
-        one(lax.axis_index("program"), compat.load, compat.store)
+        one(lax.axis_index("program"), _at_once, compat.store)
     else:
         _walk(problem, one, states_ref.at[layer], slots, loaded)
+
+
+def _at_once(ref: Any, layout: Any) -> Any:
+    state = compat.load(ref, layout)
+    return lambda: state
 
 
 def _tokens(head: _Head, operands: Any, state: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -336,8 +335,11 @@ def _walk(problem: Problem, one: Any, states_ref: Any, slots: Any, loaded: Any) 
         slot = lax.rem(i, problem.slots)
 
         def load(_, layout):
-            plgpu.barrier_wait(loaded.at[slot])
-            return compat.load(slots.at[slot], layout)
+            def arrived():
+                plgpu.barrier_wait(loaded.at[slot])
+                return compat.load(slots.at[slot], layout)
+
+            return arrived
 
         def store(state_ref, state):
             compat.store(slots.at[slot], state)

@@ -18,10 +18,10 @@ from jax import lax
 from ring_jax._device import target
 from ring_jax._mesh import axis_names
 from ring_jax._vma import pcast_to, varying_axes
-from ring_jax.models.qwen3_5.norm import Normed
 from ring_jax.models.qwen3_5.sharding import Sharding
 from ring_jax.moe.hopper import dense
 from ring_jax.nn.hopper import few_rows
+from ring_jax.nn.norm import Normed, made
 
 _FEW = 8  # rows of a product
 
@@ -46,7 +46,7 @@ class Collectives:
         """x [..., D] times w [D, F], wherever the rows of w lie; in `dtype` (default: x's)."""
         if dtype is None and _of_few_rows(x, w):
             return _few_rows(x, w)
-        x = x.array() if isinstance(x, Normed) else x
+        x = made(x)
         dtype = x.dtype if dtype is None else dtype
         axes = self._summed_axes(x, w)
         if not axes:
@@ -65,7 +65,7 @@ class Collectives:
         """silu(gate) * up of x [..., D] times gate_up [D, 2 F], gate first."""
         if _of_few_rows(x, gate_up, swiglu=True):
             return _few_rows(x, gate_up, swiglu=True)
-        x = x.array() if isinstance(x, Normed) else x
+        x = made(x)
         if dense.worthwhile(x, gate_up.shape[1]) and not self._summed_axes(x, gate_up):
             return dense.swiglu(x, self.weight(gate_up.astype(x.dtype), 0, x.shape[-1], x))
         return dense.combine(self.product(x, gate_up))
@@ -191,10 +191,10 @@ def _of_few_rows(x: jax.Array | Normed, w: jax.Array, *, swiglu: bool = False) -
 
 
 def _few_rows(x: jax.Array | Normed, w: jax.Array, **options: Any) -> jax.Array:
-    if isinstance(x, Normed):
-        options["norm"] = few_rows.Norm(x.weight, x.epsilon)
-        x = x.x
-    return few_rows.product(x.reshape(-1, x.shape[-1]), w, **options).reshape(*x.shape[:-1], -1)
+    shape = x.shape
+    flat = lambda x: x.reshape(-1, shape[-1])  # noqa: E731
+    x = dataclasses.replace(x, x=flat(x.x)) if isinstance(x, Normed) else flat(x)
+    return few_rows.product(x, w, **options).reshape(*shape[:-1], -1)
 
 
 def _matmul(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:

@@ -24,11 +24,11 @@ from ring_jax.layout import Contiguous, Layout, Striped
 from ring_jax.models.qwen3_5.cache import Cache, append, put
 from ring_jax.models.qwen3_5.config import FULL, LINEAR
 from ring_jax.models.qwen3_5.in_place import StatesInPlace
-from ring_jax.models.qwen3_5.norm import Normed
 from ring_jax.models.qwen3_5.pass_ import Pass, embed, lay_out, same_tokens
 from ring_jax.models.qwen3_5.past import Chunk, Chunks, Past
 from ring_jax.models.qwen3_5.structure import Structure, head
 from ring_jax.moe import RouterStats
+from ring_jax.nn.norm import Normed
 
 States = gdn.GDNCache  # of the layers of one group, or of all
 

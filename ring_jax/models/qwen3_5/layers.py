@@ -25,7 +25,6 @@ from ring_jax.models.qwen3_5.collectives import Collectives
 from ring_jax.models.qwen3_5.config import FULL, Config
 from ring_jax.models.qwen3_5.in_place import InPlace
 from ring_jax.models.qwen3_5.init import stacked
-from ring_jax.models.qwen3_5.norm import Normed, norm
 from ring_jax.models.qwen3_5.pass_ import Pass
 from ring_jax.models.qwen3_5.sharding import (
     EXPERTS,
@@ -39,6 +38,7 @@ from ring_jax.models.qwen3_5.sharding import (
 )
 from ring_jax.moe import MoEWeights, RouterStats, moe
 from ring_jax.nn.gdn import gated_rms_norm
+from ring_jax.nn.norm import Normed
 from ring_jax.nn.rope import apply_rope
 
 
@@ -225,3 +225,7 @@ def _by_head(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
 def _side_by_side(pairs: jax.Array) -> jax.Array:
     """[rows here, 2, F] as [rows here, 2 F]."""
     return pairs.reshape(pairs.shape[0], -1)
+
+
+def norm(x: jax.Array, weight: Any, config: Config) -> jax.Array:
+    return Normed(x, weight[...], config.norm_epsilon).array()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ring_jax._vma import align, pcast_to
 from ring_jax.models.qwen3_5.forward import Wanted, scan_layers
-from ring_jax.models.qwen3_5.norm import norm
+from ring_jax.models.qwen3_5.layers import norm
 from ring_jax.models.qwen3_5.pass_ import Pass, embed, lay_out
 from ring_jax.models.qwen3_5.structure import Structure, head
 from ring_jax.moe import load_balance_loss

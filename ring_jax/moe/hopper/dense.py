@@ -14,8 +14,7 @@ from ring_jax._vma import align
 from ring_jax.moe.hopper.config import GroupedConfig, dense_config
 from ring_jax.moe.hopper.plan import Plan
 from ring_jax.moe.hopper.rows_kernel import rows_product
-from ring_jax.mosaic import compat
-from ring_jax.mosaic.device import hopper_reason
+from ring_jax.mosaic.device import runs_kernels
 
 # With fewer, the tiles do not fill a GPU.
 _ROWS = 1024
@@ -24,8 +23,7 @@ _ROWS = 1024
 def worthwhile(x: Shaped, columns: int) -> bool:
     """Whether `swiglu` runs x [..., D] times weights [D, columns] where it is being compiled for, faster than XLA's products."""
     return (
-        compat.INTERPRET_AVAILABLE
-        and hopper_reason() is None
+        runs_kernels()
         and x.dtype in (jnp.bfloat16, jnp.float16)
         and x.shape[-1] % 64 == 0
         and columns % 128 == 0

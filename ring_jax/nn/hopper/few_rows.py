@@ -1,9 +1,8 @@
 """Products of few rows on Hopper as functions of arrays: what they take, how they are cut, and the launch. See `few_rows_kernel`."""
 
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,73 +10,22 @@ from jaxtyping import Array, Float
 
 from ring_jax._arrays import Shaped
 from ring_jax._vma import align, pcast_to, varying_axes
+from ring_jax.moe.hopper import dense
 from ring_jax.mosaic import compat
-from ring_jax.mosaic.device import hopper_reason
+from ring_jax.mosaic.device import runs_kernels
 from ring_jax.nn.hopper import few_rows_kernel
-from ring_jax.nn.hopper.few_rows_kernel import VECTOR, WARPS, Problem
+from ring_jax.nn.hopper.config import FewRowsConfig, few_rows_config
+from ring_jax.nn.hopper.few_rows_kernel import Problem
+from ring_jax.nn.norm import Normed
 
 MAX_ROWS = 4
-MULTIPROCESSORS = 132
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FewRowsConfig:
-    """How a product is cut.
-
-    Attributes:
-        columns: results of a program, of each row: 8, 16, 32, 64 or 128.
-        warpgroups: of a program; they share the rows of the weight.
-        loads: pieces of 16 bytes that each thread has in flight.
-    """
-
-    columns: int
-    warpgroups: int = 4
-    loads: int = 8
-
-    def __post_init__(self) -> None:
-        if self.columns not in (8, 16, 32, 64, 128):
-            raise ValueError(f"{self.columns=} must be 8, 16, 32, 64 or 128")
-        if self.warpgroups not in (1, 2, 4):
-            raise ValueError(f"{self.warpgroups=} must be 1, 2 or 4")
-        if not 1 <= self.loads <= 16:
-            raise ValueError(f"{self.loads=} must be from 1 to 16")
-
-    @property
-    def step(self) -> int:
-        """Rows of the weight that a program takes at once."""
-        return WARPS * (32 * VECTOR // self.columns) * self.warpgroups * self.loads
-
-
-def few_rows_config(rows: int, depth: int, results: int, swiglu: bool) -> FewRowsConfig | None:
-    """The config that is used for these sizes, None where none fits: the widest programs of those that keep nine of ten
-    multiprocessors busy, else those that keep most. Chosen from registers (ptxas) and arithmetic; no card has timed it."""
-    most = 8 if rows == 1 and not swiglu else 4
-    found: list[tuple[float, FewRowsConfig]] = []
-    for columns in (64, 32, 16, 8):
-        programs = results // columns
-        # One program for each multiprocessor needs all warps, of several some may wait.
-        shape = {"columns": columns, "warpgroups": 4 if programs <= MULTIPROCESSORS else 2}
-        fits = (FewRowsConfig(**shape, loads=n) for n in range(most, 0, -1))
-        config = next((config for config in fits if depth % config.step == 0), None)
-        if results % columns == 0 and config is not None:
-            busy = programs / (MULTIPROCESSORS * math.ceil(programs / MULTIPROCESSORS))
-            found.append((min(busy, 0.9), config))
-    return max(found, key=lambda each: each[0])[1] if found else None
-
-
-class Norm(NamedTuple):
-    """x / rms(x) * (1 + weight)."""
-
-    weight: Float[Array, " K"]
-    epsilon: float
 
 
 def worthwhile(x: Shaped, w: Shaped, *, swiglu: bool = False) -> bool:
     """Whether `product` runs x [..., K] times w [K, N] where it is being compiled for, faster than XLA's product."""
     rows, results = math.prod(x.shape[:-1]), w.shape[1] // (2 if swiglu else 1)
     return (
-        compat.INTERPRET_AVAILABLE
-        and hopper_reason() is None
+        runs_kernels()
         and 1 <= rows <= MAX_ROWS
         and x.dtype == w.dtype
         and x.dtype in (jnp.bfloat16, jnp.float16)
@@ -86,10 +34,9 @@ def worthwhile(x: Shaped, w: Shaped, *, swiglu: bool = False) -> bool:
 
 
 def product(
-    x: Float[Array, "R K"],
+    x: Float[Array, "R K"] | Normed,
     w: Float[Array, "K N"],
     *,
-    norm: Norm | None = None,
     swiglu: bool = False,
     added: Float[Array, "R M"] | None = None,
     config: FewRowsConfig | None = None,
@@ -97,8 +44,7 @@ def product(
     """x w of few rows in x's dtype, summed in float32. The gradient is XLA's.
 
     Args:
-        x: bfloat16 or float16, at most `MAX_ROWS` rows. w: of the same dtype.
-        norm: of x, made on the way.
+        x: bfloat16 or float16, at most `MAX_ROWS` rows; its norm, if it has one, is made on the way. w: of the same dtype.
         swiglu: silu(gate) * up, where the first half of w's columns are gate.
         added: to the result, before it is rounded.
         config: None takes the tuned one.
@@ -106,29 +52,19 @@ def product(
     Raises:
         NotImplementedError: sizes that no config fits.
     """
-    (rows, depth), halves = x.shape, 2 if swiglu else 1
-    results = w.shape[1] // halves
+    weight, epsilon = (x.weight, x.epsilon) if isinstance(x, Normed) else (None, None)
+    x = x.x if isinstance(x, Normed) else x
+    (rows, depth), results = x.shape, w.shape[1] // (2 if swiglu else 1)
     config = config or few_rows_config(rows, depth, results, swiglu)
     if config is None or depth % config.step or results % config.columns:
         raise NotImplementedError(f"the Hopper product of few rows: {config} cuts no weight {w.shape}")
-    problem = Problem(
-        rows=rows,
-        depth=depth,
-        results=results,
-        columns=config.columns,
-        warpgroups=config.warpgroups,
-        loads=config.loads,
-        swiglu=swiglu,
-        norm_epsilon=None if norm is None else norm.epsilon,
-        added=added is not None,
-    )
-    weight = None if norm is None else norm.weight
+    problem = Problem(rows, depth, results, swiglu, epsilon, added is not None, config)
     return _run(problem, *align(x, w, weight, added))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(problem: Problem, x: jax.Array, w: jax.Array, weight: jax.Array | None, added: jax.Array | None) -> jax.Array:
-    n = problem.warp_rows
+    n = problem.config.warp_rows
     operands = [x.reshape(problem.rows, -1, n), w.reshape(-1, n, w.shape[1])]
     operands += [] if weight is None else [weight.reshape(-1, n)]
     operands += [] if added is None else [added]
@@ -139,14 +75,9 @@ def _plain(
     problem: Problem, x: jax.Array, w: jax.Array, weight: jax.Array | None, added: jax.Array | None
 ) -> jax.Array:
     """What the kernel computes, as XLA differentiates it."""
-    wide = x.astype(jnp.float32)
-    if weight is not None:
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + problem.norm_epsilon)
-        wide = wide * (1 + weight.astype(jnp.float32))[None]
-    y = jnp.matmul(wide.astype(x.dtype), w, preferred_element_type=jnp.float32)
-    if problem.swiglu:
-        gate, up = jnp.split(y, 2, axis=1)
-        y = jax.nn.silu(gate) * up
+    x = x if weight is None else Normed(x, weight, problem.norm_epsilon or 0.0).array()
+    y = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    y = dense.combine(y) if problem.swiglu else y
     return (y if added is None else y + added.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -170,9 +101,9 @@ def _launch(problem: Problem, *operands: jax.Array) -> jax.Array:
             name="few_rows_product",
             out_type=compat.output_like((problem.rows, problem.results), operands[0].dtype, *operands),
             scratch=few_rows_kernel.scratch(problem),
-            grid=(problem.results // problem.columns,),
+            grid=(problem.results // problem.config.columns,),
             grid_names=("program",),
-            num_threads=problem.warpgroups,
+            num_threads=problem.config.warpgroups,
             thread_name="warpgroup",
         )
         return pcast_to(call(*operands), varying_axes(operands))

@@ -17,13 +17,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.mosaic import compat
-
-WARPS, _LANES, VECTOR = 4, 32, 8
+from ring_jax.nn.hopper.config import LANES, VECTOR, WARPS, FewRowsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,70 +30,57 @@ class Problem:
 
     Fields:
         rows, depth: of x. results: of each row.
-        columns: of a program. warpgroups: of a program; each takes every warpgroups-th piece of the depth. loads: pieces in flight.
         swiglu: W has 2 `results` columns, gate first. norm_epsilon: None for no norm. added: whether there is what is added.
     """
 
     rows: int
     depth: int
     results: int
-    columns: int
-    warpgroups: int
-    loads: int
     swiglu: bool
     norm_epsilon: float | None
     added: bool
-
-    @property
-    def warp_rows(self) -> int:
-        """Rows of W that a warp loads at once."""
-        return _LANES * VECTOR // self.columns
+    config: FewRowsConfig
 
     @property
     def halves(self) -> int:
         return 2 if self.swiglu else 1
 
 
-def _tiled(tiling: Any, warp_dims: Any, lane_dims: Any) -> Any:
-    layout = mgpu.TiledLayout(fragmented_array.Tiling(tiling), warp_dims, lane_dims, -1, _check_canonical=False)
-    layout = layout.canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
-
-
 def piece_layout(rows: int, columns: int) -> Any:
     """[4, rows, columns]: the first axis is the warp, a thread has eight columns of a row."""
-    return _tiled(((WARPS, rows, columns), (1, rows, columns), (1, 1, VECTOR)), (-9,), (-5, -4))
+    return compat.tiled_layout(((WARPS, rows, columns), (1, rows, columns), (1, 1, VECTOR)), (-9,), (-5, -4))
 
 
 def results_layout(columns: int) -> Any:
     """[columns], the same in every warp."""
-    lanes = min(columns, _LANES)
+    lanes = min(columns, LANES)
     replicated = fragmented_array.Replicated
-    within = (-2,) if lanes == _LANES else (replicated(_LANES // lanes), -2)
-    return _tiled(((columns,), (lanes,), (1,)), (replicated(WARPS),), within)
+    within = (-2,) if lanes == LANES else (replicated(LANES // lanes), -2)
+    return compat.tiled_layout(((columns,), (lanes,), (1,)), (replicated(WARPS),), within)
 
 
 def scratch(problem: Problem) -> dict[str, Any]:
     """Shared memory of a program."""
-    p, partial = problem, (problem.warpgroups * WARPS,)
+    config, warps = problem.config, problem.config.warpgroups * WARPS
     found = dict(
-        sums=plgpu.SMEM((*partial, p.halves * p.rows, p.columns), jnp.float32),
-        full=plgpu.Barrier(num_arrivals=p.warpgroups),
+        sums=plgpu.SMEM((warps, problem.halves * problem.rows, config.columns), jnp.float32),
+        full=plgpu.Barrier(num_arrivals=config.warpgroups),
     )
-    if p.norm_epsilon is not None:
-        found["squares"] = plgpu.SMEM((*partial, p.rows), jnp.float32)
+    if problem.norm_epsilon is not None:
+        found["squares"] = plgpu.SMEM((warps, problem.rows), jnp.float32)
     return found
 
 
 def kernel(problem: Problem, x_ref, w_ref, *refs, sums, full, squares=None) -> None:
-    """x [R, K / n, n], W [K / n, n, N] (n: `warp_rows`); the norm's weight [K / n, n] and what is added [R, N] if there are; out."""
+    """x [R, K / n, n], W [K / n, n, N] (n: the config's `warp_rows`); the norm's weight [K / n, n] and what is added [R, N], if there
+    are; out."""
     *refs, out_ref = refs
     norm_ref = refs.pop(0) if problem.norm_epsilon is not None else None
     added_refs = refs[: problem.added]
+    columns, warpgroups = problem.config.columns, problem.config.warpgroups
     warpgroup = lax.axis_index("warpgroup")
-    first = lax.axis_index("program") * problem.columns
-    here = pl.ds(first, problem.columns)
-    layout = results_layout(problem.columns)
+    first = lax.axis_index("program") * columns
+    here, layout = pl.ds(first, columns), results_layout(columns)
     added = [compat.load(ref.at[r, here], layout) for ref in added_refs for r in range(problem.rows)]
     totals, own = _multiply(problem, x_ref, w_ref, norm_ref, warpgroup, first)
     mine = pl.ds(warpgroup * WARPS, WARPS)
@@ -108,7 +93,7 @@ def kernel(problem: Problem, x_ref, w_ref, *refs, sums, full, squares=None) -> N
     plgpu.barrier_wait(full)
     for r in range(problem.rows):
 
-        @pl.when(warpgroup == r % problem.warpgroups)
+        @pl.when(warpgroup == r % warpgroups)
         def _(r=r):
             parts = [_sum_over(sums, half * problem.rows + r, layout) for half in range(problem.halves)]
             if squares is not None:
@@ -134,10 +119,11 @@ def _sum_over(sums: Any, index: int, layout: Any) -> jax.Array:
 
 def _multiply(problem: Problem, x_ref, w_ref, norm_ref, warpgroup, first) -> tuple[list[jax.Array], list[jax.Array]]:
     """This warpgroup's part of the products, gate then up, and of the squares, each still spread over rows of W."""
-    shape = WARPS, problem.warp_rows, problem.columns
+    config = problem.config
+    shape = WARPS, config.warp_rows, config.columns
     layout = piece_layout(*shape[1:])
     by_row = layout.reduce(2)
-    halves = [pl.ds(first + half * problem.results, problem.columns) for half in range(problem.halves)]
+    halves = [pl.ds(first + half * problem.results, config.columns) for half in range(problem.halves)]
     normed = norm_ref is not None
 
     def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
@@ -146,8 +132,7 @@ def _multiply(problem: Problem, x_ref, w_ref, norm_ref, warpgroup, first) -> tup
     def step(i: jax.Array, carry: Any) -> Any:
         totals, own = list(carry[0]), list(carry[1])
         pieces = [
-            pl.ds(((i * problem.loads + n) * problem.warpgroups + warpgroup) * WARPS, WARPS)
-            for n in range(problem.loads)
+            pl.ds(((i * config.loads + n) * config.warpgroups + warpgroup) * WARPS, WARPS) for n in range(config.loads)
         ]
         # All loads of W first: those of x hit a cache.
         weights = [[compat.load(w_ref.at[piece, :, half], layout) for half in halves] for piece in pieces]
@@ -169,6 +154,5 @@ def _multiply(problem: Problem, x_ref, w_ref, norm_ref, warpgroup, first) -> tup
         tuple(zeros(shape, layout) for _ in range(problem.halves * problem.rows)),
         tuple(zeros(shape[:2], by_row) for _ in range(problem.rows if normed else 0)),
     )
-    steps = problem.depth // (WARPS * problem.warp_rows * problem.warpgroups * problem.loads)
-    totals, own = lax.fori_loop(0, steps, step, start)
+    totals, own = lax.fori_loop(0, problem.depth // config.step, step, start)
     return list(totals), list(own)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from ring_jax.flash.hopper import backward_launch as hopper
 from ring_jax.flash.hopper.backward_common import Problem, default_config, span_of
@@ -14,6 +14,7 @@ from ring_jax.flash.kv import pack, unpack
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat
 from tests.flash.calls import hopper_backward
+from tests.support.hopper import on_hopper
 from tests.support.marks import interpreted
 from tests.support.numbers import relative
 
@@ -179,10 +180,6 @@ def test_lowers_inside_shard_map(check_vma, H, N):
 
 def lower(case, f, mesh_axis=None):
     """The module for an H200, lowered without one."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    sizes, names = ((2,), (mesh_axis,)) if mesh_axis else ((), ())
-    types = (jax.sharding.AxisType.Auto,) * len(names)
-    mesh = AbstractMesh(sizes, names, axis_types=types, abstract_device=device)
     rows = (case.B, case.T)
     kv = (2, case.B, case.S, case.K, case.H) if case.H == case.Hv else (case.B, case.S, case.K, case.H + case.Hv)
     shapes = [
@@ -195,7 +192,8 @@ def lower(case, f, mesh_axis=None):
         ((*rows, case.N, case.Hv), case.dtype),
     ]
     shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on_hopper(2, mesh_axis):
+        mesh = jax.sharding.get_abstract_mesh()
         traced = jax.jit(lambda *x: f(mesh, *x) if mesh_axis else f(*x)).trace(*shapes)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import ring_jax
@@ -18,6 +17,7 @@ from ring_jax.flash.hopper.schedule import Problem
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat, in_place
 from tests.flash.calls import hopper_forward, reference_forward
+from tests.support.hopper import on_hopper
 from tests.support.marks import interpreted
 
 
@@ -102,8 +102,7 @@ def lower(shape, dtype=jnp.bfloat16, *, value_size=None, carry=False, wrap=lambd
         out = jax.ShapeDtypeStruct((batch, length, heads, value_size or head_size), jnp.float32)
         arguments.append((out, jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)))
     call = jax.jit(wrap(functools.partial(hopper_forward, scale=0.1, **options)))
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    with on_hopper(axis=None):
         return call.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from ring_jax.flash.hopper import paged_launch
 from ring_jax.flash.hopper.paged_launch import PagedConfig, operand_reason, paged_config, shares
@@ -14,6 +13,7 @@ from ring_jax.flash.operands import BlockOptions
 from ring_jax.flash.paged import paged_attention
 from ring_jax.mosaic import compat
 from tests.flash.test_paged import dense
+from tests.support.hopper import on_hopper
 from tests.support.marks import interpreted
 
 LAYERS = 2
@@ -104,8 +104,7 @@ def test_lowers(size, slots, group, tokens):
         shape((), jnp.int32),
     )
     assert operand_reason(*operands[:2], BlockOptions(1.0)) is None
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    with on_hopper():
         run = jax.jit(functools.partial(paged_launch.forward, options=BlockOptions(1.0)))
         text = run.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 2

@@ -17,6 +17,7 @@ from ring_jax.flash.merge import merge_partials
 from ring_jax.mosaic import compat
 from tests.flash.calls import hopper_backward, hopper_forward, of_backend, reference_forward
 from tests.support import oracle
+from tests.support.hopper import on_hopper
 from tests.support.marks import interpreted
 
 
@@ -235,8 +236,7 @@ def lowered(case, f, mesh=None, wrap=lambda f: f):
     shapes = [((*rows, case.H), case.dtype), ((case.P, *kv), case.dtype)]
     shapes += [((case.P, *rows[:2]), jnp.int32)] * 2 + [(rows, jnp.float32)] * 2 + [((*rows, case.Hv), case.dtype)]
     shapes += [((*rows, case.Hv), jnp.float32)]
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(mesh or jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with on_hopper(axis=None) if mesh is None else jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(wrap(f)).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -9,7 +9,9 @@ import pytest
 
 from ring_jax.mosaic import compat
 from ring_jax.nn.hopper import few_rows
-from ring_jax.nn.hopper.few_rows import FewRowsConfig, Norm, few_rows_config, product
+from ring_jax.nn.hopper.config import FewRowsConfig, few_rows_config
+from ring_jax.nn.hopper.few_rows import product
+from ring_jax.nn.norm import Normed
 from tests.support.hopper import lower
 from tests.support.marks import interpreted
 from tests.support.numbers import relative
@@ -43,8 +45,8 @@ def exact(x, w, weight, added, swiglu):
 
 
 def run(x, w, weight, added, swiglu, config=None):
-    norm = None if weight is None else Norm(weight, 1e-6)
-    return product(x, w, norm=norm, swiglu=swiglu, added=added, config=config)
+    x = x if weight is None else Normed(x, weight, 1e-6)
+    return product(x, w, swiglu=swiglu, added=added, config=config)
 
 
 @pytest.mark.parametrize(("depth", "results", "swiglu"), SIZES)

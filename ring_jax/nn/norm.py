@@ -1,16 +1,14 @@
-"""RMS norms of the model, made at once or within the product that they are for."""
+"""RMS norms that are made within the product that they are for."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ring_jax.gdn.checks import widened
-from ring_jax.models.qwen3_5.config import Config
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,5 +31,6 @@ class Normed:
         return (wide * scale.reshape((1,) * (wide.ndim - 1) + scale.shape)).astype(self.x.dtype)
 
 
-def norm(x: jax.Array, weight: Any, config: Config) -> jax.Array:
-    return Normed(x, weight[...], config.norm_epsilon).array()
+def made(x: jax.Array | Normed) -> jax.Array:
+    """x itself, with its norm if it has one."""
+    return x.array() if isinstance(x, Normed) else x
