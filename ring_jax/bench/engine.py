@@ -17,6 +17,7 @@ import numpy as np
 
 from ring_jax.bench.attention import environment, write_json
 from ring_jax.bench.model import make_model
+from ring_jax.bench.trace import record
 from ring_jax.inference import Engine
 from ring_jax.models.qwen3_5 import Config
 from ring_jax.models.qwen3_5.config import PRESETS
@@ -113,6 +114,7 @@ def decode(model: Any, args: argparse.Namespace) -> dict[str, float]:
         hidden += (step - waiting) * (waiting > _READ)
     assert not any(request.done for request in requests), "rows ended early"
     new = decoded() - counted
+    found = _merging(engine) if args.ranks > 1 else {}
     for request in requests:
         request.cancel()
     engine.run()
@@ -121,7 +123,19 @@ def decode(model: Any, args: argparse.Namespace) -> dict[str, float]:
         "a step of all rows, ms": 1e3 * seconds / max(new / args.rows, 1e-9),
         "host's share of the time": host / seconds,
         "of it hidden behind the devices": hidden / host,
-    }
+    } | found
+
+
+def _merging(engine: Engine) -> dict[str, float]:
+    """Of a traced step, the part of the slowest GPU's time in which data travels, all of it to merge the ranks' partial results;
+    what one GPU waits for another counts too."""
+
+    def steps() -> None:
+        for _ in range(2):
+            engine.step()
+
+    shares = [activity.transfer_share for activity in record(steps)]
+    return {"merging over ranks, share of the time": max(shares)} if shares else {}
 
 
 def _engine(model: Any, args: argparse.Namespace, *, rows: int, tokens: int, chunk: int) -> Engine:

@@ -53,6 +53,11 @@ class Activity:
         return _total(_overlap(self.compute, self.transfer)) / total if total else 1.0
 
     @property
+    def transfer_share(self) -> float:
+        """Part of the whole in which data travels."""
+        return _total(self.transfer) / self.length
+
+    @property
     def idle_share(self) -> float:
         """Part of the whole in which this GPU neither computes nor transfers."""
         return 1 - _total(merge([*self.compute, *self.transfer])) / self.length

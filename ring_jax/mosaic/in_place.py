@@ -1,9 +1,11 @@
-"""Kernels that update operands in place: an attention partial that is resumed, a gradient that is added to.
+"""Kernels that update operands in place: an attention partial that is resumed, a gradient that is added to. And kernels whose bodies
+a shard_map's bookkeeping would not let be traced.
 
 `plgpu.kernel` aliases nothing but Refs, and Refs do not lower inside a shard_map that checks varying axes. So such a
 kernel is one primitive: a function from arrays to arrays for all that surrounds it, which makes Refs of the updated
 operands only where it is lowered, when shard_map's bookkeeping is done. XLA then updates the operand's own buffer, or
-a copy where somebody else still reads it.
+a copy where somebody else still reads it. Without anything to update it serves a kernel with loops that begin or end at what it
+reads: their counters vary over the mesh where the numbers do, and are refused for becoming plain numbers on the way.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ AVAILABLE = compat.INTERPRET_AVAILABLE
 
 
 def update(
-    call: Callable[..., Any], outputs: Sequence[Any], operands: Sequence[jax.Array], updated: Sequence[jax.Array]
+    call: Callable[..., Any], outputs: Sequence[Any], operands: Sequence[jax.Array], updated: Sequence[jax.Array] = ()
 ) -> list[jax.Array]:
     """`call(*operands, *refs)`, with a Ref for each array of `updated`.
 
@@ -46,6 +48,9 @@ def update(
 
 def _run(*arrays: jax.Array, call: Callable[..., Any], updated: int, **_: Any) -> list[jax.Array]:
     operands, written = arrays[: len(arrays) - updated], arrays[len(arrays) - updated :]
+    if not updated:
+        with jax.enable_x64(False):
+            return list(jax.tree.leaves(call(*operands)))
     # In a loop, XLA would take the slices of a stack that go in, and the writes to one that come out, into one fusion
     # with the kernel, and forgets there that a result is an operand's buffer. It does not look through barriers.
     operands, written = lax.optimization_barrier((operands, written))

@@ -13,7 +13,7 @@ from ring_jax._vma import pcast_to, varying_axes
 from ring_jax.flash.hopper import paged_kernel
 from ring_jax.flash.hopper.paged_kernel import PagedConfig, Problem
 from ring_jax.flash.operands import BlockOptions, Partial
-from ring_jax.mosaic import compat
+from ring_jax.mosaic import compat, in_place
 from ring_jax.mosaic.device import hopper_reason
 
 QUERY_ROWS = 64  # of a KV head: those of wgmma
@@ -104,7 +104,7 @@ def _attend(problem: Problem, *operands) -> Partial:
         compat.output_like((problem.partials, problem.query_rows, problem.head_size), jnp.float32, *operands),
         compat.output_like((problem.partials, 64), jnp.float32, *operands),
     )
-    return compat.kernel(
+    call = compat.kernel(
         functools.partial(paged_kernel.attend, problem),
         name="paged_attention",
         out_type=out_type,
@@ -113,7 +113,9 @@ def _attend(problem: Problem, *operands) -> Partial:
         grid_names=("block",),
         num_threads=problem.config.warpgroups + 1,
         thread_name="warpgroup",
-    )(*operands)
+    )
+    out, lse = in_place.update(call, out_type, operands)
+    return out, lse
 
 
 def _merge(problem: Problem, *operands) -> Partial:
@@ -122,7 +124,7 @@ def _merge(problem: Problem, *operands) -> Partial:
         compat.output_like((*shape, problem.head_size), jnp.float32, *operands),
         compat.output_like(shape, jnp.float32, *operands),
     )
-    return compat.kernel(
+    call = compat.kernel(
         functools.partial(paged_kernel.merge, problem),
         name="paged_attention_merge",
         out_type=out_type,
@@ -131,4 +133,6 @@ def _merge(problem: Problem, *operands) -> Partial:
         grid_names=("query",),
         num_threads=1,
         thread_name="warpgroup",
-    )(*operands)
+    )
+    out, lse = in_place.update(call, out_type, operands)
+    return out, lse
