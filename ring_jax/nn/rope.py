@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from ring_jax._checks import check_array, check_number
 
@@ -39,11 +39,26 @@ def apply_rope(
     check_positions(positions, x)
     rotary = check_rotary(x.shape[-1], theta, rotary_fraction)
 
+    cos, sin = angles(positions, rotary, theta)
+    return rotate(x, cos[:, :, None], sin[:, :, None])
+
+
+def angles(
+    positions: Int[Array, "T"] | Int[Array, "B T"], rotary: int, theta: float
+) -> tuple[Float32[Array, "#B T half"], Float32[Array, "#B T half"]]:
+    """(cos, sin) of the angles of `rotary` features, [1 or B, T, rotary / 2]."""
     # In NumPy, once, and as checkpoints were trained: far out, one more rounding turns an angle by a hundredth.
     frequency = 1 / float(theta) ** (np.arange(0, rotary, 2, dtype=np.float32) / rotary)
     positions = positions if positions.ndim == 2 else positions[None]
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None]  # [1 or B, T, 1, R/2]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    angle = positions.astype(jnp.float32)[..., None] * frequency[None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "#B T 1 half"], sin: Float[Array, "#B T 1 half"]
+) -> Float[Array, "B T N H"]:
+    """x with its first pairs of features turned, in x's dtype."""
+    rotary = 2 * cos.shape[-1]
     first, second = jnp.split(x[..., :rotary].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     rotated = rotated.astype(x.dtype)

@@ -38,8 +38,9 @@ from ring_jax.models.qwen3_5.sharding import (
 )
 from ring_jax.moe import MoEWeights, RouterStats, moe
 from ring_jax.nn.gdn import gated_rms_norm
+from ring_jax.nn.hopper import heads
 from ring_jax.nn.norm import Normed
-from ring_jax.nn.rope import apply_rope
+from ring_jax.nn.rope import angles, check_rotary, rotate
 
 
 class Group(nnx.Module):
@@ -89,15 +90,25 @@ class FullAttention(nnx.Module):
         self.k_norm = make((size,), (WHOLE,), "zeros", dtype)
 
     def __call__(self, given: Normed, layer: Any, here: Pass) -> tuple[Array, tuple[Array, Array]]:
-        config, size = self.config, self.config.head_dim
-        queries, k, v = _by_head(here.product(given, self.in_proj[...]), (self.queries, size, size))
-        q, gate = jnp.split(queries.reshape(*given.shape[:2], -1, 2 * size), 2, axis=-1)
-        rope = functools.partial(apply_rope, theta=config.rope_theta, rotary_fraction=config.rotary_fraction)
-        q = rope(norm(q, self.q_norm, config), here.positions)
-        k = rope(norm(k, self.k_norm, config), here.positions)
+        projected = here.product(given, self.in_proj[...])
+        queries, k, v = _by_head(projected, (self.queries, self.config.head_dim, self.config.head_dim))
+        q, gate = jnp.split(queries.reshape(*given.shape[:2], -1, 2 * self.config.head_dim), 2, axis=-1)
+        q, k = self._normed_and_turned(projected, q, k, here.positions)
         out_btnh = here.attend(q, k, v, layer)
         gated = (out_btnh * jax.nn.sigmoid(gate)).reshape(*given.shape[:2], -1)
         return here.add_product(given.x, gated, self.o[...]), (k, v)
+
+    def _normed_and_turned(self, projected: Array, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
+        """Queries and keys, which are parts of `projected`, with norm and rotary embedding."""
+        config, size = self.config, self.config.head_dim
+        rotary = check_rotary(size, config.rope_theta, config.rotary_fraction)
+        cos, sin = angles(positions, rotary, config.rope_theta)
+        if heads.worthwhile(projected, size, rotary):
+            group, weights = self.queries // (2 * size), (self.q_norm[...], self.k_norm[...])
+            return heads.queries_and_keys(projected, *weights, cos, sin, group=group, epsilon=config.norm_epsilon)
+        both = (q, self.q_norm), (k, self.k_norm)
+        q, k = (rotate(norm(x, weight, config), cos[:, :, None], sin[:, :, None]) for x, weight in both)
+        return q, k
 
 
 class GatedDeltaNet(nnx.Module):

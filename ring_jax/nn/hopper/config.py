@@ -1,10 +1,10 @@
 """How products of few rows are cut, validated when made, and which config serves which sizes."""
 
 import dataclasses
-import math
 
 WARPS, LANES, VECTOR = 4, 32, 8  # of a warpgroup; of a warp; elements of a thread's load
 MULTIPROCESSORS = 132
+_ENOUGH = 100  # programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,17 +41,17 @@ class FewRowsConfig:
 
 
 def few_rows_config(rows: int, depth: int, results: int, swiglu: bool) -> FewRowsConfig | None:
-    """The config that is used for these sizes, None where none fits: the widest programs of those that keep nine of ten
-    multiprocessors busy, else those that keep most. Chosen from registers (ptxas) and arithmetic; no card has timed it."""
-    most = 8 if rows == 1 and not swiglu else 4
-    found: list[tuple[float, FewRowsConfig]] = []
+    """The config that is used for these sizes, None where none fits: the widest programs of which there are enough for most
+    multiprocessors. Found by `python -m ring_jax.bench.products --tune` on an H100."""
+    found: list[tuple[int, FewRowsConfig]] = []
     for columns in (64, 32, 16, 8):
         programs = results // columns
-        # One program for each multiprocessor needs all warps, of several some may wait.
-        shape = {"columns": columns, "warpgroups": 4 if programs <= MULTIPROCESSORS else 2}
+        # One program for each multiprocessor needs all warps, of several some may wait; of narrow ones many rows come at once.
+        warpgroups = 1 if columns == 8 and rows == 1 else 4 if programs <= MULTIPROCESSORS or swiglu else 2
+        most = 8 if rows == 1 and columns > 8 else 4
+        shape = {"columns": columns, "warpgroups": warpgroups}
         fits = (FewRowsConfig(**shape, loads=n) for n in range(most, 0, -1))
-        config = next((config for config in fits if depth % config.step == 0), None)
+        config = next((config for config in fits if depth % config.step == 0 and depth > config.step), None)
         if results % columns == 0 and config is not None:
-            busy = programs / (MULTIPROCESSORS * math.ceil(programs / MULTIPROCESSORS))
-            found.append((min(busy, 0.9), config))
+            found.append((min(programs, _ENOUGH), config))
     return max(found, key=lambda each: each[0])[1] if found else None

@@ -1,0 +1,108 @@
+"""Norms and rotary embedding of queries and keys: lowered for CUDA and interpreted on the CPU, compared with float64; on a GPU too."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ring_jax.mosaic import compat
+from ring_jax.nn.hopper import heads
+from ring_jax.nn.hopper.heads import queries_and_keys
+from ring_jax.nn.rope import angles
+from tests.support.hopper import lower
+from tests.support.marks import interpreted
+from tests.support.numbers import relative
+
+BOUND = {jnp.bfloat16: 2.5e-3, jnp.float16: 3.5e-4}  # one rounding, 2^-9 (2^-12) at most
+# Batch, tokens, key-value heads, queries of each, head size, columns that rotate.
+SIZES = [
+    (1, 8, 2, 4, 256, 64),
+    (3, 1, 1, 2, 256, 64),
+    (2, 6, 2, 1, 128, 128),
+    (1, 32, 1, 3, 64, 64),
+    (1, 4, 1, 1, 256, 128),
+]
+
+
+def operands(batch, time, kv_heads, group, size, rotary, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    x = 3.0 * rng.standard_normal((batch, time, kv_heads * (2 * group + 2) * size))
+    weights = 0.3 * rng.standard_normal((2, size))
+    positions = rng.integers(0, 1000, (batch, time)) if batch > 1 else np.arange(time) + 100
+    return jnp.asarray(x, dtype), *jnp.asarray(weights, dtype), *angles(jnp.asarray(positions), rotary, 1e6)
+
+
+def exact(x, q_weight, k_weight, cos, sin, group):
+    """In float64."""
+    x, q_weight, k_weight, cos, sin = (np.asarray(a, np.float64) for a in (x, q_weight, k_weight, cos, sin))
+    (batch, time, _), size, half = x.shape, len(q_weight), cos.shape[-1]
+    x = x.reshape(batch, time, -1, 2 * group + 2, size)
+    q, k = x[..., : 2 * group : 2, :].reshape(batch, time, -1, size), x[..., 2 * group, :]
+
+    def one(x, weight):
+        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6) * (1 + weight)
+        a, b, c, s = x[..., :half], x[..., half : 2 * half], cos[:, :, None], sin[:, :, None]
+        return np.concatenate([a * c - b * s, b * c + a * s, x[..., 2 * half :]], axis=-1)
+
+    return one(q, q_weight), one(k, k_weight)
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_lowers_and_interpreted(sizes):
+    group = sizes[3]
+    arrays = operands(*sizes, jnp.bfloat16)
+    run = functools.partial(queries_and_keys, group=group, epsilon=1e-6)
+    assert lower(run, *arrays).as_text().count("custom_call @mosaic_gpu") == 1
+    with compat.interpret_mode():
+        found = run(*arrays)
+    for got, want in zip(found, exact(*arrays, group), strict=True):
+        assert got.dtype == jnp.bfloat16 and relative(got, want) < BOUND[jnp.bfloat16]
+
+
+@interpreted
+def test_gradient():
+    arrays = operands(1, 4, 1, 2, 128, 64, jnp.bfloat16, seed=1)
+    problem = heads.Problem(4, 1, 2, 128, 32, 1e-6)
+
+    def loss(function):
+        return lambda x, q, k: sum((y.astype(jnp.float32) ** 3).sum() for y in function(x, q, k))
+
+    def plain(x, q, k):
+        return heads._plain(problem, x[0], q, k, arrays[3][0], arrays[4][0])
+
+    run = lambda x, q, k: queries_and_keys(x, q, k, *arrays[3:], group=2, epsilon=1e-6)  # noqa: E731
+    with compat.interpret_mode():
+        found = jax.grad(loss(run), argnums=(0, 1, 2))(*arrays[:3])
+    wanted = jax.grad(loss(plain), argnums=(0, 1, 2))(*(a.astype(jnp.float32) for a in arrays[:3]))
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == jnp.bfloat16 and relative(got, want) < 0.02
+
+
+def test_when_it_is_worthwhile():
+    x = jax.ShapeDtypeStruct((1, 64, 2 * 10 * 256), jnp.bfloat16)
+
+    def found(x, *sizes):
+        seen = []
+        lower(lambda x: seen.append(heads.worthwhile(x, *sizes)) or x, x)
+        return seen == [True]
+
+    assert found(x, 256, 64) == compat.INTERPRET_AVAILABLE
+    assert not found(x, 256, 32) and not found(x, 96, 64) and not found(x.update(dtype=jnp.float32), 256, 64)
+    assert not heads.worthwhile(x, 256, 64), "this is no GPU"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "sizes", [*SIZES, (1, 1, 2, 4, 256, 64), (1, 8192, 4, 4, 256, 64), (3, 1001, 2, 4, 256, 64)], ids=str
+)
+def test_gpu(sizes, dtype):
+    arrays = operands(*sizes, dtype, seed=2)
+    call = jax.jit(functools.partial(queries_and_keys, group=sizes[3], epsilon=1e-6))
+    found = call(*arrays)
+    for got, want in zip(found, exact(*arrays, sizes[3]), strict=True):
+        assert relative(got, want) < BOUND[dtype]
+    assert all(np.array_equal(a, b) for a, b in zip(found, call(*arrays), strict=True))
