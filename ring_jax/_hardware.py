@@ -37,7 +37,7 @@ class Hardware:
         network_bytes_per_s: that a rank receives from another host: one 400 Gb/s link to each GPU, half of it used (assumed).
         host_gpus: GPUs that NVLink joins.
         seconds_per_collective: what a collective costs beside its bytes.
-        seconds_per_layer: what a layer costs beside products and bytes: some twenty small kernels (decode).
+        seconds_per_layer: what a layer costs beside products and bytes: some ten kernels to start (decode).
     """
 
     name: str
@@ -92,14 +92,14 @@ H200 = Hardware(
     gdn_loops=((2.36e-5, 8.1e-7), (9.86e-5, 2.72e-6)),
     expert_flops=(6.1e14, 5.3e14),
     memory_bytes_per_s=4.8e12,
-    stream_share=0.7,
-    weight_share=0.83,
+    stream_share=0.8,
+    weight_share=0.88,
     gather_bytes_per_s=1.5e11,
     ragged_bytes_per_s=1.0e11,
     network_bytes_per_s=2.5e10,
     host_gpus=8,
     seconds_per_collective=3.0e-5,
-    seconds_per_layer=4.0e-5,
+    seconds_per_layer=2.55e-5,
 )
 # The same chip with slower memory.
 H100 = replace(H200, name="H100", memory_bytes=78 * 2**30, memory_bytes_per_s=3.35e12)

@@ -62,7 +62,10 @@ def select(implementation: str | None, query: Any, key: Any, value: Any) -> Back
     return BACKENDS[implementation]
 
 
-def exact(implementation: str | None) -> str:
-    """The backend for float32 arithmetic throughout: of "mosaic" the form with split operands, of None the one in XLA, as long as
-    no GPU has timed the other."""
-    return "mosaic_split" if implementation == "mosaic" else implementation or "chunked"
+def exact(implementation: str | None, query: Any, key: Any, value: Any, *, spread: bool) -> str:
+    """The backend for float32 arithmetic throughout: of "mosaic" the form with split operands, as of None where it runs. But what
+    ranks pass to each other is exact in XLA only (`spread`)."""
+    if implementation is None:
+        runs = not spread and key.shape[1] > UNROLLED and hopper.unsupported(query, key, value) is None
+        return "mosaic_split" if runs else "chunked"
+    return "mosaic_split" if implementation == "mosaic" else implementation

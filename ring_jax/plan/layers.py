@@ -88,15 +88,21 @@ def stream(at: Setting) -> float:
 
 
 def elementwise(at: Setting, full: bool) -> Piece:
-    """Norms, residual sums, SwiGLU, rotary embedding, gates and the convolution: bytes read and written, bfloat16."""
+    """Norms, rotary embedding, gates and the convolution: bytes read and written, bfloat16. Products add to the residual stream, and
+    that of a dense layer makes SwiGLU; what experts give is summed in a pass."""
     config, tensor = at.config, at.tensor
-    token = 16.0 * config.hidden_size + 6 * (config.mlp_size or 0) / tensor
+    token = (8.0 if config.experts is None else 16.0) * config.hidden_size
     if full:
         query, key = (n * config.head_dim / tensor for n in (config.num_heads, config.num_kv_heads))
-        token += 12 * query + 8 * key
+        token += 10 * query + 20 * key
     else:
         token += (4 * config.linear.features + 6 * config.linear.parts[2]) / tensor
     return Piece(ELEMENTWISE, at.local * token / stream(at))
+
+
+def swiglu_backward(at: Setting) -> Piece:
+    """Of a dense layer: gate and up are written once more, and read with the gradient for theirs."""
+    return Piece(ELEMENTWISE, at.local * 14.0 * (at.config.mlp_size or 0) / at.tensor / stream(at))
 
 
 def attention_shape(at: Setting) -> dict[str, Any]:

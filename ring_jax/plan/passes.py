@@ -24,6 +24,7 @@ from ring_jax.plan.layers import (
     products,
     rule_backward,
     stream,
+    swiglu_backward,
 )
 from ring_jax.plan.result import Pass, Piece
 
@@ -60,9 +61,12 @@ def training(at: Setting, optimizer_bytes: float) -> Pass:
                 group += [piece.times(2.0), rule_backward(at)]
             else:
                 group.append(piece.times(*_REPEATED[piece.term]))
-    head = products(at, at.weights.head, at.local, HEAD).times(4.0)
+        group.append(swiglu_backward(at))
+    # Logits in float32: written, read for the maximum, the sum and the gradient, which is written and read twice in bfloat16.
+    logits = at.local * at.weights.head / config.hidden_size
+    head = [products(at, at.weights.head, at.local, HEAD).times(4.0), Piece(HEAD, logits * 22.0 / stream(at))]
     update = Piece(OPTIMIZER, at.weights.held * (2 * optimizer_bytes + 8.0) / stream(at))
-    after = [head, *_summed_gradients(at), update]
+    after = [*head, *_summed_gradients(at), update]
     tokens = at.rows * at.tokens * machine.size("data")
     flops = 3 * model_flops(config, at.tokens, head=True) * at.rows / (machine.size("context") * at.tensor)
     return Pass("train", (), tuple(group), config.groups, tuple(after), tokens, flops, gpu.peak_flops)

@@ -45,7 +45,8 @@ def test_the_kernel_is_the_default_wherever_it_runs():
     [
         ({}, "gated_delta_forward"),
         ({"implementation": "chunked"}, None),
-        ({"precision": "highest"}, None),
+        ({"precision": "highest"}, "gated_delta_split"),
+        ({"precision": "highest", "implementation": "chunked"}, None),
         ({"precision": "highest", "implementation": "mosaic"}, "gated_delta_split"),
     ],
     ids=str,

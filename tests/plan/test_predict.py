@@ -28,22 +28,26 @@ MEASURED = [
     ("H100", "qwen3.5-9b", 32768, 2, "prefill", 898.0),
     ("H100", "qwen3.5-9b", 131072, 2, "prefill", 4173.0),
     ("H100", "qwen3.5-0.8b", 2048, 1, "prefill", 30.1),
-    ("H200", "qwen3.5-9b", 1024, 1, "decode", 5.45),
-    ("H200", "qwen3.5-9b", 32768, 1, "decode", 5.73),
-    ("H200", "qwen3.5-0.8b", 2048, 1, "decode", 1.46),
     ("H200", "qwen3.5-0.8b", 8192, 1, "train", 569.0),
     ("H200", "qwen3.5-4b", 8192, 1, "train", 1282.0),
 ]
 
 
-# With its forward kernel: docs/measurements/model.md, 2026-11-26.
+# With kernels throughout: docs/measurements/2026-11-27_cards.md.
 KERNELS = [
-    ("h100", "qwen3.5-9b", 8192, 1, "prefill", 198.5),
-    ("h100", "qwen3.5-9b", 32768, 1, "prefill", 877.3),
-    ("h200", "qwen3.5-9b", 8192, 1, "prefill", 198.4),
-    ("h200", "qwen3.5-9b", 32768, 1, "prefill", 866.2),
-    ("h200", "qwen3.5-9b", 32768, 1, "decode", 5.39),
-    ("h200", "qwen3.5-0.8b", 2048, 1, "decode", 1.25),
+    ("h100", "qwen3.5-9b", 8192, 1, "prefill", 186.7),
+    ("h100", "qwen3.5-9b", 32768, 1, "prefill", 826.0),
+    ("h100", "qwen3.5-9b", 131072, 1, "prefill", 4367.0),
+    ("h200", "qwen3.5-9b", 32768, 1, "prefill", 842.1),
+    ("h200", "qwen3.5-9b", 131072, 1, "prefill", 4446.7),
+    ("h200", "qwen3.5-9b", 32768, 2, "prefill", 441.6),
+    ("h200", "qwen3.5-9b", 131072, 2, "prefill", 2324.7),
+    ("h100", "qwen3.5-9b", 1024, 1, "decode", 6.19),
+    ("h100", "qwen3.5-9b", 131072, 1, "decode", 7.85),
+    ("h100", "qwen3.5-0.8b", 2048, 1, "decode", 1.127),
+    ("h200", "qwen3.5-9b", 1024, 1, "decode", 4.64),
+    ("h200", "qwen3.5-9b", 1024, 2, "decode", 5.44),
+    ("h200", "qwen3.5-4b", 8192, 1, "train", 534.7),
 ]
 
 
