@@ -31,7 +31,8 @@ class Hardware:
         gdn_loops: seconds of 64 tokens in XLA's loops, and more for each value head: forward, forward + backward.
         expert_flops: of routed experts' products, forward; with backward.
         memory_bytes_per_s: the vendor's figure.
-        stream_share: of it that element-wise kernels and copies reach; weight_share: that products of few rows reach.
+        stream_share: of it that element-wise kernels and copies reach; weight_share: that products of few rows reach in a
+            decode step, fitted to whole steps with seconds_per_layer.
         gather_bytes_per_s: that a rank receives in an all-gather or permute through NCCL over NVLink.
         ragged_bytes_per_s: that it receives in a ragged all-to-all (assumed: two thirds of that).
         network_bytes_per_s: that a rank receives from another host: one 400 Gb/s link to each GPU, half of it used (assumed).

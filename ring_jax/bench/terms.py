@@ -23,6 +23,8 @@ from ring_jax.bench import model as model_bench
 from ring_jax.bench import ring
 from ring_jax.context.cost import costs
 from ring_jax.models.qwen3_5 import Config
+from ring_jax.moe.hopper import dense
+from ring_jax.nn.hopper import few_rows
 from ring_jax.plan.machine import Machine
 from ring_jax.plan.result import duration
 
@@ -74,22 +76,17 @@ def _normal(shape, seed: int = 0, scale: float = 1.0, dtype: Any = jnp.bfloat16)
 
 
 def _products(config: Config, tokens: int, machine: Machine):
-    """An MLP of the model, its SwiGLU included; on one GPU."""
+    """An MLP of the model as the model computes it; on one GPU."""
     width, hidden = config.hidden_size, config.mlp_size or 4 * config.hidden_size
     tokens = min(tokens, 32768)
     x, up, down = _normal((tokens, width)), _normal((width, 2 * hidden), 1, 0.02), _normal((hidden, width), 2, 0.02)
 
     @jax.jit
     def run(x, up, down):
-        def layer(x, _):
-            gate, value = jnp.split(x @ up, 2, axis=1)
-            return x + (jax.nn.silu(gate) * value) @ down, None
+        swiglu = dense.swiglu if dense.worthwhile(x, up.shape[1]) else lambda x, up: dense.combine(x @ up)
+        return lax.scan(lambda x, _: (x + swiglu(x, up) @ down, None), x, None, length=LAYERS)[0]
 
-        return lax.scan(layer, x, None, length=LAYERS)[0]
-
-    gpu = machine.gpu
-    flops, moved = 6.0 * tokens * width * hidden, tokens * (6.0 * hidden + 6 * width)
-    predicted = flops / gpu.product_flops + moved / (gpu.memory_bytes_per_s * gpu.stream_share)
+    predicted = 6.0 * tokens * width * hidden / machine.gpu.product_flops
     yield f"MLP {width} x {hidden}, {tokens} rows", predicted, functools.partial(run, x, up, down), LAYERS
 
 
@@ -98,17 +95,18 @@ def _weights_read(config: Config, tokens: int, machine: Machine):
     width, hidden = config.hidden_size, 2 * (config.mlp_size or 4 * config.hidden_size)
     count = 8
     weights = _normal((count, width, hidden), 3, 0.02)
-    x = _normal((8, width))
+    x = _normal((1, width))
 
     @jax.jit
     def run(x, weights):
+        product = few_rows.product if few_rows.worthwhile(x, weights[0]) else jnp.matmul
         for i in range(count):
-            x = x + (x @ weights[i])[:, :width]
+            x = x + product(x, weights[i])[:, :width]
         return x
 
     gpu = machine.gpu
     predicted = 2.0 * width * hidden / (gpu.memory_bytes_per_s * gpu.weight_share)
-    yield f"weights {width} x {hidden} read by a few rows", predicted, functools.partial(run, x, weights), count
+    yield f"weights {width} x {hidden} read by one row", predicted, functools.partial(run, x, weights), count
 
 
 def _memory(config: Config, tokens: int, machine: Machine):

@@ -53,9 +53,10 @@ def gated_delta_rule(
             float32 arithmetic), "chunked" (sequences), "recurrent" (one or a few tokens) or "reference" (token by token, for
             tests); None takes the best that runs here.
         precision: "default": 16-bit inputs may be multiplied as they are, with states and corrections rounded to 16 bits before
-            products (relative error about 3e-3); "highest": float32 arithmetic whatever the inputs, by "mosaic_split" where it
-            runs and no context is given: it splits operands into two of 16 bits each (relative error about 5e-6; eight times the
-            time; gradients by "chunked"), elsewhere by "chunked" (on a GPU 30 to 40 times the time). None is "default".
+            products (relative error about 3e-3); "highest": float32 arithmetic whatever the inputs, on Hopper GPUs by
+            "mosaic_split": it splits operands into two of 16 bits each (relative error about 5e-6; eight times the time, and 16 KiB
+            of memory a token and 32 value heads; gradients by "chunked"), elsewhere by float32 products (on a GPU 30 to 40 times
+            the time). None is "default".
         context: the mesh axes and the layout that the arrays lie in, for a sequence that is spread over ranks; the
             state is then the same on all context ranks, before and after.
         strategy: with a context: "batch", "head", "state" or "auto" (see `ring_jax.gdn.sharded`, also for running whole
@@ -89,7 +90,7 @@ def gated_delta_rule(
     operands = query, key, value, log_decay, beta
     if precision == "highest":
         check_operands(*operands, initial_state, segment_ids, natural=False)
-        implementation = exact(implementation, query, key, value, spread=context is not None)
+        implementation = exact(implementation, query, key, value)
     options: Any = {"initial_state": initial_state, "scale": scale, "implementation": implementation}
     if context is not None:
         return rule_over_ranks(

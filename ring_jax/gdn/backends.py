@@ -62,10 +62,8 @@ def select(implementation: str | None, query: Any, key: Any, value: Any) -> Back
     return BACKENDS[implementation]
 
 
-def exact(implementation: str | None, query: Any, key: Any, value: Any, *, spread: bool) -> str:
-    """The backend for float32 arithmetic throughout: of "mosaic" the form with split operands, as of None where it runs. But what
-    ranks pass to each other is exact in XLA only (`spread`)."""
+def exact(implementation: str | None, query: Any, key: Any, value: Any) -> str:
+    """The backend for float32 arithmetic throughout: of "mosaic" the form with split operands, as of None where it runs."""
     if implementation is None:
-        runs = not spread and key.shape[1] > UNROLLED and hopper.unsupported(query, key, value) is None
-        return "mosaic_split" if runs else "chunked"
+        implementation = select(None, query, key, value).name
     return "mosaic_split" if implementation == "mosaic" else implementation

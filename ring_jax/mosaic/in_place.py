@@ -1,11 +1,11 @@
-"""Kernels that update operands in place: an attention partial that is resumed, a gradient that is added to. And kernels whose bodies
-a shard_map's bookkeeping would not let be traced.
+"""Kernels that update operands in place: an attention partial that is resumed, a gradient that is added to. And kernels that are
+opaque to a shard_map's bookkeeping.
 
 `plgpu.kernel` aliases nothing but Refs, and Refs do not lower inside a shard_map that checks varying axes. So such a
 kernel is one primitive: a function from arrays to arrays for all that surrounds it, which makes Refs of the updated
 operands only where it is lowered, when shard_map's bookkeeping is done. XLA then updates the operand's own buffer, or
-a copy where somebody else still reads it. Without anything to update it serves a kernel with loops that begin or end at what it
-reads: their counters vary over the mesh where the numbers do, and are refused for becoming plain numbers on the way.
+a copy where somebody else still reads it. Without anything to update it serves a kernel with a loop that begins or ends at
+a number that it reads: the loop's carry varies over the mesh on entry and not after a step, which shard_map's check refuses.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ AVAILABLE = compat.INTERPRET_AVAILABLE
 
 
 def update(
-    call: Callable[..., Any], outputs: Sequence[Any], operands: Sequence[jax.Array], updated: Sequence[jax.Array] = ()
+    call: Callable[..., Any], outputs: Sequence[Any], operands: Sequence[jax.Array], updated: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """`call(*operands, *refs)`, with a Ref for each array of `updated`.
 
@@ -44,6 +44,11 @@ def update(
         return _run(*operands, *updated, call=call, updated=len(updated))
     shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in (*outputs, *updated))
     return _update_p.bind(*operands, *updated, call=call, updated=len(updated), shapes=shapes)
+
+
+def opaque(call: Callable[..., Any], outputs: Sequence[Any], operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """`call(*operands)`, a `compat.kernel` whose `out_type` are the `outputs`, traced when shard_map's bookkeeping is done."""
+    return update(call, outputs, operands, ())
 
 
 def _run(*arrays: jax.Array, call: Callable[..., Any], updated: int, **_: Any) -> list[jax.Array]:

@@ -24,6 +24,7 @@ def test_transfer_counts_as_hidden_while_the_gpu_computes():
     )
     assert activity.compute == ((0, 4), (6, 8)) and activity.transfer == ((3, 5.5), (7, 7.5))
     assert activity.hidden_share == pytest.approx(1.5 / 3)
+    assert activity.transfer_share == pytest.approx(3 / activity.length)
     assert activity.idle_share == pytest.approx(0.5 / 8)
     facts = activity.summary()
     assert (facts["compute_ms"], facts["transfer_ms"]) == (6, 3)

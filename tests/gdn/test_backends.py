@@ -71,6 +71,32 @@ def test_a_layer_in_16_bits_runs_the_kernel():
     assert "mosaic_gpu" in text
 
 
+@pytest.mark.skipif(not RUNS, reason="the kernel needs jax 0.11.2 or later")
+@pytest.mark.parametrize(
+    ("strategy", "changes", "kernel"),
+    [
+        (None, {"time": 1}, False),
+        (None, {"dtype": jnp.float32}, False),
+        ("state", {"time": 1024}, True),
+        ("head", {"time": 1024}, True),
+    ],
+)
+def test_highest_precision(strategy, changes, kernel):
+    """Nothing of it in 16 bits, over ranks neither: there states pass by XLA's transition."""
+    options: dict = {"precision": "highest"}
+    with on_hopper(2, "context"):
+        if strategy is not None:
+            mesh = jax.sharding.get_abstract_mesh()
+            options |= {
+                "context": ring_jax.ContextParallel("context", layout="zigzag", mesh=mesh),
+                "strategy": strategy,
+            }
+        call = functools.partial(ring_jax.gated_delta_rule, **options)
+        text = jax.jit(call).trace(*operands(**changes)).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("gated_delta_split" in text) == kernel
+    assert "gated_delta_forward" not in text and "gated_delta_transition" not in text
+
+
 @pytest.mark.skipif(not RUNS, reason="the kernels need jax 0.11.2 or later")
 def test_chunks_are_prepared_once():
     """Passing states, a chunk's transition and the rule itself want the same inverses: one program text, which XLA merges."""

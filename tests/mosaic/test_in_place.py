@@ -1,5 +1,7 @@
 """Kernels that update operands in place are functions of arrays to everything around them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,3 +93,31 @@ def test_interpreted_leaves_the_callers_array():
 def test_old_versions_say_what_they_lack():
     with pytest.raises(NotImplementedError, match="need jax 0.11 or later, this is"):
         in_place.update(None, (), (), ())
+
+
+@needs_in_place
+def test_opaque_where_a_loop_begins_at_a_number_that_is_read():
+    """Traced as it is, a shard_map's check refuses it."""
+    mesh = jax.make_mesh((2,), ("c",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+
+    def body(start_ref, x_ref, out_ref):
+        def step(_, total):
+            return total + 1
+
+        out_ref[0] = x_ref[0] + jax.lax.fori_loop(start_ref[0], 8, step, jnp.int32(0))
+
+    def run(start, x, way):
+        outputs = (compat.output_like(x.shape, x.dtype, start, x),)
+        options = {"scratch": {}, "grid": (1,), "grid_names": ("program",), "num_threads": 1, "thread_name": "wg"}
+        call = compat.kernel(body, name="counts", out_type=outputs, **options)
+        return way(call, outputs, (start, x))[0]
+
+    def mapped(way):
+        given = functools.partial(run, way=way)
+        return jax.shard_map(given, mesh=mesh, in_specs=(P("c"), P("c")), out_specs=P("c"))
+
+    arrays = [jax.ShapeDtypeStruct((2,), jnp.int32)] * 2
+    text = jax.jit(mapped(in_place.opaque)).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1 and "optimization_barrier" not in text
+    with pytest.raises(TypeError, match="carry"):
+        jax.jit(mapped(lambda call, _, operands: call(*operands))).trace(*arrays)

@@ -114,7 +114,7 @@ def _attend(problem: Problem, *operands) -> Partial:
         num_threads=problem.config.warpgroups + 1,
         thread_name="warpgroup",
     )
-    out, lse = in_place.update(call, out_type, operands)
+    out, lse = in_place.opaque(call, out_type, operands)
     return out, lse
 
 
@@ -134,5 +134,5 @@ def _merge(problem: Problem, *operands) -> Partial:
         num_threads=1,
         thread_name="warpgroup",
     )
-    out, lse = in_place.update(call, out_type, operands)
+    out, lse = in_place.opaque(call, out_type, operands)
     return out, lse

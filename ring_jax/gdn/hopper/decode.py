@@ -57,7 +57,8 @@ def decode_config(batch: int, value_heads: int, dk: int, dv: int, whole_heads: b
 
     Chosen on one H200 (head size 128, 16 / 32 heads, one token, jax 0.11.2, 2026-11-26), microseconds for batch 1, 32, 128.
     Everything fused: a head in one warpgroup 4.6, 38.7, 142; in two 4.7, 44.9, 175; in four 5.6, 52.4, 193. Without the output
-    norm a quarter of a head in a program takes 3.3, 45.8, 173. Walking over heads, from four a multiprocessor on, is not timed yet.
+    norm a quarter of a head in a program takes 3.3, 45.8, 173. On an H100 (2026-11-27) a head in one warpgroup 5.6, 54.3, 203.5, and
+    walking over heads, which is taken from four a multiprocessor on, 55.0 and 202.6.
     """
     many = batch * value_heads >= 4 * MULTIPROCESSORS
     if whole_heads or many:

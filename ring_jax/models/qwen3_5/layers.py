@@ -38,7 +38,7 @@ from ring_jax.models.qwen3_5.sharding import (
 )
 from ring_jax.moe import MoEWeights, RouterStats, moe
 from ring_jax.nn.gdn import gated_rms_norm
-from ring_jax.nn.hopper import heads
+from ring_jax.nn.hopper import heads as hopper_heads
 from ring_jax.nn.norm import Normed
 from ring_jax.nn.rope import angles, check_rotary, rotate
 
@@ -103,9 +103,10 @@ class FullAttention(nnx.Module):
         config, size = self.config, self.config.head_dim
         rotary = check_rotary(size, config.rope_theta, config.rotary_fraction)
         cos, sin = angles(positions, rotary, config.rope_theta)
-        if heads.worthwhile(projected, size, rotary):
+        if hopper_heads.worthwhile(projected, size, rotary):
             group, weights = self.queries // (2 * size), (self.q_norm[...], self.k_norm[...])
-            return heads.queries_and_keys(projected, *weights, cos, sin, group=group, epsilon=config.norm_epsilon)
+            options: Any = {"group": group, "epsilon": config.norm_epsilon}
+            return hopper_heads.queries_and_keys(projected, *weights, cos, sin, **options)
         both = (q, self.q_norm), (k, self.k_norm)
         q, k = (rotate(norm(x, weight, config), cos[:, :, None], sin[:, :, None]) for x, weight in both)
         return q, k

@@ -50,6 +50,7 @@ def few_rows_config(rows: int, depth: int, results: int, swiglu: bool) -> FewRow
         warpgroups = 1 if columns == 8 and rows == 1 else 4 if programs <= MULTIPROCESSORS or swiglu else 2
         most = 8 if rows == 1 and columns > 8 else 4
         shape = {"columns": columns, "warpgroups": warpgroups}
+        # Two steps at least: the loads of one beside the arithmetic of another program's.
         fits = (FewRowsConfig(**shape, loads=n) for n in range(most, 0, -1))
         config = next((config for config in fits if depth % config.step == 0 and depth > config.step), None)
         if results % columns == 0 and config is not None:

@@ -19,6 +19,7 @@ from ring_jax.nn.hopper.few_rows_kernel import Problem
 from ring_jax.nn.norm import Normed
 
 MAX_ROWS = 4
+_SEVERAL_ROWS = 36 << 20  # bytes of a weight: a larger one cuBLAS reads faster for two rows and more (H100, 2026-11-27)
 
 
 def worthwhile(x: Shaped, w: Shaped, *, swiglu: bool = False) -> bool:
@@ -27,6 +28,7 @@ def worthwhile(x: Shaped, w: Shaped, *, swiglu: bool = False) -> bool:
     return (
         runs_kernels()
         and 1 <= rows <= MAX_ROWS
+        and (rows == 1 or 2 * math.prod(w.shape) <= _SEVERAL_ROWS)
         and x.dtype == w.dtype
         and x.dtype in (jnp.bfloat16, jnp.float16)
         and few_rows_config(rows, x.shape[-1], results, swiglu) is not None

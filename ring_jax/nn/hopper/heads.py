@@ -29,6 +29,8 @@ from ring_jax.nn.hopper.config import LANES, WARPS
 from ring_jax.nn.norm import Normed
 from ring_jax.nn.rope import rotate
 
+_FEW = 1024  # tokens, of which each may have a program
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -48,13 +50,18 @@ class Problem:
 
     @property
     def warps(self) -> int:
-        """That have rows of their own; in a program of one row all warps do the same."""
+        """Of a program that have rows of their own. Tokens that four do not divide get a program each, whose warps all do the same."""
         return 1 if self.tokens % WARPS else WARPS
 
     @property
     def rows(self) -> int:
         """Of each warp."""
         return math.gcd(self.tokens // self.warps, 8) if self.warps > 1 else 1
+
+    @property
+    def programs(self) -> int:
+        """Tokens, then key-value heads, then the members of each: its queries and its key. One axis: the others of a grid are short."""
+        return self.tokens // (self.rows * self.warps) * self.kv_heads * (self.group + 1)
 
     @property
     def pieces(self) -> list[tuple[int, int]]:
@@ -68,10 +75,12 @@ class Problem:
 
 
 def worthwhile(projected: Shaped, size: int, rotary: int) -> bool:
-    """Whether `queries_and_keys` runs heads of this size, of which `rotary` columns rotate, where it is being compiled for."""
-    half = rotary // 2
+    """Whether `queries_and_keys` runs heads of this size, of which `rotary` columns rotate, where it is being compiled for, faster
+    than XLA's passes."""
+    half, tokens = rotary // 2, projected.shape[0] * projected.shape[1]
     return (
         runs_kernels()
+        and (tokens % WARPS == 0 or tokens <= _FEW)
         and projected.dtype in (jnp.bfloat16, jnp.float16)
         and size in (64, 128, 256)
         and half in (32, 64, 128)
@@ -147,8 +156,8 @@ def _launch(problem: Problem, *operands: jax.Array) -> Any:
                 for heads in (problem.kv_heads * problem.group, problem.kv_heads)
             ),
             scratch={},
-            grid=(blocks // problem.warps, problem.kv_heads, problem.group + 1),
-            grid_names=("block", "kv_head", "member"),
+            grid=(problem.programs,),
+            grid_names=("program",),
             num_threads=1,
             thread_name="warpgroup",
         )
@@ -163,12 +172,17 @@ def _layout(warps: int, columns: int) -> Any:
     return compat.tiled_layout(tiling, own, (-4,))
 
 
+def _divided(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    return lax.div(number, jnp.int32(by)), lax.rem(number, jnp.int32(by))
+
+
 def _kernel(problem: Problem, x_ref, *refs) -> None:
     """x [T / n, n, K, group + 1, 2, H], weights of queries and keys [H], cos and sin [T / n, n, half]; q [T / n, n, N, H],
     k [T / n, n, K, H]."""
     *weight_refs, cos_ref, sin_ref, q_ref, k_ref = refs
-    rows = pl.ds(lax.axis_index("block") * problem.warps, problem.warps)
-    kv_head, member = lax.axis_index("kv_head"), lax.axis_index("member")
+    rest, member = _divided(lax.axis_index("program"), problem.group + 1)
+    block, kv_head = _divided(rest, problem.kv_heads)
+    rows = pl.ds(block * problem.warps, problem.warps)
     which = lax.div(member, jnp.int32(problem.group))  # 1 for the key
     layouts = [_layout(problem.warps, columns) for _, columns in problem.pieces]
     loaded = [

@@ -1,12 +1,16 @@
 """Norms and rotary embedding of queries and keys: lowered for CUDA and interpreted on the CPU, compared with float64; on a GPU too."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from ring_jax.models.qwen3_5 import Config
+from ring_jax.models.qwen3_5.layers import FullAttention
 from ring_jax.mosaic import compat
 from ring_jax.nn.hopper import heads
 from ring_jax.nn.hopper.heads import queries_and_keys
@@ -15,7 +19,10 @@ from tests.support.hopper import lower
 from tests.support.marks import interpreted
 from tests.support.numbers import relative
 
-BOUND = {jnp.bfloat16: 2.5e-3, jnp.float16: 3.5e-4}  # one rounding, 2^-9 (2^-12) at most
+BOUND = {
+    jnp.bfloat16: 2.5e-3,
+    jnp.float16: 3.5e-4,
+}  # of a norm's error: one rounding of each number, by 2^-8 (2^-11) at most
 # Batch, tokens, key-value heads, queries of each, head size, columns that rotate.
 SIZES = [
     (1, 8, 2, 4, 256, 64),
@@ -23,6 +30,7 @@ SIZES = [
     (2, 6, 2, 1, 128, 128),
     (1, 32, 1, 3, 64, 64),
     (1, 4, 1, 1, 256, 128),
+    (2, 4, 1, 2, 256, 256),
 ]
 
 
@@ -64,21 +72,47 @@ def test_lowers_and_interpreted(sizes):
 
 @interpreted
 def test_gradient():
-    arrays = operands(1, 4, 1, 2, 128, 64, jnp.bfloat16, seed=1)
-    problem = heads.Problem(4, 1, 2, 128, 32, 1e-6)
+    """XLA's, of the same function."""
+    x, *weights, cos, sin = operands(2, 4, 2, 2, 128, 64, jnp.bfloat16, seed=1)
 
     def loss(function):
-        return lambda x, q, k: sum((y.astype(jnp.float32) ** 3).sum() for y in function(x, q, k))
+        return lambda *a: sum((y.astype(jnp.float32) ** 3).sum() for y in function(*a))
 
-    def plain(x, q, k):
-        return heads._plain(problem, x[0], q, k, arrays[3][0], arrays[4][0])
+    def plain(x, *weights):
+        x = x.reshape(2, 4, 2, 6, 128)
+        q, k = x[..., :4:2, :].reshape(2, 4, 4, 128), x[..., 4, :]
 
-    run = lambda x, q, k: queries_and_keys(x, q, k, *arrays[3:], group=2, epsilon=1e-6)  # noqa: E731
+        def one(x, weight):
+            x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * (1 + weight)[None, None, None]
+            a, b, c, s = x[..., :32], x[..., 32:64], cos[:, :, None], sin[:, :, None]
+            return jnp.concatenate([a * c - b * s, b * c + a * s, x[..., 64:]], axis=-1)
+
+        return one(q, weights[0]), one(k, weights[1])
+
+    run = lambda *a: queries_and_keys(*a, cos, sin, group=2, epsilon=1e-6)  # noqa: E731
     with compat.interpret_mode():
-        found = jax.grad(loss(run), argnums=(0, 1, 2))(*arrays[:3])
-    wanted = jax.grad(loss(plain), argnums=(0, 1, 2))(*(a.astype(jnp.float32) for a in arrays[:3]))
+        found = jax.grad(loss(run), argnums=(0, 1, 2))(x, *weights)
+    wanted = jax.grad(loss(plain), argnums=(0, 1, 2))(*(a.astype(jnp.float32) for a in (x, *weights)))
     for got, want in zip(found, wanted, strict=True):
         assert got.dtype == jnp.bfloat16 and relative(got, want) < 0.02
+
+
+@interpreted
+@pytest.mark.parametrize("each_row", [True, False])
+def test_a_layer_says_the_same_with_it_and_without(each_row, monkeypatch):
+    config = dataclasses.replace(Config.preset("qwen3.5-9b"), hidden_size=64, num_heads=4, num_kv_heads=2)
+    make = lambda shape, axes, kind, dtype: nnx.Param(0.1 * jnp.ones(shape, dtype))  # noqa: E731
+    layer = FullAttention(config, make, jnp.bfloat16)
+    x = operands(2, 4, 2, 2, 256, 64, jnp.bfloat16, seed=3)[0]
+    positions = jnp.asarray([[5, 6, 7, 8], [0, 1, 2, 3]]) if each_row else jnp.arange(4)
+    by_head = x.reshape(2, 4, 2, 6, 256)
+    parts = by_head[..., :4:2, :].reshape(2, 4, 4, 256), by_head[..., 4, :]
+    plain = layer._normed_and_turned(x, *parts, positions)
+    monkeypatch.setattr(heads, "worthwhile", lambda *_: True)
+    with compat.interpret_mode():
+        found = layer._normed_and_turned(x, *parts, positions)
+    for got, want in zip(found, plain, strict=True):
+        assert relative(got, want) < 4e-3  # which rounds twice
 
 
 def test_when_it_is_worthwhile():
@@ -92,12 +126,17 @@ def test_when_it_is_worthwhile():
     assert found(x, 256, 64) == compat.INTERPRET_AVAILABLE
     assert not found(x, 256, 32) and not found(x, 96, 64) and not found(x.update(dtype=jnp.float32), 256, 64)
     assert not heads.worthwhile(x, 256, 64), "this is no GPU"
+    odd = lambda tokens: jax.ShapeDtypeStruct((1, tokens, 2 * 10 * 256), jnp.bfloat16)  # noqa: E731
+    assert not found(odd(100_001), 256, 64), "a program for each token"
+    assert found(odd(1), 256, 64) == compat.INTERPRET_AVAILABLE
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "sizes", [*SIZES, (1, 1, 2, 4, 256, 64), (1, 8192, 4, 4, 256, 64), (3, 1001, 2, 4, 256, 64)], ids=str
+    "sizes",
+    [*SIZES, (1, 1, 2, 4, 256, 64), (1, 8192, 4, 4, 256, 64), (3, 1001, 2, 4, 256, 64), (1, 300004, 1, 1, 64, 64)],
+    ids=str,
 )
 def test_gpu(sizes, dtype):
     arrays = operands(*sizes, dtype, seed=2)
