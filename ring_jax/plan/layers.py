@@ -94,6 +94,7 @@ def elementwise(at: Setting, full: bool) -> Piece:
     token = (8.0 if config.experts is None else 16.0) * config.hidden_size
     if full:
         query, key = (n * config.head_dim / tensor for n in (config.num_heads, config.num_kv_heads))
+        # Queries: norm with rotation 4, gate 6; keys and values: norm of the former 4, packed 8, kept 8.
         token += 10 * query + 20 * key
     else:
         token += (4 * config.linear.features + 6 * config.linear.parts[2]) / tensor

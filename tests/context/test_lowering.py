@@ -11,15 +11,14 @@ import ring_jax
 from ring_jax.flash.backends import select
 from ring_jax.flash.operands import BlockOptions
 from ring_jax.mosaic import compat
+from tests.support.hopper import on_hoppers
 from tests.support.marks import needs_in_place
 
 
 @pytest.fixture
 def hopper():
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    mesh = AbstractMesh((4,), ("context",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        yield mesh
+    with on_hoppers(context=4):
+        yield jax.sharding.get_abstract_mesh()
 
 
 @pytest.mark.parametrize("strategy, blocks", [("ring", 4), ("pass_q", 4), ("all_gather", 2), ("ulysses", 1)])

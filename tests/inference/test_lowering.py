@@ -4,13 +4,13 @@ import dataclasses
 
 import jax
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import ring_jax
 from ring_jax.gdn import Heads
 from ring_jax.inference import programs
 from ring_jax.inference.pool import Geometry
 from ring_jax.models.qwen3_5 import Config, Experts, Qwen3_5, Sharding
+from tests.support.hopper import on_hoppers
 
 SIZES = {
     "hidden_size": 512,
@@ -36,11 +36,8 @@ def lowered(what, axes, experts):
     config = dataclasses.replace(
         Config.preset("qwen3.5-9b"), **SIZES, mlp_size=None if experts else 1024, experts=experts
     )
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    types = (AxisType.Auto,) * len(axes)
-    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), types, abstract_device=device)
     calls = []
-    with jax.sharding.use_abstract_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+    with on_hoppers(**axes), pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "_run", lambda *arguments: calls.append(arguments) or (None, None))
         context = ring_jax.ContextParallel("context", layout="zigzag", head_axis="tensor" if "tensor" in axes else None)
         sharding = Sharding(context, expert="context" if experts else None)

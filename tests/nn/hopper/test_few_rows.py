@@ -16,10 +16,8 @@ from tests.support.hopper import lower
 from tests.support.marks import interpreted
 from tests.support.numbers import relative
 
-BOUND = {
-    jnp.bfloat16: 2.5e-3,
-    jnp.float16: 3.5e-4,
-}  # of a norm's error: one rounding of each number, by 2^-8 (2^-11) at most
+# Of a norm's error: one rounding of each number, by 2^-8 (2^-11) at most.
+BOUND = {jnp.bfloat16: 2.5e-3, jnp.float16: 3.5e-4}
 # Depth, results, SwiGLU: layers of 0.8B, 4B and 9B.
 SIZES = [
     (1024, 8224, False), (2048, 1024, False), (1024, 3584, True), (3584, 1024, False), (1024, 5120, False),

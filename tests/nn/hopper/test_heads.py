@@ -19,10 +19,8 @@ from tests.support.hopper import lower
 from tests.support.marks import interpreted
 from tests.support.numbers import relative
 
-BOUND = {
-    jnp.bfloat16: 2.5e-3,
-    jnp.float16: 3.5e-4,
-}  # of a norm's error: one rounding of each number, by 2^-8 (2^-11) at most
+# Of a norm's error: one rounding of each number, by 2^-8 (2^-11) at most.
+BOUND = {jnp.bfloat16: 2.5e-3, jnp.float16: 3.5e-4}
 # Batch, tokens, key-value heads, queries of each, head size, columns that rotate.
 SIZES = [
     (1, 8, 2, 4, 256, 64),
@@ -42,19 +40,23 @@ def operands(batch, time, kv_heads, group, size, rotary, dtype, seed=0):
     return jnp.asarray(x, dtype), *jnp.asarray(weights, dtype), *angles(jnp.asarray(positions), rotary, 1e6)
 
 
-def exact(x, q_weight, k_weight, cos, sin, group):
-    """In float64."""
-    x, q_weight, k_weight, cos, sin = (np.asarray(a, np.float64) for a in (x, q_weight, k_weight, cos, sin))
+def formula(x, q_weight, k_weight, cos, sin, group, xp=jnp):
     (batch, time, _), size, half = x.shape, len(q_weight), cos.shape[-1]
     x = x.reshape(batch, time, -1, 2 * group + 2, size)
     q, k = x[..., : 2 * group : 2, :].reshape(batch, time, -1, size), x[..., 2 * group, :]
 
     def one(x, weight):
-        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6) * (1 + weight)
+        x = x / xp.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6) * (1 + weight)[None, None, None]
         a, b, c, s = x[..., :half], x[..., half : 2 * half], cos[:, :, None], sin[:, :, None]
-        return np.concatenate([a * c - b * s, b * c + a * s, x[..., 2 * half :]], axis=-1)
+        return xp.concatenate([a * c - b * s, b * c + a * s, x[..., 2 * half :]], axis=-1)
 
     return one(q, q_weight), one(k, k_weight)
+
+
+def exact(*arrays):
+    """In float64."""
+    *arrays, group = arrays
+    return formula(*(np.asarray(a, np.float64) for a in arrays), group, np)
 
 
 @interpreted
@@ -78,17 +80,7 @@ def test_gradient():
     def loss(function):
         return lambda *a: sum((y.astype(jnp.float32) ** 3).sum() for y in function(*a))
 
-    def plain(x, *weights):
-        x = x.reshape(2, 4, 2, 6, 128)
-        q, k = x[..., :4:2, :].reshape(2, 4, 4, 128), x[..., 4, :]
-
-        def one(x, weight):
-            x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * (1 + weight)[None, None, None]
-            a, b, c, s = x[..., :32], x[..., 32:64], cos[:, :, None], sin[:, :, None]
-            return jnp.concatenate([a * c - b * s, b * c + a * s, x[..., 64:]], axis=-1)
-
-        return one(q, weights[0]), one(k, weights[1])
-
+    plain = lambda *a: formula(*a, cos, sin, 2)  # noqa: E731
     run = lambda *a: queries_and_keys(*a, cos, sin, group=2, epsilon=1e-6)  # noqa: E731
     with compat.interpret_mode():
         found = jax.grad(loss(run), argnums=(0, 1, 2))(x, *weights)
