@@ -1,4 +1,4 @@
-"""`ring-jax bench attention`: the Hopper flash-attention kernels beside cuDNN on one GPU.
+"""`ring-jax bench attention`: the Hopper flash-attention kernels beside cuDNN on one GPU, and with --peer fa4 beside FlashAttention-4.
 
 Every case is first compared with the float32 reference on fresh random inputs. Times are of the device: many calls are
 queued behind each other, and ours and cuDNN's take turns, so that heat hits both. TFLOP/s count the work that the mask
@@ -6,6 +6,7 @@ leaves: 4 H multiply-adds per query-key pair forward, 14 H forward and backward.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ring_jax.bench import flash_backward, flash_forward
+from ring_jax.bench import flash_backward, flash_forward, torch_peers
 from ring_jax.flash.hopper.backward_common import BackwardConfig, default_config
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, forward_config
 from ring_jax.mosaic.device import hopper_reason
@@ -67,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-check", dest="check", action="store_false", help="do not compare with the reference first"
     )
     parser.add_argument(
+        "--peer", choices=["fa4"], help="time FlashAttention-4, too, on full and causal masks, in its own process"
+    )
+    parser.add_argument(
         "--seconds", type=float, default=0.05, help="device time of each of three rounds (default: 0.05)"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
@@ -96,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
                     print(line(row) + mark, flush=True)
                 report["rows"] += rows
                 save(args, report)
+            if args.peer and mask in ("full", "causal"):
+                report["rows"] += peer(case, args, report)
+                save(args, report)
     return 1 if any("error" in row.get("failure", "") for row in report["rows"]) else 0
 
 
@@ -119,6 +126,25 @@ def measure(case: flash_forward.Case, args: argparse.Namespace):
                     row["name"] = f"{form} {row['name']}"
                 rows.append(row)
         yield "forward+backward", rows
+
+
+def peer(case: flash_forward.Case, args: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """FlashAttention-4 on the same case, printed with what our best one reaches of it."""
+    shape = f"{case.batch}x{case.length}x{case.heads}x{case.kv_heads}x{case.head_size}x{case.mask}"
+    rows = torch_peers.run(args.peer, args.dtype, [shape])
+    about = dataclasses.asdict(case)
+    for row in rows:
+        row["case"] = about
+        if "kernels_ms" not in row:
+            print(f"{row['name']}: {row['failure']}", flush=True)
+            continue
+        seconds, work = row["kernels_ms"] / 1e3, 1.0 if row["what"] == "forward" else 3.5
+        row |= {"seconds": seconds, "tflops": work * case.flops() / seconds / 1e12}
+        row["share_of_matmul"] = row["tflops"] / report["matmul_tflops"]
+        own = [x for x in report["rows"] if (x["case"], x["what"]) == (about, row["what"]) and x["name"] != "cudnn"]
+        best = max((x.get("tflops", 0.0) for x in own), default=0.0)
+        print(f"{line(row)}; ours {best / row['tflops']:.2f} of it", flush=True)
+    return rows
 
 
 def tuned_forward(size: int) -> dict[str, Any]:
@@ -197,19 +223,27 @@ def draw(report: dict[str, Any], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    kinds = {"cuDNN": "cudnn", "ring_jax": ("ours", "base")}
+    kinds = {"cuDNN": ("cudnn",), "ring_jax": ("ours", "base")}
+    if others := {row["name"] for row in report["rows"] if row["name"].startswith("fa4")}:
+        kinds["FlashAttention-4"] = tuple(others)
     labels = list(dict.fromkeys((row["what"], row["case"]["length"], row["case"]["mask"]) for row in report["rows"]))
     figure, axes = plt.subplots(figsize=(2 + 1.3 * len(labels), 4), layout="constrained")
+    width = 0.8 / len(kinds)
     for i, (label, names) in enumerate(kinds.items()):
         found = {
             (row["what"], row["case"]["length"], row["case"]["mask"]): row.get("tflops", 0)
             for row in report["rows"]
             if row["name"] in names
         }
-        axes.bar([x + 0.4 * i for x in range(len(labels))], [found.get(key, 0) for key in labels], 0.38, label=label)
+        axes.bar(
+            [x + width * i for x in range(len(labels))],
+            [found.get(key, 0) for key in labels],
+            0.95 * width,
+            label=label,
+        )
     axes.axhline(report["matmul_tflops"], color="gray", linestyle="--", label="matrix product")
     texts = [f"{what.replace('forward', 'fwd').replace('backward', 'bwd')}\n{n} {mask}" for what, n, mask in labels]
-    axes.set_xticks([x + 0.2 for x in range(len(labels))], texts)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(labels))], texts)
     axes.set_ylabel("TFLOP/s")
     axes.set_title(f"attention, {report['environment']['device']}")
     axes.legend()

@@ -10,10 +10,6 @@ same shapes in a process of their own.
 """
 
 import argparse
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ring_jax
-from ring_jax.bench import fla_peer, gdn_cases, trace
+from ring_jax.bench import gdn_cases, torch_peers, trace
 from ring_jax.bench.attention import environment, write_json
 from ring_jax.bench.gdn_cases import Case, Part
 from ring_jax.bench.model import peaks
@@ -78,9 +74,10 @@ def run(args: argparse.Namespace) -> int:
         print(line(row), flush=True)
         write_json(args.json, report)
     if args.peer:
-        report["peer"] = fla(args)
+        shapes = [f"{text}x{args.key_heads}x{args.head_size}" for text in args.shapes]
+        report["peer"] = torch_peers.run(args.peer, args.dtype, shapes)
         for row in report["peer"]:
-            print(line(row) if "kernels_ms" in row else f"fla: {row['failure']}", flush=True)
+            print(line(row) if "kernels_ms" in row else f"{row['name']}: {row['failure']}", flush=True)
         write_json(args.json, report)
     return 1 if any("error" in row.get("failure", "") for row in report["rows"]) else 0
 
@@ -188,16 +185,6 @@ def check_way(case: Case, ranks: int, way: str, dtype: Any) -> float:
     heads = ring_jax.gdn.Heads(2 * ranks, 4 * ranks, case.heads.key_size, case.heads.value_size)
     changed = {"run": spread, "checked": Case(ranks, 777, heads), "name": way}
     return gdn_cases.check(gdn_cases.dataclasses.replace(part, **changed), dtype)
-
-
-def fla(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The peer's forward on the same shapes, in its own process: this one holds the GPU's memory for jax."""
-    shapes = [f"{text}x{args.key_heads}x{args.head_size}" for text in args.shapes]
-    command = [sys.executable, str(Path(fla_peer.__file__)), args.dtype, *shapes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    if done.returncode:
-        return [{"failure": (done.stderr.strip().splitlines() or ["no reason given"])[-1]}]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def line(row: dict[str, Any]) -> str:

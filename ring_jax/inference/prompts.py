@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence, Set
 from typing import Any
 
@@ -45,6 +46,9 @@ def _row(name: str, prompt: Any) -> np.ndarray:
     if isinstance(prompt, jax.core.Tracer):
         raise ValueError(f"{name} must be known, got a traced array: generation is a loop on the host")
     if not is_array(prompt):
+        if set(map(type, prompt)) == {int}:  # one by one, 128K of them take longer than a prefill of the next thousand
+            with contextlib.suppress(OverflowError):
+                return np.asarray(prompt, np.int64)
         return np.asarray([check_count(f"a token id in {name}", t, -(2**63), 2**63 - 1) for t in prompt], np.int64)
     if prompt.ndim != 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers [S], got {describe(prompt)}")
