@@ -166,7 +166,7 @@ def _rule(config: Config, tokens: int, machine: Machine):
     loss = lambda *x: jnp.sum(forward(*x).astype(jnp.float32) ** 2)  # noqa: E731
     shape = gdn.GDNShape(1, tokens, heads, conv_width=1)
     seconds = gdn.costs(shape, ranks, "zigzag", machine.gpu)["state"].seconds()
-    both = seconds + gdn.cost.backward_seconds(tokens / ranks, 1, heads, machine.gpu)
+    both = seconds + gdn.cost.backward_seconds(tokens / ranks, 1, heads, machine.gpu, passes=ranks > 1)
     yield f"gated delta rule forward over {ranks}", seconds, functools.partial(jax.jit(forward), *operands), LAYERS
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))
     yield f"gated delta rule forward + backward over {ranks}", both, functools.partial(gradient, *operands), LAYERS

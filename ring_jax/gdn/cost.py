@@ -204,18 +204,24 @@ def kernel_seconds(tokens: float, rows: float, heads: Heads, *, outputs: bool = 
     return size * chunks * min(walk, passes) + prepared
 
 
-def backward_seconds(tokens: float, rows: float, heads: Heads, gpu: Hardware = HOPPER) -> float:
-    """Time of the rule's gradients over `rows` sequences of `tokens` tokens, what they compute again included."""
+def backward_seconds(
+    tokens: float, rows: float, heads: Heads, gpu: Hardware = HOPPER, *, passes: bool = False
+) -> float:
+    """Time of the rule's gradients over `rows` sequences of `tokens` tokens, what they compute again included; where gradients of
+    states pass between such sequences, with what the outputs of each give to its first state."""
+    again = 1 + _ENTERING if passes else 1.0
     if gpu.gdn_backward is not None:
         of_chunk, of_token = gpu.gdn_backward
         size = heads.key_size * heads.value_size / 128**2
-        return size * max(math.ceil(tokens / CHUNK) * of_chunk, rows * tokens * heads.value_heads * of_token)
+        return again * size * max(math.ceil(tokens / CHUNK) * of_chunk, rows * tokens * heads.value_heads * of_token)
     fixed, each = gpu.gdn_loops[1]
-    return math.ceil(tokens / CHUNK) * (fixed + each * rows * heads.value_heads)
+    return again * math.ceil(tokens / CHUNK) * (fixed + each * rows * heads.value_heads)
 
 
 # XLA's float32 step from one piece of a sequence to the next.
 _PIECE_SECONDS = 1.0e-5
+# Of the backward, its recurrence of gradients alone (docs/kernels/gdn.md).
+_ENTERING = 0.3
 
 
 def _batch_cost(shape: GDNShape, ranks: int, gpu: Hardware) -> Cost:

@@ -18,7 +18,7 @@ from ring_jax.gdn.backends import select
 from ring_jax.gdn.checks import check_operands, state_dtype
 from ring_jax.gdn.chunked import transition
 from ring_jax.gdn.conv import check_convolution, convolve_buffer, insert_tail, tail_at
-from ring_jax.gdn.hopper import transition as hopper
+from ring_jax.gdn.hopper import passing as hopper
 from ring_jax.gdn.rule import delta_rule
 from ring_jax.gdn.state_scan import Chunks
 from ring_jax.gdn.stay import Stay
@@ -98,28 +98,19 @@ class StatePassing(Stay):
             return jnp.zeros_like(value), zeros if initial_state is None else initial_state
         rows = [_merge(chunks.split(x)) for x in segments.blank_padding(self.segment_ids, *operands)]
         ids = None if self.segment_ids is None else _merge(chunks.split(self.segment_ids))
-        maps = self._transition(implementation, rows, ids)
-        m, b = (x.reshape(chunks.folds, batch, *x.shape[1:]) for x in maps)
-        joins = None
-        if self.borders is not None:
-            joins = self.borders.joins[..., None, None, None]
-            m = jnp.where(joins, m, jnp.zeros_like(m))
-        entering = chunks.entering(m, b, initial_state)
-        if joins is not None:
-            entering = jnp.where(joins, entering, jnp.zeros_like(entering))
-        out, state = delta_rule(
-            *rows, scale=scale, initial_state=_merge(entering), segment_ids=ids, implementation=implementation
-        )
-        state = chunks.of_last(state.reshape(entering.shape))
+        joins = None if self.borders is None else self.borders.joins
+        scale = key.shape[3] ** -0.5 if scale is None else scale
+        if select(implementation, *rows[:3]).name == "mosaic":
+            out, state = hopper.passing(chunks, float(scale), rows, ids, initial_state, joins)
+        else:
+            _, k, v, g, strength = rows
+            m, b = (x.reshape(chunks.folds, batch, *x.shape[1:]) for x in transition(k, v, g, strength, ids))
+            entering = chunks.entering(m, b, initial_state, joins=joins)
+            out, state = delta_rule(
+                *rows, scale=scale, initial_state=_merge(entering), segment_ids=ids, implementation=implementation
+            )
+            state = chunks.of_last(state.reshape(entering.shape))
         return chunks.join(out.reshape(chunks.folds, batch, *out.shape[1:])), state
-
-    def _transition(
-        self, implementation: str | None, rows: list[jax.Array], ids: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """M and B of each chunk here, by the kernel where the rule itself runs it."""
-        q, k, v, g, b = rows
-        kernel = select(implementation, q, k, v).name == "mosaic"
-        return hopper.transition(k, v, g, b, ids) if kernel else transition(k, v, g, b, ids)
 
     def passes_whole_tails(self, history: int) -> bool:
         """Whether the last `history` inputs of each chunk are what its successor has to know: no documents, no shorter chunks."""

@@ -90,7 +90,12 @@ class Chunks:
         return lax.psum(jnp.where(mine, x[-1], jnp.zeros_like(x[-1])), self.axis)
 
     def entering(
-        self, transition: jax.Array, update: jax.Array, initial: jax.Array | None, gather: bool | None = None
+        self,
+        transition: jax.Array,
+        update: jax.Array,
+        initial: jax.Array | None,
+        gather: bool | None = None,
+        joins: jax.Array | None = None,
     ) -> jax.Array:
         """The state that enters each chunk.
 
@@ -99,15 +104,25 @@ class Chunks:
             update: B, chunked [folds, B, N, dk, dv]: what the chunk makes of a state of zero.
             initial: the state before the sequence, [B, N, dk, dv], the same on all ranks; None for zeros.
             gather: gather all pairs instead of scanning; default: for up to GATHER_RANKS ranks.
+            joins: bool [folds, B], whether the state that enters a chunk goes on in it; by default it does.
 
         Returns:
             Chunked [folds, B, N, dk, dv].
         """
         if gather is None:
             gather = self.ranks <= GATHER_RANKS
+        if joins is not None:
+            joins = joins[..., None, None, None]
+            transition = jnp.where(joins, transition, jnp.zeros_like(transition))
         transition, update, initial = align(transition, update, initial)
-        if gather:
-            return self._entering_by_gather(transition, update, initial)
+        passed = self._by_gather(transition, update, initial) if gather else self._by_scan(transition, update, initial)
+        return passed if joins is None else jnp.where(joins, passed, jnp.zeros_like(passed))
+
+    def leaving(self, transition: jax.Array, update: jax.Array, entering: jax.Array) -> jax.Array:
+        """The state after the last chunk of the sequence, on all ranks, from that which enters each chunk."""
+        return self.of_last(_apply(transition, entering) + update)
+
+    def _by_scan(self, transition: jax.Array, update: jax.Array, initial: jax.Array | None) -> jax.Array:
         initial = jnp.zeros_like(update[0]) if initial is None else initial
         first, total = self._scan(transition[0], update[0], initial, self.up, 0)
         if self.folds == 1:
@@ -138,7 +153,7 @@ class Chunks:
             by *= 2
         return jnp.where(begins, initial, shift(update)), update
 
-    def _entering_by_gather(self, transition: jax.Array, update: jax.Array, initial: jax.Array | None) -> jax.Array:
+    def _by_gather(self, transition: jax.Array, update: jax.Array, initial: jax.Array | None) -> jax.Array:
         dv = update.shape[-1]
         # [C, folds, ...]; tiled, see `Shard.gather`.
         pairs = lax.all_gather(jnp.concatenate([update, transition], axis=-1)[None], self.axis, axis=0, tiled=True)

@@ -159,9 +159,7 @@ def rule_backward(at: Setting) -> Piece:
         heads, share = heads.share(ranks), 1
     elif at.gdn_strategy == "batch" and ranks > 1:
         rows, share = -(-at.rows // ranks), 1
-    seconds = backward_seconds(at.tokens / share, rows * folds, heads, gpu)
-    if folds == 2:  # of the rule, and of the transitions
-        seconds *= 2
+    seconds = backward_seconds(at.tokens / share, rows * folds, heads, gpu, passes=folds == 2)
     moved = rule(at)[0].times(0.0, 2.0)
     return dataclasses.replace(moved, compute=seconds)
 

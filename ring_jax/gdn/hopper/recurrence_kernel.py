@@ -44,6 +44,7 @@ class Problem:
     documents: bool
     dtype: Any
     config: ForwardConfig
+    only_gradient: bool = False
 
     @property
     def chunks(self) -> int:
@@ -57,7 +58,8 @@ class Problem:
 def recurrences(problem: Problem, query, key, value, out_gradient, inverse, gates, starts, initial, last):
     """S, z [B, T, N, dv], dS, dV, the gradient of the initial state; S and dS of every chunk, transposed: [B, N, chunks, dv, dk].
 
-    `initial` (the state) and `last` (the gradient of the final one) are [B, N, dv, dk] float32, as is the last result.
+    `initial` (the state) and `last` (the gradient of the final one) are [B, N, dv, dk] float32, as is the last result; with
+    `only_gradient` that is all there is, and nobody walks ahead.
     """
     config = problem.config
     operands = [query, key, value, out_gradient, inverse, gates, initial, last]
@@ -93,9 +95,9 @@ def recurrences(problem: Problem, query, key, value, out_gradient, inverse, gate
     call = compat.kernel(
         body,
         name="gated_delta_recurrences",
-        out_type=(states, tokens, states, tokens, gradient),
+        out_type=gradient if problem.only_gradient else (states, tokens, states, tokens, gradient),
         scratch=scratch,
-        grid=(2 * problem.batch * problem.heads * problem.slices,),
+        grid=((1 if problem.only_gradient else 2) * problem.batch * problem.heads * problem.slices,),
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
@@ -105,10 +107,13 @@ def recurrences(problem: Problem, query, key, value, out_gradient, inverse, gate
 
 def _body(problem, query, key, value, out_gradient, inverse, gates, initial, last, *refs, ahead_full, ahead_free, back_full,
           back_free, **scratch):  # fmt: skip
-    *starts, states, z, ends, dv, gradient = refs
+    *refs, gradient = refs
+    starts, (states, z, ends, dv) = (refs, [None] * 4) if problem.only_gradient else (refs[:-4], refs[-4:])
     config = problem.config
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
-    backward, program = lax.rem(program, 2), lax.div(program, 2)
+    backward = jnp.int32(1)
+    if not problem.only_gradient:
+        backward, program = lax.rem(program, 2), lax.div(program, 2)
     part, program = lax.rem(program, problem.slices), lax.div(program, problem.slices)
     head, batch = lax.rem(program, problem.heads), lax.div(program, problem.heads)
     key_head = lax.div(head, problem.heads // problem.key_heads)
@@ -130,13 +135,14 @@ def _body(problem, query, key, value, out_gradient, inverse, gates, initial, las
                 yield ref.at[batch, chunk], starts_smem.at[slot]
         yield inverse.at[batch, head, chunk], t_smem.at[slot]
 
+    when_ahead = (lambda body: None) if problem.only_gradient else pl.when(backward == 0)
     ahead, back = dict(full=ahead_full, free=ahead_free), dict(full=back_full, free=back_free)
 
     @pl.when(warpgroup == 0)
     def _():
         plgpu.set_max_registers(config.state_registers, action="increase")
 
-        @pl.when(backward == 0)
+        @when_ahead
         def _():
             _ahead(problem, initial.at[batch, head, columns], targets(states, z), **ahead, **scratch)
 
@@ -159,7 +165,7 @@ def _body(problem, query, key, value, out_gradient, inverse, gates, initial, las
     def _():
         plgpu.set_max_registers(config.memory_registers, action="decrease")
 
-        @pl.when(backward == 0)
+        @when_ahead
         def _():
             feed(problem.chunks, config.stages, lambda i, *at, **to: copies(i, *at, value, **to), **ahead, **scratch)
 
@@ -235,7 +241,8 @@ def _back(problem, last, targets, *, q_smem, k_smem, v_smem, t_smem, p_smem, s_s
         gradient = gradient * total
         du, gradient = wgmma.start_products((None, rounded, k), (gradient, scaled, q_smem.at[slot]))
         plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # the copies of two chunks ago have read their buffers
-        store(s_smem.at[half], rounded)
+        if not problem.only_gradient:
+            store(s_smem.at[half], rounded)
         to_end = compat.load(gate.at[2], _COLUMNS)
         (du,) = wgmma.wait(1, du)
         du = du * down(to_end)
@@ -248,8 +255,9 @@ def _back(problem, last, targets, *, q_smem, k_smem, v_smem, t_smem, p_smem, s_s
         from_start = compat.load(gate.at[1], _COLUMNS)
         (dv,) = wgmma.wait(0, dv)
         (gradient,) = wgmma.start_products((gradient, (dv * down(-from_start)).astype(dtype), k))
-        store_transposed(z_smem.at[half], dv.astype(dtype))
-        _write(half, targets(problem.chunks - 1 - i), s_smem, z_smem)
+        if not problem.only_gradient:
+            store_transposed(z_smem.at[half], dv.astype(dtype))
+            _write(half, targets(problem.chunks - 1 - i), s_smem, z_smem)
         (gradient,) = wgmma.wait(0, gradient)
         plgpu.barrier_arrive(free.at[slot])
         return gradient
