@@ -46,7 +46,8 @@ def _row(name: str, prompt: Any) -> np.ndarray:
     if isinstance(prompt, jax.core.Tracer):
         raise ValueError(f"{name} must be known, got a traced array: generation is a loop on the host")
     if not is_array(prompt):
-        if set(map(type, prompt)) == {int}:  # one by one, 128K of them take longer than a prefill of the next thousand
+        if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, prompt))):
+            # One by one, 128K of them take longer than a prefill of the next thousand.
             with contextlib.suppress(OverflowError):
                 return np.asarray(prompt, np.int64)
         return np.asarray([check_count(f"a token id in {name}", t, -(2**63), 2**63 - 1) for t in prompt], np.int64)
