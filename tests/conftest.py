@@ -4,8 +4,8 @@ Tests run on eight emulated CPU devices, chosen here because XLA reads the setti
 device. A run that selects GPU tests (``-m gpu``, ``-m multi_gpu``) leaves the choice of platform to jax instead.
 
 Tests compile far more than they compute, so the CPU's code generator runs unoptimised, which halves the suite's time; without its
-fusion emitters, where it still can, a quarter more. The programs in HLO are the same. CI runs the smoke tests and the demo as
-users have them, optimised.
+fusion emitters, where it still can, a quarter more. What programs send is read of the same HLO that users have, what they hold of
+programs compiled with the emitters (`tests/support/hlo.py`). CI runs the smoke tests and the demo as users have them, optimised.
 
 There is no persistent compilation cache on purpose: the suite reads memory analyses, collectives and compile times
 off fresh executables, and a cached one answers for a different compilation.

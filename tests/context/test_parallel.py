@@ -13,6 +13,7 @@ import ring_jax
 from ring_jax import ContextParallel, _mesh
 from tests.context.harness import expected, inputs, natural
 from tests.support import oracle
+from tests.support.hlo import memory
 from tests.support.layouts import LAYOUTS, Backwards
 from tests.support.masks import B, S, cases
 from tests.support.mesh import make_mesh
@@ -223,7 +224,7 @@ def temporary_bytes(strategy, ranks, gradient):
 
     g = (lambda q, k, v, d: jax.vjp(f, q, k, v)[1](d)) if gradient else f
     args = (x,) * (4 if gradient else 3)
-    return jax.jit(g).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    return memory(jax.jit(g).lower(*args)).temp_size_in_bytes
 
 
 def test_equal_calls_share_one_program():

@@ -18,6 +18,7 @@ from ring_jax.inference.ladders import Ladders
 from ring_jax.inference.pool import Geometry, Pool
 from ring_jax.models.qwen3_5 import Qwen3_5, Sharding
 from tests.inference.checkpoint import CONFIG
+from tests.support.hlo import memory
 
 RANKS, ROWS, CHUNK = 4, 4, 512
 SIZES = {"f32": 4, "i32": 4, "ui32": 4, "i1": 1}
@@ -160,7 +161,7 @@ def _memory(call, shapes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "_run", lambda *operands: captured.append(operands))
         call(shapes)
-    return run.lower(*captured[0]).compile().memory_analysis()
+    return memory(run.lower(*captured[0]))
 
 
 def test_eight_ranks_hold_an_eighth_each(held):

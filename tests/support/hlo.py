@@ -1,5 +1,6 @@
-"""What compiled programs send between devices, read off their text."""
+"""What compiled programs send between devices, read off their text, and the memory that they take."""
 
+import os
 import re
 from collections import Counter
 
@@ -32,3 +33,10 @@ def collectives(compiled) -> list[tuple[str, int]]:
 def kinds(found: list) -> Counter:
     """How many collectives of each kind there are in what `results` or `collectives` found."""
     return Counter(kind for kind, _ in found)
+
+
+def memory(lowered):
+    """Memory of a lowered program, compiled with the fusion emitters that the suite leaves out where it can: they decide what is fused."""
+    name = "xla_cpu_use_fusion_emitters"
+    options = {name: True} if name in os.environ["XLA_FLAGS"] else None
+    return lowered.compile(compiler_options=options).memory_analysis()
