@@ -6,6 +6,7 @@ business of the other benches; here only time counts. Over several GPUs the sequ
 
 import argparse
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -60,13 +61,18 @@ def compare(config: Config, name: str, tokens: int, machine: Machine, repeats: i
     yield from _passes(config, name, tokens, machine, repeats)
 
 
-def seconds(call: Callable[[], Any], repeats: int, queued: int = 2) -> float:
-    """Median time of a call, several behind each other."""
+def seconds(call: Callable[[], Any], repeats: int, least: float = 0.03) -> float:
+    """Median time of a call, two and more behind each other, for `least` seconds: the host starts the next one meanwhile."""
     jax.block_until_ready(call())
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    queued = max(2, math.ceil(least / (time.perf_counter() - begin)))
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(queued)][-1])
+        for _ in range(queued):
+            last = call()
+        jax.block_until_ready(last)
         times.append((time.perf_counter() - begin) / queued)
     return statistics.median(times)
 
