@@ -62,7 +62,7 @@ def _backward(chunks, scale, saved, cotangents):
 
     with jax.enable_x64(False):
         prepared = backward_launch.prepare(operands, cotangents[0], scale=scale, segment_ids=segment_ids)
-        (own,) = _typed((backward_launch.entering_gradient(prepared),), operands)
+        own = _typed(backward_launch.entering_gradient(prepared), operands)
     last, initial_gradient = jax.vjp(passed, b, initial_state)[1]((own.reshape(entering.shape), cotangents[1]))
     with jax.enable_x64(False):
         *gradients, _ = backward_launch.gradients(prepared, entering.reshape(own.shape), last.reshape(own.shape))

@@ -16,7 +16,7 @@ from ring_jax.gdn.state_scan import Chunks
 from ring_jax.mosaic import compat
 from tests.gdn.helpers import GRADIENT_BOUND, jit, relative
 from tests.gdn.hopper.test_forward import inputs, needs_kernel
-from tests.gdn.test_sharded import context_of, documents
+from tests.gdn.test_sharded import context_of, documents, order
 from tests.support.hopper import on_hopper
 from tests.support.marks import interpreted
 
@@ -51,13 +51,13 @@ def kernels_in_xla(monkeypatch):
     jax.clear_caches()
 
 
-def check(rule, whole, time, ids, with_state, bound, dtype=jnp.float32, order=None, heads=(2, 4), size=8):
+def check(rule, whole, time, ids, with_state, bound, dtype=jnp.float32, places=None, heads=(2, 4), size=8):
     """Results and gradients of `rule` on a laid-out sequence against `whole` in float64 (float32 inputs) in natural order."""
     arrays, state = inputs(3, 2, time, *heads, size, size, dtype=dtype)
     state, rng = state if with_state else None, np.random.default_rng(4)
     given = [jnp.asarray(rng.normal(size=x), jnp.float32) for x in (arrays[2].shape, (2, heads[1], size, size))]
-    order = np.arange(time) if order is None else order
-    laid = [x[:, order] for x in arrays]
+    places = np.arange(time) if places is None else places
+    laid = [x[:, places] for x in arrays]
 
     def loss(rule, out_given, ids, arrays, state):
         out, last = rule(*arrays, initial_state=state, segment_ids=ids)
@@ -66,14 +66,14 @@ def check(rule, whole, time, ids, with_state, bound, dtype=jnp.float32, order=No
 
     argnums = (2, 3) if with_state else 2
     gradient = lambda rule: jit(jax.grad(functools.partial(loss, rule), argnums, has_aux=True))  # noqa: E731
-    found = gradient(rule)(given[0][:, order], None if ids is None else ids[:, order], laid, state)
+    found = gradient(rule)(given[0][:, places], None if ids is None else ids[:, places], laid, state)
     with jax.enable_x64(dtype == jnp.float32):
         wide = jnp.float64 if dtype == jnp.float32 else jnp.float32
         arrays, state = jax.tree.map(lambda x: np.asarray(x, wide), (arrays, state))
         expected = gradient(whole)(given[0], ids, arrays, state)
     (found, results), (expected, wanted) = found, expected
     found, expected = ([*x[0], x[1]] if with_state else x for x in (found, expected))
-    back = np.argsort(order)
+    back = np.argsort(places)
     for a, b in zip([results[0], *found[:5]], [wanted[0], *expected[:5]], strict=True):
         assert relative(np.asarray(a, np.float64)[:, back], np.asarray(b)) < bound
     for a, b in zip([results[1], *found[5:]], [wanted[1], *expected[5:]], strict=True):
@@ -93,10 +93,9 @@ def test_gradients_over_ranks(ranks, layout, pattern, with_state, kernels_in_xla
     """By gather and by scan; a chunk whose state goes nowhere; no state before the sequence."""
     context, time = context_of(ranks, layout), 16 * ranks
     ids = None if pattern is None else documents(pattern, 2, time, ranks)[0]
-    order = np.concatenate([np.asarray(context.layout.positions(r, time, ranks)) for r in range(ranks)])
     spread = functools.partial(gated_delta_rule, context=context, strategy="state")
     whole = functools.partial(gated_delta_rule, implementation="reference")
-    check(spread, whole, time, ids, with_state, GRADIENT_BOUND, order=order)
+    check(spread, whole, time, ids, with_state, GRADIENT_BOUND, places=order(context, time, ranks))
 
 
 @interpreted
@@ -168,7 +167,6 @@ def test_gpu_over_two_ranks(layout, pattern):
     mesh = jax.make_mesh((2,), ("context",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     context, time = ring_jax.ContextParallel("context", layout=layout, mesh=mesh), 1024
     ids = None if pattern is None else documents(pattern, 2, time, 2)[0]
-    order = np.concatenate([np.asarray(context.layout.positions(r, time, 2)) for r in range(2)])
     spread = functools.partial(gated_delta_rule, context=context, strategy="state", implementation="mosaic")
     whole = functools.partial(gated_delta_rule, implementation="chunked")
-    check(spread, whole, time, ids, True, 1e-2, dtype=jnp.bfloat16, order=order, size=64)
+    check(spread, whole, time, ids, True, 1e-2, dtype=jnp.bfloat16, places=order(context, time, 2), size=64)

@@ -149,6 +149,7 @@ def test_gradient():
 def test_gpu(rows, depth, results, swiglu, dtype):
     """With norm and sum and without; the bits again."""
     x, w, weight, total = operands(rows, depth, results, swiglu, dtype, seed=rows)
+    assert few_rows.worthwhile(x, w, swiglu=swiglu) == (rows == 1 or w.nbytes <= few_rows._SEVERAL_ROWS)
     for arrays in ((x, w, weight, total), (x, w, None, None)):
         call = jax.jit(lambda *a: run(*a, swiglu))
         found = call(*arrays)
