@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ring_jax.gdn import Heads, causal_convolution, gated_delta_rule
+from ring_jax.gdn import Heads, by_head, causal_convolution, gated_delta_rule
 from ring_jax.gdn.convolved import l2_normalize
 from ring_jax.gdn.hopper import conv, decode, launch
 from ring_jax.gdn.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig
@@ -251,14 +251,14 @@ def tuned_convolutions(case: Case, gradient: bool) -> list[Part]:
 
 
 def _decode_operands(case: Case, dtype: Any, layers: int) -> tuple[Any, ...]:
-    """projections, tail, weights, stacked states."""
+    """Projections by key heads, tail, weights, stacked states."""
 
     def draw(key):
         heads, batch = case.heads, case.batch
         keys = iter(jax.random.split(key, 9))
         normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
         n, dk, dv = heads.value_heads, heads.key_size, heads.value_size
-        few = normal(batch, 1, heads.features + n * (dv + 2)), normal(batch, WIDTH - 1, heads.features)
+        few = normal(batch, 1, heads.key_heads, heads.stride), normal(batch, WIDTH - 1, heads.features)
         conv = tuple(normal(WIDTH, size).astype(dtype) for size in heads.parts)
         weights = decode.StepWeights(conv, normal(n), normal(n) - 2, 1 + 0.1 * normal(dv))
         return *(x.astype(dtype) for x in few), weights, normal(layers, batch, n, dk, dv)
@@ -281,9 +281,9 @@ def decode_step(case: Case, config: decode.DecodeConfig | None = None) -> Part:
 
     def plain(projected, tail, weights, states):
         heads = _heads_of(case, weights)
-        n, values, left = heads.value_heads, heads.parts[2], []
-        sizes = heads.features, values, n, n
-        mixed, z, b, a = jnp.split(projected, list(itertools.accumulate(sizes[:-1])), axis=2)
+        left = []
+        mixed, z = by_head.inputs(projected, heads), by_head.gate(projected, heads)
+        b, a = jnp.split(by_head.strength_and_decay(projected, heads), 2, axis=2)
         y = jax.nn.silu(causal_convolution(mixed, jnp.concatenate(weights.conv, axis=1), tail=tail)[0])
         parts = jnp.split(y, list(itertools.accumulate(heads.parts[:-1])), axis=2)
         sizes = heads.key_size, heads.key_size, heads.value_size

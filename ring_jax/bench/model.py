@@ -224,13 +224,22 @@ def model_flops(config: Config, length: int, *, head: bool = False) -> float:
 def sizes(config: Config) -> dict[str, float]:
     """Parameters that one token meets, by name."""
     found = nnx.to_flat_state(nnx.state(Qwen3_5(config, rngs=None), nnx.Param))
-    return {".".join(map(str, path)): x.get_value().size * _used(config, path) for path, x in found}
+    return {
+        ".".join(map(str, path)): x.get_value().size * _used(config, path) * _filled(config, path) for path, x in found
+    }
 
 
 def _used(config: Config, path: tuple) -> float:
     """The part of a parameter that one token meets: of routed experts its own, of everything else all."""
     routed = config.experts is not None and path[-2:] in (("mlp", "gate_up"), ("mlp", "down"))
     return config.experts.per_token / config.experts.count if routed else 1.0
+
+
+def _filled(config: Config, path: tuple) -> float:
+    """The part of a parameter that is no zeros behind the columns of a key head."""
+    heads = config.linear
+    by_head = path[-2:] == ("mixer", "in_proj") and config.layer_types[path[2]] != FULL
+    return sum(heads.of_key_head) / heads.stride if by_head else 1.0
 
 
 def bytes_read(model: Qwen3_5, cache: Any, batch: int, ranks: int) -> int:

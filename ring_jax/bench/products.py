@@ -85,9 +85,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             yield gate_up
             continue
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        yield Case(
-            preset, "in, linear", rows, width, linear.features + linear.parts[2] + 2 * linear.value_heads, normed=True
-        )
+        yield Case(preset, "in, linear", rows, width, linear.key_heads * linear.stride, normed=True)
         yield Case(preset, "in, full", rows, width, 2 * (heads + kv_heads), normed=True)
         yield Case(preset, "out, linear", rows, linear.parts[2], width)
         yield gate_up

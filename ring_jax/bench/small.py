@@ -96,11 +96,12 @@ def entering_gradient() -> Run:
     return run, rule_operands(193, 128)[:5]
 
 
-def convolution() -> Run:
+def convolution(*shape: int) -> Run:
+    """Over q | k | v, or over projections by key heads."""
     ids = np.searchsorted([5, 64, 100], np.arange(133), side="right").astype(np.int32)[None]
     run = functools.partial(conv.convolve, heads=HEADS, segment_ids=ids)
     return gradients(lambda x, w, tail: run(x, w, tail=tail), 3), (
-        normal(1, 133, HEADS.features),
+        normal(1, 133, *shape),
         normal(4, HEADS.features),
         normal(1, 3, HEADS.features),
     )
@@ -113,7 +114,8 @@ def decode_step(batch: int) -> Run:
     weights = decode.StepWeights(filters, gates, gates, normal(128, dtype=jnp.float32))
     run = functools.partial(decode.step, heads=HEADS)
     state = normal(batch, n, 128, 128, dtype=jnp.float32)
-    return run, (normal(batch, 1, HEADS.features + values + 2 * n), state, normal(batch, 3, HEADS.features), weights)
+    projected = normal(batch, 1, HEADS.key_heads, HEADS.stride)
+    return run, (projected, state, normal(batch, 3, HEADS.features), weights)
 
 
 def experts(tokens: int) -> Run:
@@ -151,7 +153,8 @@ CASES: dict[str, Callable[[], Run]] = {
     "gated delta rule, transition": lambda: (launch.transition, rule_operands(193, 128)[1:5]),
     "gated delta rule, pieces": pieces,
     "gated delta rule, entering gradient": entering_gradient,
-    "convolution": convolution,
+    "convolution": lambda: convolution(HEADS.features),
+    "convolution, by key heads": lambda: convolution(HEADS.key_heads, HEADS.stride),
     "decode step, one row": lambda: decode_step(1),
     "decode step, walking": lambda: decode_step(34),
     "experts": lambda: experts(77),

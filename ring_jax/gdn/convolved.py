@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ring_jax.gdn import by_head
 from ring_jax.gdn.backends import select
 from ring_jax.gdn.checks import widened
 from ring_jax.gdn.heads import Heads
@@ -22,7 +23,7 @@ from ring_jax.mosaic.device import hopper_reason
 
 
 def convolved(
-    parts: tuple[Float[Array, "B T _"], ...],
+    parts: tuple[Float[Array, "B T ..."], ...],
     weight: Float[Array, "W F"],
     heads: Heads,
     tail: Float[Array, "B W-1 F"],
@@ -32,12 +33,12 @@ def convolved(
     """Queries, keys [B, T, K, dk] and values [B, T, N, dv] for the tokens here, and the whole sequence's leaving tail.
 
     Args:
-        parts: projections q, k and v, or the three in one array.
+        parts: projections q, k and v, or the three in one array, or one array of all projections by key heads [B, T, K, P].
         weight, tail: as `causal_convolution` takes them.
         implementation: of the rule that comes next; where it is the Hopper kernel queries and keys are rounded to its 16 bits,
             else they keep all digits of their norms.
     """
-    batch, time, _ = parts[0].shape
+    batch, time = parts[0].shape[:2]
     kinds = zip(heads.parts, (heads.key_size, heads.key_size, heads.value_size), strict=True)
     shapes = [(batch, time, size // of_head, of_head) for size, of_head in kinds]
     like = (jax.ShapeDtypeStruct(shape, parts[0].dtype) for shape in shapes)
@@ -47,7 +48,7 @@ def convolved(
             return conv.convolve(parts, weight, heads, tail=tail, segment_ids=partition.segment_ids)
         if isinstance(partition, StatePassing) and partition.passes_whole_tails(weight.shape[0] - 1):
             return _by_chunks(parts, weight, heads, tail, partition)
-    mixed, tail = partition.causal_convolution(joined(parts), weight, tail=tail)
+    mixed, tail = partition.causal_convolution(joined_inputs(parts, heads), weight, tail=tail)
     ends = [heads.parts[0], sum(heads.parts[:2])]
     query, key, value = (
         x.reshape(shape) for x, shape in zip(jnp.split(jax.nn.silu(mixed), ends, axis=2), shapes, strict=True)
@@ -64,7 +65,8 @@ def _by_chunks(
     """Each chunk here after the last inputs of the one before it, all at once as rows of a batch."""
     chunks, history = partition.chunks, weight.shape[0] - 1
     split = [chunks.split(x) for x in parts]
-    entering = partition.entering_tails(joined([x[:, :, x.shape[2] - history :] for x in split]), tail)
+    last = joined_inputs([x[:, :, x.shape[2] - history :] for x in split], heads, leading=3)
+    entering = partition.entering_tails(last, tail)
     rows: Any = tuple(x.reshape(-1, *x.shape[2:]) for x in split)
     *operands, leaving = conv.convolve(rows, weight, heads, tail=entering.reshape(-1, *entering.shape[2:]))
     by_chunk = lambda x: x.reshape(*entering.shape[:2], *x.shape[1:])  # noqa: E731
@@ -75,6 +77,11 @@ def _by_chunks(
 def joined(parts: Any) -> jax.Array:
     """Parts of the last axis as one array."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def joined_inputs(parts: Any, heads: Heads, leading: int = 2) -> Float[Array, "... F"]:
+    """Inputs of the convolution q | k | v from `parts` as `convolved` takes them, or with more axes in front."""
+    return by_head.inputs(parts[0], heads) if parts[0].ndim == leading + 2 else joined(parts)
 
 
 def l2_normalize(x: Float[Array, "... H"]) -> Float[Array, "... H"]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from ring_jax._checks import check_count
 
+_ALIGNED = 8  # numbers of 16 bits
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -29,6 +31,22 @@ class Heads:
     def features(self) -> int:
         """Features of the convolution, q | k | v."""
         return sum(self.parts)
+
+    @property
+    def shared(self) -> int:
+        """Value heads that share a key head."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def of_key_head(self) -> tuple[int, ...]:
+        """Features of q, k, v, z, b and a of one key head and its value heads, where projections lie head by head."""
+        values = self.shared * self.value_size
+        return self.key_size, self.key_size, values, values, self.shared, self.shared
+
+    @property
+    def stride(self) -> int:
+        """Columns of one key head in such projections: `of_key_head` and zeros, so that each head begins where 16 bytes do."""
+        return -(-sum(self.of_key_head) // _ALIGNED) * _ALIGNED
 
     def share(self, ranks: int) -> "Heads":
         """Those of one rank of `ranks`."""

@@ -18,11 +18,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ring_jax import _repr
-from ring_jax._checks import check_count, check_dtype, check_instance
+from ring_jax._checks import check_array, check_count, check_dtype, check_instance
 from ring_jax.context.shard import axis_to_seq
-from ring_jax.gdn import segments
+from ring_jax.gdn import by_head, segments
 from ring_jax.gdn.checks import widened
-from ring_jax.gdn.convolved import convolved, joined
+from ring_jax.gdn.convolved import convolved, joined, joined_inputs
 from ring_jax.gdn.cost import gathers_input
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.partition import HeadSplit, Partition
@@ -92,7 +92,7 @@ def mix(
     cache: GDNCache | None,
     partition: Partition,
     implementation: str | None = None,
-    projected: tuple[tuple[Float[Array, "B T _"], ...], Float[Array, "B T _"]] | None = None,
+    projected: Float[Array, "B T K P"] | None = None,
 ) -> tuple[Float[Array, "B T N dv"], GDNCache]:
     """Layer input to heads before the output norm, and the cache to go on from.
 
@@ -102,7 +102,7 @@ def mix(
         cache: of the tokens before; None for none.
         partition: how tokens lie.
         implementation: of the gated delta rule.
-        projected: `weights.project(x)`, from a caller who has it already; not used where `projects_own_heads`.
+        projected: of x, from a caller who has it already, key head by key head (`by_head`); not used where `projects_own_heads`.
     """
     if cache is None:
         tail = jnp.zeros((x.shape[0], weights.conv.shape[0] - 1, weights.heads.features), x.dtype)
@@ -116,10 +116,15 @@ def mix(
         cache = GDNCache(state, tail, jnp.where(last >= 0, last, cache.segment))
     if projects_own_heads(weights.heads, x.shape[-1], partition):
         return _mix_head_split(weights, x, None, cache, partition, implementation)
-    projected = weights.project(x) if projected is None else projected
+    if projected is None:
+        parts, ba = weights.project(x)
+    else:
+        heads = weights.heads
+        check_array("projected", projected, f"B T {heads.key_heads} {heads.stride}", {"B": x.shape[0], "T": x.shape[1]})
+        parts, ba = (projected,), by_head.strength_and_decay(projected, heads)
     if isinstance(partition, HeadSplit):
-        return _mix_head_split(weights, x, projected, cache, partition, implementation)
-    return mix_projected(weights, *projected, cache, partition, implementation)
+        return _mix_head_split(weights, x, (parts, ba), cache, partition, implementation)
+    return mix_projected(weights, parts, ba, cache, partition, implementation)
 
 
 def projects_own_heads(heads: Heads, width: int, partition: Partition) -> bool:
@@ -136,7 +141,7 @@ def mix_projected(
     partition: Partition,
     implementation: str | None = None,
 ) -> tuple[jax.Array, GDNCache]:
-    """From the projections on. `cache.segment` is already that of the last token."""
+    """From the projections on, `parts` as `convolved` takes them. `cache.segment` is already that of the last token."""
     query, key, value, tail = convolved(parts, weights.conv, weights.heads, cache.tail, partition, implementation)
     b, a = jnp.split(widened(ba), 2, axis=-1)
     a_log, dt_bias = (widened(x)[None, None] for x in (weights.a_log, weights.dt_bias))
@@ -171,7 +176,7 @@ def _mix_head_split(
         parts, ba = own.project(shard.layout.restore(x, 1, ranks))
     else:
         parts, ba = projected
-        mixed, ba = _exchange(joined(parts), ba, heads, partition)
+        mixed, ba = _exchange(joined_inputs(parts, heads), ba, heads, partition)
         parts = (mixed,)
     state = jax.tree.map(lambda state: partition.own(state, 1), cache.state)  # None where there is none
     here = GDNCache(state, _own(cache.tail, heads.parts, rank, ranks), cache.segment)

@@ -260,13 +260,15 @@ class _Layer:
 
 
 def gated_rms_norm(
-    x: Float[Array, "B T N dv"], gate: Float[Array, "B T N dv"], weight: Float[Array, " dv"], epsilon: float
-) -> Float[Array, "B T N dv"]:
+    x: Float[Array, "B T *N dv"], gate: Float[Array, "B T *N dv"], weight: Float[Array, " dv"], epsilon: float
+) -> Float[Array, "B T *N dv"]:
     """weight * x / sqrt(mean(x^2) + epsilon) * silu(gate), per head, in float32; returned in gate's dtype."""
     dtype = state_dtype(gate, weight)
     x = x.astype(dtype)
     x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return (weight.astype(dtype)[None, None, None] * x * jax.nn.silu(gate.astype(dtype))).astype(gate.dtype)
+    return (
+        weight.astype(dtype).reshape((1,) * (x.ndim - 1) + weight.shape) * x * jax.nn.silu(gate.astype(dtype))
+    ).astype(gate.dtype)
 
 
 def split_fused_projections(

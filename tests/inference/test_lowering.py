@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import ring_jax
@@ -70,3 +71,22 @@ def test_over_a_mesh(name, axes, experts):
     what, kernels = PROGRAMS[name]
     text = lowered(what, axes, experts)
     assert not {kernel for kernel in kernels if kernel not in text}
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason="kernels of the gated delta rule need jax 0.11.2 or later"
+)
+def test_prefill_with_chunks_of_projections_by_key_heads():
+    """Over context ranks that pass states, the convolution reads a layer's one product, a row for each chunk."""
+    config = dataclasses.replace(Config.preset("qwen3.5-9b"), **SIZES, mlp_size=1024)
+    with on_hoppers(context=2):
+        context = ring_jax.ContextParallel("context", layout="zigzag")
+        structure, params = Qwen3_5(config, rngs=None, sharding=Sharding(context, gdn_strategy="state")).split()
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        tokens = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
+        traced = jax.jit(lambda params, tokens: structure(params, tokens, logits="last").logits).trace(params, tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    heads = config.linear
+    product = f"tensor<4x512x{heads.key_heads}x{heads.stride}xbf16>"
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line and line.count(product) == 3]
+    assert len(calls) == 3

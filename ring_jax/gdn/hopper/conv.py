@@ -20,22 +20,21 @@ from jaxtyping import Array, Float, Int
 from ring_jax._checks import Sizes, check_array
 from ring_jax._vma import align, pcast_to, varying_axes
 from ring_jax.gdn.checks import check_segments
-from ring_jax.gdn.conv import convolve_buffer
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.hopper import conv_kernel
-from ring_jax.gdn.hopper.conv_kernel import (
+from ring_jax.gdn.hopper.conv_problem import (
     AHEAD,
     FLAG_AHEAD,
     FLAG_CONTINUES,
     FLAG_FIRST,
     FLAG_PADDING,
     FLAG_STARTS,
-    NORM_EPSILON,
     THREADS,
     Part,
     Problem,
 )
-from ring_jax.gdn.segments import first_valid, last_valid, segment_at
+from ring_jax.gdn.hopper.conv_tail import leaving_tail, tail_gradient
+from ring_jax.gdn.segments import first_valid
 from ring_jax.mosaic import compat
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -96,18 +95,22 @@ def unsupported_reason(
     for size in (heads.key_size, heads.value_size):
         if size not in (64, 128, 256):
             return f"head sizes must be 64, 128 or 256, got {heads.key_size} for keys and {heads.value_size} for values"
-    if heads.value_size != heads.key_size and len(arrays) != len(heads.parts):
+    by_heads = _by_heads(arrays)
+    if by_heads and arrays[0].shape[3] % _VECTORS[0]:
+        return f"columns of a key head must be a multiple of {_VECTORS[0]}, got {arrays[0].shape[3]}"
+    if heads.value_size != heads.key_size and len(arrays) != len(heads.parts) and not by_heads:
         return (
             f"key and value heads of different sizes ({heads.key_size} and {heads.value_size}) must be separate arrays"
         )
-    if _vector(heads, min(_VECTORS)) is None:
+    if _vector(heads, min(_VECTORS), by_heads) is None:
         least = max(THREADS * min(_VECTORS), 4 * heads.key_size, 4 * heads.value_size)
-        return f"needs at least {least} features each in q, k and v, got {heads.parts}"
+        each = "each in q, k and one value head of every key head" if by_heads else "each in q, k and v"
+        return f"needs at least {least} features {each}, got {heads.parts}"
     return None
 
 
 def convolve(
-    mixed: Float[Array, "B T F"] | Sequence[Float[Array, "B T _"]],
+    mixed: Float[Array, "B T ..."] | Sequence[Float[Array, "B T ..."]],
     weight: Float[Array, "W F"] | Sequence[Float[Array, "W _"]],
     heads: Heads,
     *,
@@ -120,7 +123,8 @@ def convolve(
     """Projections to the operands of the gated delta rule.
 
     Args:
-        mixed: q, k and v, each [B, T, its features], or one array [B, T, q | k | v].
+        mixed: q, k and v, each [B, T, its features], or one array [B, T, q | k | v], or one by key heads [B, T, K, P], which
+            may have more columns behind q, k and v of each (`ring_jax.gdn.by_head`).
         weight: their filters, as one array or three; `weight[j]` multiplies the input W - 1 - j tokens back.
         heads: numbers and sizes of heads.
         tail: the last W - 1 inputs q | k | v before these, zeros by default; continues the first document of each row.
@@ -140,8 +144,10 @@ def convolve(
     reason = unsupported_reason(mixed, weight, heads)
     if reason is not None:
         raise NotImplementedError(f"the Hopper convolution kernel {reason}")
+    if _by_heads(arrays) and len(weights) == 1:
+        weights = tuple(jnp.split(weights[0], np.cumsum(heads.parts)[:-1], axis=1))
     flags = None if segment_ids is None else document_flags(segment_ids)
-    leaving = leaving_tail(arrays, tail, segment_ids, weights[0].shape[0] - 1)
+    leaving = leaving_tail(arrays, heads, tail, segment_ids, weights[0].shape[0] - 1)
     out_dtype = jnp.dtype(out_dtype or arrays[0].dtype)
     static = _Static(heads, out_dtype, config or FORWARD, backward_config or BACKWARD)
     out = _convolve(static, *align(tuple(arrays), tuple(weights), tail, flags))
@@ -161,32 +167,10 @@ def document_flags(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.where(before[:, AHEAD:-1] > before[:, : -AHEAD - 1], flags + FLAG_AHEAD, flags)
 
 
-def one_document(x: Float[Array, "B T _"]) -> Int[Array, "B T"]:
+def one_document(x: Float[Array, "B T ..."]) -> Int[Array, "B T"]:
     """`document_flags` where every token belongs to the first document."""
     index = lax.broadcasted_iota(jnp.int32, x.shape[:2], 1)
     return jnp.where(index == 0, FLAG_FIRST + FLAG_AHEAD, FLAG_CONTINUES)
-
-
-def leaving_tail(arrays: Sequence[jax.Array], tail, segment_ids, history: int) -> jax.Array:
-    """The last `history` inputs of the last document, as `causal_convolution` returns them, from few rows only."""
-    batch, time, _ = arrays[0].shape
-    if tail is None:
-        tail = jnp.zeros((batch, history, sum(x.shape[2] for x in arrays)), arrays[0].dtype)
-    if segment_ids is None:
-        last = jnp.concatenate([x[:, max(time - history, 0) :] for x in arrays], axis=2)
-        return jnp.concatenate([tail, last], axis=1)[:, last.shape[1] :]
-    first, last = first_valid(segment_ids), last_valid(segment_ids)
-    index = last[:, None] - jnp.arange(history - 1, -1, -1, dtype=jnp.int32)[None]
-    clipped = jnp.clip(index, 0, time - 1)
-    found = jnp.concatenate([jnp.take_along_axis(x, clipped[..., None], axis=1) for x in arrays], axis=2)
-    own = segment_at(segment_ids, last)
-    inside = (index >= 0) & (jnp.take_along_axis(segment_ids, clipped, axis=1) == own[:, None])
-    # Before the first document lies the tail: its index `history` would be the first valid token.
-    before = history + index - first[:, None]
-    from_tail = jnp.take_along_axis(tail, jnp.clip(before, 0, history - 1)[..., None], axis=1)
-    continues = (index < first[:, None]) & (own == segment_at(segment_ids, first))[:, None]
-    found = jnp.where(inside[..., None], found, jnp.where(continues[..., None], from_tail, jnp.zeros_like(found)))
-    return jnp.where((last >= 0)[:, None, None], found, tail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,31 +183,43 @@ class _Static:
     backward: ConvConfig
 
     def problem(self, arrays, weights, tail, flags, config: ConvConfig) -> Problem:
-        batch, time, _ = arrays[0].shape
-        heads, vector = self.heads, _vector(self.heads, config.vector)
+        batch, time = arrays[0].shape[:2]
+        by_heads = _by_heads(arrays)
+        vector = _vector(self.heads, config.vector, by_heads)
         assert vector is not None
-        counts = (heads.key_heads, heads.key_heads, heads.value_heads)
-        sizes = (heads.key_size, heads.key_size, heads.value_size)
-        # In an array of all parts, where sizes are equal. The kernels skip this in arrays of one part.
-        firsts = (0, heads.key_heads, 2 * heads.key_heads)
-        parts = tuple(
-            Part(count, size, norm=i < 2, first_head=first)
-            for i, (count, size, first) in enumerate(zip(counts, sizes, firsts, strict=True))
-        )
         return Problem(
             batch=batch,
             time=time,
             width=weights[0].shape[0],
-            parts=parts,
+            parts=_parts_by_heads(self.heads) if by_heads else _parts_apart(self.heads),
             rows=min(config.rows, time),
             unroll=config.unroll,
             vector=vector,
             prefetch=config.prefetch,
             tail=tail is not None,
             flags=flags is not None,
-            joint_inputs=len(arrays) == 1,
+            joint_inputs=len(arrays) == 1 and not by_heads,
             joint_weights=len(weights) == 1,
         )
+
+
+def _parts_apart(heads: Heads) -> tuple[Part, ...]:
+    """q, k and v whose arrays have their heads side by side."""
+    counts = (heads.key_heads, heads.key_heads, heads.value_heads)
+    sizes = (heads.key_size, heads.key_size, heads.value_size)
+    # In an array of all parts, where sizes are equal. The kernels skip this in arrays of one part.
+    firsts = (0, heads.key_heads, 2 * heads.key_heads)
+    return tuple(
+        Part(count, size, norm=i < 2, first_head=first)
+        for i, (count, size, first) in enumerate(zip(counts, sizes, firsts, strict=True))
+    )
+
+
+def _parts_by_heads(heads: Heads) -> tuple[Part, ...]:
+    """q, k and v whose inputs lie by key heads."""
+    count, size = heads.key_heads, heads.key_size
+    keys = (Part(count, size, norm=True, first_head=0, column=i * size) for i in range(2))
+    return *keys, Part(count, heads.value_size, norm=False, first_head=0, column=2 * size, members=heads.shared)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -235,10 +231,9 @@ def _forward(static: _Static, arrays, weights, tail, flags):
     problem = static.problem(arrays, weights, tail, flags, static.forward)
     operands = _operands(problem, static.heads, arrays, weights, (), tail, flags)
     rows = arrays[0].shape[:2]
-    out_type = tuple(
-        compat.output_like((*rows, part.heads, part.head_size), static.out_dtype, *operands) for part in problem.parts
-    )
-    return _launch(conv_kernel.forward_kernel, "gdn_convolution", problem, out_type, operands)
+    out_type = tuple(compat.output_like((*rows, *part.shape), static.out_dtype, *operands) for part in problem.parts)
+    found = _launch(conv_kernel.forward_kernel, "gdn_convolution", problem, out_type, operands)
+    return tuple(x.reshape(*rows, -1, x.shape[-1]) for x in found)
 
 
 def _saved(static: _Static, arrays, weights, tail, flags):
@@ -253,7 +248,7 @@ def _backward(static: _Static, saved, cotangents):
     problem = static.problem(arrays, weights, tail, known, static.backward)
     operands = _operands(problem, static.heads, arrays, weights, cotangents, tail, known)
     partials = (problem.batch * problem.tiles, problem.width)
-    shapes = [(part.heads, part.head_size) for part in problem.parts]
+    shapes = [part.shape for part in problem.parts]
     total = (sum(part.heads for part in problem.parts), problem.parts[0].head_size)
     out_type = [
         *(((*arrays[0].shape[:2], *shape), arrays[0].dtype) for shape in ([total] if problem.joint_inputs else shapes)),
@@ -261,15 +256,21 @@ def _backward(static: _Static, saved, cotangents):
     ]
     out_type = tuple(compat.output_like(*each, *operands) for each in out_type)
     results = _launch(conv_kernel.backward_kernel, "gdn_convolution_backward", problem, out_type, operands)
-    dx = tuple(r.reshape(x.shape) for r, x in zip(results[: len(arrays)], arrays, strict=True))
-    dw = tuple(
-        r.sum(axis=0).reshape(w.shape).astype(w.dtype) for r, w in zip(results[len(arrays) :], weights, strict=True)
-    )
-    dtail = None if tail is None else _tail_gradient(static.heads, arrays, weights, tail, flags, cotangents)
+    dx, dw = results[: -len(weights)], results[-len(weights) :]
+    dx = (_by_head_again(dx, arrays[0]),) if _by_heads(arrays) else dx
+    dx = tuple(r.reshape(x.shape) for r, x in zip(dx, arrays, strict=True))
+    dw = tuple(r.sum(axis=0).reshape(w.shape).astype(w.dtype) for r, w in zip(dw, weights, strict=True))
+    dtail = None if tail is None else tail_gradient(static.heads, arrays, weights, tail, flags, cotangents)
     return dx, dw, dtail, None if flags is None else np.zeros(flags.shape, jax.dtypes.float0)
 
 
 _convolve.defvjp(_saved, _backward)
+
+
+def _by_head_again(parts: Sequence[jax.Array], like: jax.Array) -> jax.Array:
+    """Gradients of q, k and v as that of `like` [B, T, K, P], whose other columns have none."""
+    found = jnp.concatenate([x.reshape(*like.shape[:3], -1) for x in parts], axis=3)
+    return jnp.pad(found, ((0, 0),) * 3 + ((0, like.shape[3] - found.shape[3]),))
 
 
 def _launch(body, name: str, problem: Problem, out_type, operands):
@@ -293,80 +294,54 @@ def _body(body, problem, *refs):
 
 def _operands(problem: Problem, heads: Heads, arrays, weights, cotangents, tail, flags):
     """As the kernels take them: one for each part, by heads; an array that holds all parts comes three times."""
-    sizes = (heads.key_size, heads.key_size, heads.value_size)
+    parts = problem.parts
 
     def by_heads(xs):
         if len(xs) == 1:
-            xs = xs * len(sizes)
-        return [x.reshape(*x.shape[:-1], -1, size) for x, size in zip(xs, sizes, strict=True)]
+            return [xs[0].reshape(*xs[0].shape[:-1], -1, part.head_size) for part in parts]
+        return [x.reshape(*x.shape[:-1], *part.shape) for x, part in zip(xs, parts, strict=True)]
 
-    operands = by_heads(arrays) + by_heads(weights) + list(cotangents)
+    operands = list(arrays) * len(parts) if _by_heads(arrays) else by_heads(arrays)
+    operands += by_heads(weights)
+    operands += [x.reshape(*x.shape[:2], *part.shape) for x, part in zip(cotangents, parts, strict=False)]
     if tail is not None:
         ends = np.cumsum(heads.parts)[:-1]
         operands += by_heads(jnp.split(tail, ends, axis=2))
     return [*operands, *([] if flags is None else [flags])]
 
 
-def _tail_gradient(heads: Heads, arrays, weights, tail, flags, cotangents):
-    """From the few tokens that see the tail: the first of each row's first document."""
-    history, time = tail.shape[1], arrays[0].shape[1]
-    index = jnp.arange(history, dtype=jnp.int32)[None]
-    if flags is not None:
-        flags = flags & (FLAG_AHEAD - 1)
-        index = index + jnp.argmax(flags == FLAG_FIRST, axis=1).astype(jnp.int32)[:, None]
-    index = jnp.broadcast_to(index, (tail.shape[0], history))
-    clipped = jnp.clip(index, 0, time - 1)
-    sees = index < time
-    if flags is not None:
-        here = jnp.take_along_axis(flags, clipped, axis=1)
-        breaks = jnp.where(jnp.arange(history)[None] == 0, here != FLAG_FIRST, here != FLAG_CONTINUES)
-        sees &= jnp.cumsum(breaks, axis=1) == 0
-    x = jnp.concatenate([jnp.take_along_axis(x, clipped[..., None], axis=1) for x in arrays], axis=2)
-    x = jnp.where(sees[..., None], x, jnp.zeros_like(x))
-    weight = jnp.concatenate(weights, axis=1)
-    do = [
-        jnp.where(sees[..., None, None], jnp.take_along_axis(c, clipped[..., None, None], axis=1), 0).astype(
-            jnp.float32
-        )
-        for c in cotangents
-    ]
-
-    def outputs(tail):
-        return reference_outputs(
-            jnp.concatenate([tail.astype(jnp.float32), x.astype(jnp.float32)], axis=1), weight, heads
-        )
-
-    return jax.vjp(outputs, tail)[1](tuple(do))[0]
-
-
-def reference_outputs(buffer, weight, heads: Heads):
-    """q, k, v [B, T, heads, size] of [B, W - 1 + T, F] inputs with the history in front, in the buffer's dtype."""
-    y = jax.nn.silu(convolve_buffer(buffer, weight.astype(buffer.dtype)))
-    parts = jnp.split(y, np.cumsum(heads.parts)[:-1], axis=2)
-    sizes = (heads.key_size, heads.key_size, heads.value_size)
-    q, k, v = (part.reshape(*part.shape[:2], -1, size) for part, size in zip(parts, sizes, strict=True))
-
-    def normalized(x):
-        return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
-
-    return normalized(q), normalized(k), v
-
-
 def _parts(x: jax.Array | Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
-def _vector(heads: Heads, wanted: int) -> int | None:
-    """Channels of a thread, `wanted` if every part has heads for a whole block and no head is wider than a warp."""
+def _by_heads(arrays: Sequence[jax.Array]) -> bool:
+    """Whether they are one array [B, T, K, P]."""
+    return arrays[0].ndim == 4
+
+
+def _vector(heads: Heads, wanted: int, by_heads: bool) -> int | None:
+    """Channels of a thread, `wanted` if every part has heads for a whole block and no head is wider than a warp. A block has one
+    value head of each key head where inputs lie by these."""
+    largest, least = max(heads.key_size, heads.value_size), min(heads.parts)
+    if by_heads:
+        least = heads.key_heads * min(heads.key_size, heads.value_size)
     for vector in (wanted, *_VECTORS):
-        if vector * 32 >= max(heads.key_size, heads.value_size) and THREADS * vector <= min(heads.parts):
+        if vector * 32 >= largest and THREADS * vector <= least:
             return vector
     return None
 
 
 def _check(arrays, weights, heads: Heads, tail, segment_ids) -> None:
-    sizes = Sizes()
-    for name, xs, axes in (("mixed", arrays, "B T"), ("weight", weights, "W")):
+    sizes, given = Sizes(), [("mixed", arrays, "B T"), ("weight", weights, "W")]
+    if _by_heads(arrays):
+        check_array("mixed", arrays[0], f"B T {heads.key_heads} P", sizes)
+        least = sum(heads.of_key_head[:3])
+        if sizes["P"] < least:
+            raise ValueError(
+                f"mixed must have columns of q, k and v for each key head, at least {least}, got {sizes['P']}"
+            )
+        del given[0]
+    for name, xs, axes in given:
         if len(xs) not in (1, len(heads.parts)):
             raise ValueError(f"{name} must be one array, or one each for q, k and v, got {len(xs)}")
         for x, features in zip(xs, heads.parts if len(xs) > 1 else (heads.features,), strict=True):

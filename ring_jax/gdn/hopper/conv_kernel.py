@@ -5,6 +5,7 @@
 Memory-bound, so every element is read once. A program (one warpgroup) owns a block of channels, whole heads of 128 threads
 times `vector` channels, and walks along the tokens of its tile with the last W - 1 inputs in registers; those before the
 tile are read again. One launch serves q, k and v: the block's number says which.
+Inputs may lie by key heads, with other columns between those of q, k and v: a block then takes the same columns of several heads.
 
 Documents come as one int32 for each token (`FLAG_*`). The window of inputs is emptied where a document begins, or takes the
 tail where the first one does, so that no other token needs to look at segment ids. A flag also says whether any of the next
@@ -28,68 +29,16 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax._arrays import LOG2E
+from ring_jax.gdn.hopper.conv_problem import (
+    FLAG_AHEAD,
+    FLAG_CONTINUES,
+    FLAG_FIRST,
+    FLAG_PADDING,
+    NORM_EPSILON,
+    Part,
+    Problem,
+)
 from ring_jax.mosaic import compat
-
-THREADS = 128
-NORM_EPSILON = 1e-6
-FLAG_CONTINUES, FLAG_STARTS, FLAG_FIRST, FLAG_PADDING = range(4)  # FIRST: the first document, which the tail precedes
-AHEAD = 16  # tokens that a flag looks at; times FLAG_AHEAD it is set where any of them has one
-FLAG_AHEAD = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """q, k or v.
-
-    Fields:
-        heads, head_size: of this part.
-        norm: whether its heads are l2-normalised.
-        first_head: where it begins in an array that holds all parts.
-    """
-
-    heads: int
-    head_size: int
-    norm: bool
-    first_head: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One launch.
-
-    Fields:
-        width: W, taps of the filter.
-        rows, unroll, vector, prefetch: see `ConvConfig`.
-        tail, flags: whether these operands are there.
-        joint_inputs, joint_weights: whether one array holds all parts, of the gradients too.
-    """
-
-    batch: int
-    time: int
-    width: int
-    parts: tuple[Part, ...]
-    rows: int
-    unroll: int
-    vector: int
-    prefetch: bool
-    tail: bool
-    flags: bool
-    joint_inputs: bool = False
-    joint_weights: bool = False
-
-    @property
-    def tiles(self) -> int:
-        return pl.cdiv(self.time, self.rows)
-
-    def heads_per_block(self, part: Part) -> int:
-        return THREADS * self.vector // part.head_size
-
-    def blocks(self, part: Part) -> int:
-        return pl.cdiv(part.heads, self.heads_per_block(part))
-
-    @property
-    def programs(self) -> int:
-        return self.batch * self.tiles * sum(self.blocks(part) for part in self.parts)
 
 
 def heads_layout(head_size: int, vector: int) -> Any:
@@ -113,6 +62,7 @@ class _Block:
     batch: Any
     tile: Any
     head: Any  # in the part
+    member: Any = None  # of the value heads that share a key head
 
     @property
     def layout(self) -> Any:
@@ -132,9 +82,18 @@ class _Block:
         p = self.problem
         return p.rows if p.time % p.rows == 0 else lax.min(p.rows, p.time - self.first_row)
 
-    def heads(self, joint: bool = False) -> Any:
-        """These heads in an array of this part alone, or of all parts."""
-        return pl.ds(self.head + (self.part.first_head if joint else 0), self.shape[0])
+    def of(self, ref: Any, *row: Any, joint: bool = False) -> Any:
+        """These heads of a row of an array of this part alone, or of all parts."""
+        heads = pl.ds(self.head + (self.part.first_head if joint else 0), self.shape[0])
+        return ref.at[(*row, heads) if self.member is None else (*row, heads, self.member)]
+
+    def of_inputs(self, ref: Any, row: Any) -> Any:
+        """These heads of a row of the projections."""
+        part = self.part
+        if part.column is None:
+            return self.of(ref, self.batch, row, joint=self.problem.joint_inputs)
+        column = part.column + (0 if self.member is None else self.member * part.head_size)
+        return ref.at[self.batch, row, pl.ds(self.head, self.shape[0]), pl.ds(column, part.head_size)]
 
     def load(self, ref: Any) -> jax.Array:
         return compat.load(ref, self.layout)
@@ -160,12 +119,10 @@ class _Inputs:
     def __init__(self, block: _Block, x_ref, w_ref, tail_ref, flags_ref):
         self.block, self.x_ref, self.tail_ref, self.flags_ref = block, x_ref, tail_ref, flags_ref
         problem = block.problem
-        self.heads = block.heads(problem.joint_inputs)
-        w_heads = block.heads(problem.joint_weights)
-        self.weight = [block.load_float(w_ref.at[j, w_heads]) for j in range(problem.width)]
+        self.weight = [block.load_float(block.of(w_ref, j, joint=problem.joint_weights)) for j in range(problem.width)]
 
     def raw(self, row) -> jax.Array:
-        return self.block.load(self.x_ref.at[self.block.batch, row, self.heads])
+        return self.block.load(self.block.of_inputs(self.x_ref, row))
 
     def flag(self, row) -> Any:
         """None where there are no documents."""
@@ -177,7 +134,7 @@ class _Inputs:
     def _tail(self, index) -> jax.Array:
         if self.tail_ref is None:
             return self.block.zeros()
-        return self.block.load_float(self.tail_ref.at[self.block.batch, index, self.block.heads()])
+        return self.block.load_float(self.block.of(self.tail_ref, self.block.batch, index))
 
     def history(self) -> list[jax.Array]:
         """The W - 1 inputs before the tile, as its first token sees them unless it begins a document."""
@@ -224,9 +181,12 @@ def _dispatch(problem: Problem, body) -> None:
 
         @pl.when((number >= first) & (number < last))
         def _(i=i, part=part, first=first, heads=heads):
+            block, member = number - first, None
+            if part.members is not None:
+                block, member = lax.div(block, part.members), lax.rem(block, part.members)
             # The last block slides back over heads that another computes too.
-            head = lax.min((number - first) * heads, part.heads - heads)
-            body(i, _Block(problem, part, batch, tile, head))
+            head = lax.min(block * heads, part.heads - heads)
+            body(i, _Block(problem, part, batch, tile, head, member))
 
         first = last
 
@@ -305,7 +265,7 @@ def forward_kernel(problem: Problem, *refs) -> None:
                 out = out * block.spread(lax.rsqrt(block.total(out * out) + NORM_EPSILON))
             if flag is not None:
                 out = jnp.where(flag == FLAG_PADDING, 0.0, out)
-            compat.store(out_ref.at[block.batch, row, block.heads()], out.astype(out_ref.dtype))
+            compat.store(block.of(out_ref, block.batch, row), out.astype(out_ref.dtype))
             return tuple(window[1:])
 
         _walk(inputs, block.first_row, block.rows, load, step, tuple(inputs.history()))
@@ -331,7 +291,7 @@ def backward_kernel(problem: Problem, *refs) -> None:
 
         def load(row):
             inside = lax.min(row, problem.time - 1)
-            return inputs.raw(inside), block.load(do_ref.at[block.batch, inside, block.heads()])
+            return inputs.raw(inside), block.load(block.of(do_ref, block.batch, inside))
 
         def step(row, carry, flag, raw, do, edge=False):
             window, pending, dw, seen = carry
@@ -355,7 +315,8 @@ def backward_kernel(problem: Problem, *refs) -> None:
             sums = [a + b for a, b in zip(pending, shares[:-1], strict=True)] + shares[-1:]
 
             def finish():
-                compat.store(dx_ref.at[block.batch, row - history, inputs.heads], sums[0].astype(dx_ref.dtype))
+                dx = block.of(dx_ref, block.batch, row - history, joint=problem.joint_inputs)
+                compat.store(dx, sums[0].astype(dx_ref.dtype))
 
             pl.when((row - history >= first) & (row - history < end))(finish) if edge else finish()
             return tuple(window[1:]), tuple(sums[1:]), dw, seen
@@ -378,9 +339,9 @@ def backward_kernel(problem: Problem, *refs) -> None:
         whole = max(rows - history, 0) if isinstance(rows, int) else lax.max(rows - history, 0)
         carry = _walk(inputs, first + history, whole, load, step, carry, lambda carry: carry[3] < history)
         _, _, dw, _ = edge_rows(first + history + whole, rows - whole, carry)
-        w_heads = block.heads(problem.joint_weights)
         for j, total in enumerate(dw):
-            compat.store(dw_ref.at[block.batch * problem.tiles + block.tile, j, w_heads], total)
+            row = block.batch * problem.tiles + block.tile
+            compat.store(block.of(dw_ref, row, j, joint=problem.joint_weights), total)
 
     _dispatch(problem, body)
 

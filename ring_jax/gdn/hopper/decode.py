@@ -18,7 +18,6 @@ from ring_jax.mosaic import compat, in_place
 MAX_TOKENS = 8
 MULTIPROCESSORS = 132
 STATE_REGISTERS = 128  # of a thread, at most: as many again are needed beside them
-_CLOSED = -1e4  # of b and a: a strength and a log decay of exactly zero
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -133,7 +132,7 @@ def recurrent(
 
 
 def step(
-    projected: Float[Array, "B T P"],
+    projected: Float[Array, "B T K P"],
     state: Float32[Array, "... B N dk dv"],
     tail: Float[Array, "... B _ F"],
     weights: StepWeights,
@@ -148,10 +147,10 @@ def step(
     """A GDN layer's token mixer between its projections: one or a few tokens in one launch; no gradient.
 
     Args:
-        projected: q | k | v | z | b | a of all heads; without z where `weights` have no norm.
+        projected: by key heads, as one product leaves it (`ring_jax.gdn.by_head`).
         state: float32, updated in its own buffer wherever nobody else reads it.
         tail: the last W - 1 inputs of the convolution.
-        weights: as in `MixerWeights`; with those of the output norm it is made here, with z as its gate.
+        weights: as in `MixerWeights`; with those of the output norm it is made here, with z as its gate (without, z is not read).
         scale: of the query, d_k^-0.5 by default.
         at: (layer, group) where states and tails are those of several layers, stacked, and weights those of several groups:
             which of them are this layer's.
@@ -170,7 +169,7 @@ def step(
     if at is None:
         state, *operands = (x[None] for x in (state, *operands))  # type: ignore[assignment]
     _check_step(heads, projected, state, operands, at)
-    batch, time, features = projected.shape
+    batch, time = projected.shape[:2]
     n, dk, dv = heads.value_heads, heads.key_size, heads.value_size
     _refuse(unsupported_reason(time, dk, dv, projected, *operands))
     gated = weights.norm is not None
@@ -187,19 +186,16 @@ def step(
         width=weights.conv[0].shape[-2],
         norm_epsilon=norm_epsilon if gated else None,
         stacked=at is not None,
+        present=present is not None,
         **dataclasses.asdict(config),
     )
+    operands = (projected, *operands)
     if present is not None:
         check_array("present", present, "B", {"B": batch}, kind="bool")
-        real, gates = present[:, None, None], features - 2 * n
-        projected = jnp.concatenate([projected[..., :gates], jnp.where(real, projected[..., gates:], _CLOSED)], axis=-1)
-    projected = jnp.pad(projected, ((0, 0), (0, 0), (0, -features % 8)))  # rows begin where 16 bytes do
-    operands = (projected, *operands)
+        operands += (present.astype(jnp.int32),)
     if at is not None:
         operands += (jnp.asarray(at, jnp.int32),)
     out, leaving, states = _launch(problem, operands, state)
-    if present is not None:
-        leaving = jnp.where(real, leaving, operands[1][0 if at is None else at[0]])
     return out, states if at is not None else states[0], leaving
 
 
@@ -245,10 +241,9 @@ def _check_step(heads: Heads, projected, states, operands, at) -> None:
     """`operands`: tail, three filters, a_log, dt_bias, perhaps the norm's weight; all stacked."""
     tail, *filters, a_log, dt_bias = operands[:6]
     norm = operands[6:]
-    n, (keys, _, values) = heads.value_heads, heads.parts
-    features = heads.features + 2 * n + (values if norm else 0)
-    sizes = Sizes(N=n, dk=heads.key_size, dv=heads.value_size, F=heads.features)
-    check_array("projected", projected, f"B T {features}", sizes, advice="q | k | v | z | b | a")
+    keys, _, values = heads.parts
+    sizes = Sizes(N=heads.value_heads, dk=heads.key_size, dv=heads.value_size, F=heads.features)
+    check_array("projected", projected, f"B T {heads.key_heads} {heads.stride}", sizes, advice="as `by_head` has it")
     for name, x, size in zip(("q", "k", "v"), filters, (keys, keys, values), strict=True):
         check_array(f"the filter of {name}", x, f"G W {size}", sizes)
     sizes["W-1"] = sizes["W"] - 1

@@ -6,7 +6,7 @@ as in `ring_jax.gdn.recurrent`, the decay near one applied as S + expm1(g) S. Bo
 keeps `columns` columns of one head's state [dk, dv] in registers over all tokens. A warp holds all dk rows of its quarter of the
 columns, so that sums over dk need shuffles alone.
 
-*Projected* operands bring the convolution and the gates along:
+*Projected* operands, which lie by key heads (`ring_jax.gdn.by_head`), bring the convolution and the gates along:
 
     q, k, v = silu(convolution(mixed)), q and k l2-normalised;   beta = sigmoid(b);   g = -exp(A_log) softplus(a + dt_bias)
 
@@ -19,21 +19,20 @@ several: their states come to `slots` in shared memory by TMA, two ahead, and go
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.gdn.hopper.conv_kernel import NORM_EPSILON, sigmoid
+from ring_jax.gdn.hopper.decode_parts import channel_layout, expm1, softplus, state_layout, whole_layout
 from ring_jax.gdn.recurrent import SLOW
 from ring_jax.mosaic import compat
 
-_WARPS, _LANES, _VECTOR = 4, 32, 4
+_CLOSED = -1e4  # of b and a: a strength and a log decay of exactly zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Problem:
         columns, warpgroups: see `DecodeConfig`.
         width: of the convolution, where the operands are projections.
         norm_epsilon: None for no gate and no output norm.
+        present: whether an operand says which rows of the batch have tokens; states and tails of the others stay.
         stacked: whether an operand (layer, group) says whose states and tail, and whose weights, of all these are.
         slots: for the states of a program that walks over heads, 0 where each program has one. walkers: such programs.
     """
@@ -59,6 +59,7 @@ class Problem:
     scale: float
     width: int | None
     norm_epsilon: float | None
+    present: bool = False
     stacked: bool = False
     slots: int = 0
     walkers: int = 0
@@ -76,45 +77,6 @@ class Problem:
     @property
     def programs(self) -> int:
         return min(self.items, self.walkers) if self.slots else self.items
-
-
-def state_layout(columns: int) -> Any:
-    """[dk, columns]: a warp owns a quarter of the columns, 16 bytes a thread, and spreads the rows over its other lanes."""
-    of_warp = columns // _WARPS
-    rows = _LANES * _VECTOR // of_warp
-    return compat.tiled_layout(((rows, columns), (rows, of_warp), (1, _VECTOR)), (-5,), (-4, -3))
-
-
-def channel_layout(size: int) -> Any:
-    """[size], a channel a thread; of fewer than 128, several warps hold the same."""
-    replicated = fragmented_array.Replicated(128 // min(size, 128))
-    warps = (-3,) if size >= 128 else (replicated, -3)
-    return compat.tiled_layout(((min(size, 128),), (_LANES,), (1,)), warps, (-2,))
-
-
-def whole_layout(size: int) -> Any:
-    """[size] in every warp."""
-    return compat.tiled_layout(
-        ((_LANES * (size // _LANES),), (size // _LANES,)), (fragmented_array.Replicated(_WARPS),), (-2,)
-    )
-
-
-def expm1(g: jax.Array) -> jax.Array:
-    """exp(g) - 1 for scalars SLOW < g <= 0, by its series."""
-    total = jnp.float32(1.0)
-    for i in range(10, 1, -1):
-        total = 1.0 + total * g * (1.0 / i)
-    return total * g
-
-
-def softplus(x: jax.Array) -> jax.Array:
-    """log(1 + exp(x)) of a scalar: max(x, 0) + 2 artanh(e / (2 + e)), e = exp(-|x|)."""
-    e = jnp.exp(-jnp.abs(x))
-    z = e / (2.0 + e)
-    square, total = z * z, jnp.float32(0.0)
-    for i in range(17, 0, -2):
-        total = total * square + 1.0 / i
-    return lax.max(x, 0.0) + 2.0 * z * total
 
 
 class _Head:
@@ -170,45 +132,54 @@ class _Given:
 
 
 class _Projected:
-    """Operands made from projections q | k | v | z (where there is a gate) | b | a, and the tail that the convolution leaves."""
+    """Operands made from projections by key heads, and the tail that the convolution leaves."""
 
-    def __init__(self, head: _Head, refs, layer, group, leaving_ref):
+    def __init__(self, head: _Head, refs, layer, group, leaving_ref, present_ref):
         self.head = head
         self.x_ref, tail_ref, *filters, a_log_ref, dt_bias_ref = refs
         self.tail_ref, self.filters = tail_ref.at[layer], [ref.at[group] for ref in filters]
         self.a_log_ref, self.dt_bias_ref = a_log_ref.at[group], dt_bias_ref.at[group]
         self.leaving_ref, self.qk_smem = leaving_ref, None
+        self.present_ref = present_ref
         problem = head.problem
         keys = problem.key_heads * problem.dk
         self.key_channels = pl.ds(head.key_head * problem.dk, problem.dk)  # of their filters
         self.channels = [pl.ds(part * keys + head.key_head * problem.dk, problem.dk) for part in range(2)]
         self.own = pl.ds(head.head * problem.dv + head.columns.start, problem.columns)
         self.value_channels = pl.ds(2 * keys + self.own.start, problem.columns)
-        self.gates = problem.features + problem.value_heads * problem.dv * (problem.norm_epsilon is not None)
+        # Columns of the projections of this key head: q and k, then v, z, b and a of the heads that share it.
+        member, values = head.head - head.key_head * head.group, 2 * problem.dk
+        gates, self.b = values + head.group * problem.dv, values + 2 * head.group * problem.dv + member
+        self.q, self.k = (pl.ds(part * problem.dk, problem.dk) for part in range(2))
+        own = member * problem.dv + head.columns.start
+        self.v, self.z_columns = (pl.ds(first + own, problem.columns) for first in (values, gates))
 
     def load(self) -> None:
         """Everything at once: each load that waits for another costs as much as the state of one row of a batch."""
         head, problem = self.head, self.head.problem
         self.parts = [
-            self._inputs(channels, w.at[:, self.key_channels], channel_layout(problem.dk))
-            for channels, w in zip(self.channels, self.filters, strict=False)
+            self._inputs(channels, columns, w.at[:, self.key_channels], channel_layout(problem.dk))
+            for channels, columns, w in zip(self.channels, (self.q, self.k), self.filters, strict=False)
         ]
-        self.parts.append(self._inputs(self.value_channels, self.filters[2].at[:, self.own], head.column_layout))
-        at = self.gates + head.head
+        self.parts.append(
+            self._inputs(self.value_channels, self.v, self.filters[2].at[:, self.own], head.column_layout)
+        )
         self.ba = [
-            [self.x_ref[head.batch, t, at + i * problem.value_heads] for i in range(2)] for t in range(problem.time)
+            [self.x_ref[head.batch, t, head.key_head, self.b + i * head.group] for i in range(2)]
+            for t in range(problem.time)
         ]
+        self.real = None if self.present_ref is None else self.present_ref[head.batch] > 0
         self.a_log, self.dt_bias = self.a_log_ref[head.head], self.dt_bias_ref[head.head]
 
     def z(self, t: int):
         """The gate of this program's columns."""
-        problem = self.head.problem
-        return self.x_ref.at[self.head.batch, t, pl.ds(problem.features + self.own.start, problem.columns)]
+        return self.x_ref.at[self.head.batch, t, self.head.key_head, self.z_columns]
 
-    def _inputs(self, channels, filters, layout):
+    def _inputs(self, channels, columns, filters, layout):
+        """The last inputs and the new ones, and their filter: `channels` of the tail, `columns` of the projections."""
         problem, batch = self.head.problem, self.head.batch
         x = [compat.load(self.tail_ref.at[batch, i, channels], layout) for i in range(problem.width - 1)]
-        x += [compat.load(self.x_ref.at[batch, t, channels], layout) for t in range(problem.time)]
+        x += [compat.load(self.x_ref.at[batch, t, self.head.key_head, columns], layout) for t in range(problem.time)]
         return x, [compat.load(filters.at[j], layout) for j in range(problem.width)]
 
     def _convolved(self, x, w) -> list[jax.Array]:
@@ -224,8 +195,9 @@ class _Projected:
         return found
 
     def _leave(self, x, channels) -> None:
-        """Writes the tail of these channels."""
+        """Writes the tail of these channels: the one that came where there is no token."""
         for i, each in enumerate(x[self.head.problem.time :]):
+            each = each if self.real is None else jnp.where(self.real, each, x[i])
             compat.store(self.leaving_ref.at[self.head.batch, i, channels], each)
 
     def prepare(self, qk_smem) -> None:
@@ -249,17 +221,22 @@ class _Projected:
         q, k = (compat.load(self.qk_smem.at[t, part], head.row_layout) for part in range(2))
         q, k = (x * lax.rsqrt(jnp.sum(x * x) + NORM_EPSILON) for x in (q, k))
         b, a = (x.astype(jnp.float32) for x in self.ba[t])
+        if self.real is not None:
+            b, a = (jnp.where(self.real, x, _CLOSED) for x in (b, a))
         g = -jnp.exp(self.a_log.astype(jnp.float32)) * softplus(a + self.dt_bias.astype(jnp.float32))
         return q, k, self.values[t], g, sigmoid(b)
 
 
 def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None, slots=None, loaded=None) -> None:
-    """refs: the operands; the output norm's weight where there is a gate; (layer, group) where they are an operand; the states;
-    out, and the leaving tail of projected operands."""
+    """refs: the operands; the output norm's weight where there is a gate; which rows have tokens and (layer, group) where they
+    are operands; the states; out, and the leaving tail of projected operands."""
     *inputs, states_ref, out_ref = refs if problem.width is None else refs[:-1]
-    layer = group = 0
+    layer, group, present_ref = 0, 0, None
     if problem.stacked:
         *inputs, at_ref = inputs
+    if problem.present:
+        *inputs, present_ref = inputs
+    if problem.stacked:
         sizes = states_ref.shape[0], inputs[-1].shape[0]
         layer, group = (lax.max(lax.min(at_ref[i], size - 1), 0) for i, size in enumerate(sizes))
 
@@ -274,7 +251,7 @@ def kernel(problem: Problem, *refs, qk_smem=None, o_smem=None, o_full=None, slot
             if problem.norm_epsilon is not None:
                 *rest, norm_ref = rest
                 norm_ref = norm_ref.at[group]
-            operands = _Projected(head, rest, layer, group, refs[-1])
+            operands = _Projected(head, rest, layer, group, refs[-1], present_ref)
         state_ref = states_ref.at[layer, head.batch, head.head, :, head.columns]
         arrived = load(state_ref, head.layout)
         operands.load()
@@ -395,6 +372,3 @@ def scratch(problem: Problem) -> dict[str, Any]:
         if problem.warpgroups > 1:
             found["o_full"] = plgpu.Barrier(num_arrivals=problem.warpgroups)
     return found
-
-
-assert math.isclose(SLOW, -0.5)  # how far the series of expm1 was cut for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,12 +12,22 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def param(shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param[Any]:
+@dataclasses.dataclass(frozen=True)
+class HeadRows:
+    """How "rows" begin whose columns go head by head: `used` random ones of each head's `stride`, then zeros."""
+
+    used: int
+    stride: int
+
+
+def param(shape: tuple[int, ...], axes: tuple[str | None, ...], init: str | HeadRows, dtype: Any) -> nnx.Param[Any]:
     """A parameter without values yet: `axes` name its dimensions for `Sharding.spec`, `init` how to begin."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init)
 
 
-def stacked(groups: int, shape: tuple[int, ...], axes: tuple[str | None, ...], init: str, dtype: Any) -> nnx.Param[Any]:
+def stacked(
+    groups: int, shape: tuple[int, ...], axes: tuple[str | None, ...], init: str | HeadRows, dtype: Any
+) -> nnx.Param[Any]:
     return param((groups, *shape), (None, *axes), init, dtype)
 
 
@@ -39,7 +50,12 @@ def initialise(model: Any, key: jax.Array) -> None:
     model.set_parameters(nnx.to_pure_dict(jax.tree.unflatten(tree, values)))
 
 
-def _initial(key: jax.Array, shape: tuple[int, ...], dtype: Any, init: str) -> jax.Array:
+def _initial(key: jax.Array, shape: tuple[int, ...], dtype: Any, init: str | HeadRows) -> jax.Array:
+    if isinstance(init, HeadRows):
+        heads = shape[-1] // init.stride
+        used = _initial(key, (*shape[:-1], heads * init.used), dtype, "rows").reshape(*shape[:-1], heads, init.used)
+        padding = [(0, 0)] * (used.ndim - 1) + [(0, init.stride - init.used)]
+        return jnp.pad(used, padding).reshape(shape)
     if init in ("zeros", "ones"):
         return jnp.full(shape, init == "ones", dtype)
     if init == "decay":  # A in (1, 16)

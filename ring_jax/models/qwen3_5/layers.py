@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -18,13 +17,14 @@ from flax import nnx
 from jaxtyping import Array
 
 from ring_jax import gdn
+from ring_jax.gdn import by_head
 from ring_jax.gdn.hopper import decode
 from ring_jax.gdn.hopper.decode import StepWeights
 from ring_jax.gdn.mixer import MixerWeights, mix, projects_own_heads
 from ring_jax.models.qwen3_5.collectives import Collectives
 from ring_jax.models.qwen3_5.config import FULL, Config
 from ring_jax.models.qwen3_5.in_place import InPlace
-from ring_jax.models.qwen3_5.init import stacked
+from ring_jax.models.qwen3_5.init import HeadRows, stacked
 from ring_jax.models.qwen3_5.pass_ import Pass
 from ring_jax.models.qwen3_5.sharding import (
     EXPERTS,
@@ -116,16 +116,16 @@ class GatedDeltaNet(nnx.Module):
     """The gated delta rule behind a short convolution, before a gated norm; `ring_jax.gdn.mixer` has the formulas.
 
     What a token is projected to lies in one parameter, key head by key head: its query and key, then of the value heads
-    that it serves the values, gates z, and b and a. So it is one product, and a tensor axis cuts it between heads.
+    that it serves the values, gates z, and b and a (`ring_jax.gdn.by_head`). So it is one product, whose readers take it as it
+    lies, and a tensor axis cuts it between heads.
     """
 
     def __init__(self, config: Config, make: Any, dtype: Any):
         width, heads = config.hidden_size, config.linear
         self.config = config
         keys, _, values = heads.parts
-        n, taps, shared = heads.value_heads, config.conv_width, heads.value_heads // heads.key_heads
-        self.sizes = (heads.key_size,) * 2 + (shared * heads.value_size,) * 2 + (shared,) * 2  # q, k, v, z, b, a
-        self.in_proj = make((width, heads.key_heads * sum(self.sizes)), (REDUCED, LINEAR_HEADS), "rows", dtype)
+        n, taps, rows = heads.value_heads, config.conv_width, HeadRows(sum(heads.of_key_head), heads.stride)
+        self.in_proj = make((width, heads.key_heads * heads.stride), (REDUCED, LINEAR_HEADS), rows, dtype)
         self.conv_q = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
         self.conv_k = make((taps, keys), (WHOLE, LINEAR_HEADS), "rows", dtype)
         self.conv_v = make((taps, values), (WHOLE, LINEAR_HEADS), "rows", dtype)
@@ -143,35 +143,30 @@ class GatedDeltaNet(nnx.Module):
         weights: Any = functools.partial(
             MixerWeights, conv=conv, a_log=self.A_log[...], dt_bias=self.dt_bias[...], heads=heads
         )
-        if projects_own_heads(heads, width, partition) or math.prod(x_btd.shape[:2]) >= width:
-            # As many tokens as the weight has rows: it is cheaper to cut than what it gives.
-            q, k, v, z, b, a = self._parts(here.weight(self.in_proj[...], 0, width, x_btd))
-            parts = jnp.concatenate([q, k, v], axis=-1), z, jnp.concatenate([b, a], axis=-1)
+        if projects_own_heads(heads, width, partition):
+            w = by_head.split(here.weight(self.in_proj[...], 0, width, x_btd), heads)
+            parts = by_head.inputs(w, heads), by_head.gate(w, heads), by_head.strength_and_decay(w, heads)
             # Cut before the products: XLA would take the cuts into them, and those run at 60% of the speed (32K tokens).
             qkv, z, ba = jax.lax.optimization_barrier(parts)
-            gate = here.product(x_btd, z)
             out, cache = mix(weights((qkv,), (ba,)), x_btd, cache, partition)
+            gate = here.product(x_btd, z.reshape(width, -1)).reshape(out.shape)
         else:
-            q, k, v, gate, b, a = self._parts(here.product(x_btd, self.in_proj[...]))
-            projected = (jnp.concatenate([q, k, v], axis=-1),), jnp.concatenate([b, a], axis=-1)
+            # Behind a barrier: from a product in its own shape XLA takes no gates into a fusion, it copies them first.
+            projected = jax.lax.optimization_barrier(by_head.split(here.product(x_btd, self.in_proj[...]), heads))
+            gate = by_head.gate(projected, heads)
             out, cache = mix(weights((), ()), x_btd, cache, partition, projected=projected)
-        out = gated_rms_norm(out, gate.reshape(out.shape), self.norm[...], self.config.norm_epsilon)
+        out = gated_rms_norm(out.reshape(gate.shape), gate, self.norm[...], self.config.norm_epsilon)
         return self._leave(given.x, out, here), cache
 
-    def _parts(self, x: Array) -> list[Array]:
-        """q, k, v, z, b, a of all heads, each [..., its features]."""
-        return [part.reshape(*part.shape[:-2], -1) for part in _by_head(x, self.sizes)]
-
-    def _leave(self, x_btd: Array, out_btnh: Array, here: Pass) -> Array:
-        return here.add_product(x_btd, out_btnh.reshape(*out_btnh.shape[:2], -1), self.o[...])
+    def _leave(self, x_btd: Array, out: Array, here: Pass) -> Array:
+        return here.add_product(x_btd, out.reshape(*out.shape[:2], -1), self.o[...])
 
     def _step(self, given: Normed, cache: InPlace, here: Pass) -> tuple[Array, tuple[Array, Array]]:
         """One token in one kernel between the projections: y, and for `StatesInPlace` all states and this layer's tail."""
-        projected = jnp.concatenate(self._parts(here.product(given, self.in_proj[...])), axis=-1)
-        whole = cache.mixer
+        heads, epsilon = self.config.linear.share(here.tensor_ranks), self.config.norm_epsilon
+        projected, whole = by_head.split(here.product(given, self.in_proj[...]), heads), cache.mixer
         conv = whole.conv_q[...], whole.conv_k[...], whole.conv_v[...]
         weights = StepWeights(conv, whole.A_log[...], whole.dt_bias[...], whole.norm[...])
-        heads, epsilon = self.config.linear.share(here.tensor_ranks), self.config.norm_epsilon
         present = None if here.valid is None else here.valid[:, 0]
         options: Any = {"heads": heads, "norm_epsilon": epsilon, "at": cache.at, "present": present}
         out, states, tail = decode.step(projected, cache.states, cache.tails, weights, **options)

@@ -60,6 +60,12 @@ def inputs(seed, batch, time, heads, dtype, kind="none", tail=True, width=WIDTH)
     return mixed, weight, draw(batch, width - 1, heads.features) if tail else None, ids
 
 
+def by_key_heads(x, heads, more):
+    """[B, T, q | k | v] as [B, T, K, P], with `more` columns of NaN behind those of each key head."""
+    parts = [part.reshape(*x.shape[:2], heads.key_heads, -1) for part in split(x, heads)]
+    return jnp.pad(jnp.concatenate(parts, axis=3), ((0, 0),) * 3 + ((0, more),), constant_values=jnp.nan)
+
+
 def split(x, heads):
     return tuple(jnp.split(x, np.cumsum(heads.parts)[:-1], axis=-1))
 
@@ -78,7 +84,7 @@ def _value_and_gradients(function, heads, **options):
 
 
 def check(seed, batch, time, heads, dtype, kind="none", tail=True, joint=False, gradients=True, **options):
-    """Kernel against the float64 oracle: outputs, leaving tail and gradients."""
+    """Kernel against the float64 oracle: outputs, leaving tail and gradients. `joint`: one array of all parts, or "by heads"."""
     mixed, weight, tail, ids = inputs(seed, batch, time, heads, dtype, kind, tail, options.pop("width", WIDTH))
     rng = np.random.default_rng(seed + 1)
     counts = (heads.key_heads, heads.key_heads, heads.value_heads)
@@ -87,6 +93,8 @@ def check(seed, batch, time, heads, dtype, kind="none", tail=True, joint=False, 
         rng.standard_normal((batch, time, n, s)).astype(np.float32) for n, s in zip(counts, sizes, strict=True)
     ]
     given = (mixed, weight) if joint else (split(mixed, heads), split(weight, heads))
+    if joint == "by heads":
+        given = (by_key_heads(mixed, heads, more := 24), weight)
     if gradients:
         run = _value_and_gradients(conv.convolve, heads, **options)
         out, leaving, found = run(*given, tail, ids, [jnp.asarray(c, dtype) for c in cotangents])
@@ -108,6 +116,10 @@ def check(seed, batch, time, heads, dtype, kind="none", tail=True, joint=False, 
     np.testing.assert_array_equal(np.asarray(leaving, np.float64), want_leaving)
     if gradients:
         eps = float(jnp.finfo(dtype).eps)
+        if joint == "by heads":
+            assert not np.asarray(found[0][..., -more:]).any()
+            parts = jnp.split(found[0], np.cumsum(heads.of_key_head[:3]), axis=3)[:3]
+            found = jnp.concatenate([part.reshape(batch, time, -1) for part in parts], axis=2), *found[1:]
         dmixed, dweight = found[:2] if joint else [jnp.concatenate(x, axis=-1) for x in found[:2]]
         bound = eps / 3 + 4e-6
         assert relative(dmixed.astype(jnp.float32), expected[0]) <= bound
@@ -142,6 +154,21 @@ def test_interpreted(time, kind, tail, joint, config):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("time", "kind", "tail", "heads"),
+    [
+        (17, "documents", True, SMALL),
+        pytest.param(13, "none", True, Heads(8, 8, 64, 64), marks=pytest.mark.slow),
+        pytest.param(9, "padding", False, Heads(8, 32, 64, 64), marks=pytest.mark.slow),
+        (5, "none", True, Heads(8, 16, 128, 64)),
+    ],
+)
+def test_interpreted_by_key_heads(time, kind, tail, heads):
+    with compat.interpret_mode():
+        check(3, 2, time, heads, jnp.float32, kind, tail, "by heads", config=AHEAD, backward_config=AHEAD)
+
+
+@interpreted
 def test_interpreted_forward_without_documents():
     with compat.interpret_mode():
         check(4, 1, 10, SMALL, jnp.float32, gradients=False, config=AHEAD)
@@ -157,7 +184,10 @@ def structs(batch, time, heads, dtype, joint=True, tail=True, ids=True):
 
     tails = jax.ShapeDtypeStruct((batch, WIDTH - 1, heads.features), dtype) if tail else None
     rows = jax.ShapeDtypeStruct((batch, time), jnp.int32) if ids else None
-    return shapes(batch, time), shapes(WIDTH), tails, rows
+    mixed = shapes(batch, time)
+    if joint == "by heads":
+        mixed = jax.ShapeDtypeStruct((batch, time, heads.key_heads, heads.stride), dtype)
+    return mixed, shapes(WIDTH), tails, rows
 
 
 def loss(heads, mixed, weight, tail, ids):
@@ -172,6 +202,9 @@ def loss(heads, mixed, weight, tail, ids):
         (Heads(16, 32, 128, 128), jnp.bfloat16, False, True),
         (Heads(6, 12, 128, 64), jnp.float16, False, False),  # blocks that overlap, sizes that differ
         (Heads(4, 4, 256, 256), jnp.float32, True, False),
+        (Heads(16, 32, 128, 128), jnp.bfloat16, "by heads", True),
+        (Heads(16, 16, 128, 128), jnp.bfloat16, "by heads", False),
+        (Heads(10, 40, 128, 256), jnp.float16, "by heads", False),
     ],
 )
 def test_lowers(heads, dtype, joint, plain):
@@ -227,6 +260,10 @@ def test_unsupported_reasons():
         assert "taps" in reason(SMALL, width=1)
         assert "head sizes" in reason(Heads(8, 8, 96, 96))
         assert "separate" in reason(Heads(8, 8, 64, 128), joint=True)
+        assert reason(Heads(8, 8, 64, 128), joint="by heads") is None
+        assert "one value head of every key head" in reason(Heads(2, 8, 128, 128), joint="by heads")
+        odd = jax.ShapeDtypeStruct((1, 8, SMALL.key_heads, SMALL.stride + 1), jnp.bfloat16)
+        assert "multiple of 8" in conv.unsupported_reason(odd, structs(1, 8, SMALL, jnp.bfloat16)[1], SMALL)
         assert "at least 512" in reason(Heads(2, 4, 128, 128))
         with pytest.raises(NotImplementedError, match="taps"):
             conv.convolve(jnp.zeros((1, 8, SMALL.features)), jnp.zeros((1, SMALL.features)), SMALL)
@@ -248,6 +285,8 @@ def test_errors():
     with pytest.raises(ValueError, match="axis 1 differs"):
         q, k, v = split(mixed, SMALL)
         conv.convolve((q, k[:, 1:], v), weight, SMALL)
+    with pytest.raises(ValueError, match="for each key head, at least 256, got 248"):
+        conv.convolve(jnp.zeros((1, 4, SMALL.key_heads, 248)), weight, SMALL)
     with pytest.raises(ValueError, match="tail must have shape"):
         conv.convolve(mixed, weight, SMALL, tail=tail[:, 1:])
 
@@ -283,6 +322,22 @@ def test_gpu_lengths(time):
 def test_gpu_other_sizes(heads, options):
     options = dict(options)
     check(7, 2, 300, heads, jnp.bfloat16, options.pop("kind", "none"), **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "documents", "padding"])
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [
+        (MODEL, jnp.bfloat16),
+        (Heads(16, 16, 128, 128), jnp.bfloat16),
+        (Heads(8, 32, 64, 64), jnp.float16),
+        (Heads(6, 12, 128, 64), jnp.float32),
+        (Heads(10, 20, 128, 256), jnp.bfloat16),
+    ],
+)
+def test_gpu_by_key_heads(heads, dtype, kind):
+    check(9, 2, 700, heads, dtype, kind, tail=kind != "none", joint="by heads")
 
 
 @pytest.mark.gpu

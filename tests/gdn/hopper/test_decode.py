@@ -66,13 +66,15 @@ def in_float64(function, *arguments):
 
 
 def packed(heads, mixed, ba, rest):
-    """What `decode.step` takes: projections as one array, and the weights."""
-    parts = [mixed, ba]
-    if "gate" in rest:
-        parts.insert(1, rest["gate"].reshape(*mixed.shape[:2], -1))
+    """What `decode.step` takes: projections by key heads, NaN where nothing is to be read, and the weights."""
+    z = rest["gate"] if "gate" in rest else jnp.full((*mixed.shape[:2], heads.parts[2]), jnp.nan, mixed.dtype)
+    parts = [*jnp.split(mixed, np.cumsum(heads.parts)[:-1], axis=2), z, *jnp.split(ba, 2, axis=2)]
+    projected = jnp.concatenate([x.reshape(*x.shape[:2], heads.key_heads, -1) for x in parts], axis=3)
+    more = heads.stride - projected.shape[3]
+    projected = jnp.pad(projected, ((0, 0),) * 3 + ((0, more),), constant_values=jnp.nan)
     conv = tuple(jnp.split(rest["weight"], np.cumsum(heads.parts)[:-1], axis=-1))
     weights = decode.StepWeights(conv, rest["a_log"], rest["dt_bias"], rest.get("norm_weight"))
-    return jnp.concatenate(parts, axis=-1), weights
+    return projected, weights
 
 
 def check_step(seed, batch, time, heads, dtype, gated, config=None, layers=None):
@@ -275,8 +277,6 @@ def test_errors():
     step = functools.partial(decode.step, heads=heads)
     with pytest.raises(ValueError, match="projected must have shape"):
         step(projected[..., 1:], state, tail, weights)
-    with pytest.raises(ValueError, match="projected must have shape"):  # a gate without its norm
-        step(projected, state, tail, weights._replace(norm=None))
     with pytest.raises(ValueError, match="state must be float32"):
         step(projected, state.astype(jnp.bfloat16), tail, weights)
     with pytest.raises(ValueError, match="does not fit a value head of 64 as a whole"):

@@ -29,6 +29,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "fusion-done", "copy-done"}
 PROMPT, ROOM, NEW = 1024, 64, 256  # tokens: cached, decoded at most, prefilled
+LONG = 4160  # tokens prefilled, more than a weight has rows
 CUBLAS = {
     "xla_gpu_enable_triton_gemm": False
 }  # what a described GPU, which times nothing, needs for a card's usual choice
@@ -53,7 +54,13 @@ def model_and_programs():
     cache = jax.eval_shape(prefill, params, tokens(PROMPT)).cache
     decode = jax.jit(lambda params, cache, token: build(params).decode(token, cache), donate_argnums=1)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return model, {"decode": (decode, (params, cache, one)), "prefill": (jax.jit(prefill), (params, tokens(NEW)))}
+    prefill = jax.jit(prefill)
+    long = prefill, (params, tokens(LONG))
+    return model, {
+        "decode": (decode, (params, cache, one)),
+        "prefill": (prefill, (params, tokens(NEW))),
+        "long prefill": long,
+    }
 
 
 def engine_decode(model):
@@ -108,6 +115,12 @@ def wide_attention(text: str) -> list[str]:
     return [x for x in large_results(text, NEW * heads * size * 4) if f"f32[1,{NEW},{heads},{size}]" in x]
 
 
+def needless(text: str, rows: int = 4096) -> list[str]:
+    """Of those, the ones that are matrices of so many rows, weights that products read or parts of them; and parts of products."""
+    weight = rf"\[(1,)*{rows},\d+(,\d+)*\]"
+    return [x for x in large_results(text) if re.search(weight, x) or x.split()[1] == "slice"]
+
+
 def _size(shape: str) -> int:
     """Bytes of the largest array in a shape or tuple of shapes; workspaces of libraries (s8) do not count."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
@@ -133,8 +146,8 @@ def main(folder: str) -> None:
         for name, (program, operands, static) in (programs | {"engine": engine_decode(model)}).items():
             given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), operands[static:])
             lowered = program.trace(*operands[:static], *given).lower(lowering_platforms=("cuda",))
-            text = lowered.compile().as_text()
-            reports[name] = large_results(text)
+            text = lowered.compile(compiler_options=CUBLAS if name == "long prefill" else {}).as_text()
+            reports[name] = needless(text) if name == "long prefill" else large_results(text)
             if name == "engine":
                 reports["asks the host"] = asks_the_host(text)
             if name == "prefill":

@@ -97,7 +97,7 @@ def attention(hf, t):
 def by_head(heads, *rows):
     """Projections [out, in] as one [in, out], its columns head by head."""
     width = rows[0].shape[-1]
-    return np.concatenate([x.reshape(heads, -1, width) for x in rows], axis=1).reshape(-1, width).T
+    return np.concatenate([x.reshape(heads, x.shape[0] // heads, width) for x in rows], axis=1).reshape(-1, width).T
 
 
 def linear_attention(hf, t):
@@ -114,7 +114,8 @@ def linear_attention(hf, t):
         rows = dict(zip("qkv", np.split(t["in_proj_qkv.weight"], cuts), strict=True))
         rows |= {x: t[f"in_proj_{x}.weight"] for x in "zba"}
     conv = np.split(t["conv1d.weight"][:, 0], cuts)
-    in_proj = by_head(nk, *(rows[x] for x in "qkvzba"))
+    unused = -(2 * dk + 2 * r * dv + 2 * r) % 8  # zeros up to a multiple of eight
+    in_proj = by_head(nk, *(rows[x] for x in "qkvzba"), np.zeros((nk * unused, width), t["dt_bias"].dtype))
     return {f"conv_{x}": w.T for x, w in zip("qkv", conv, strict=True)} | {
         "in_proj": in_proj,
         "A_log": t["A_log"],
@@ -451,7 +452,7 @@ def test_tokenizer_files_travel_and_others_stay(tmp_path):
 def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     config, directory, held = checkpoint(tmp_path / "hf", "dense", layers=4)
     params = load(directory, config)
-    newer = jax.tree.map(lambda x: x + 1, params)
+    newer = jax.tree.map(lambda x: 2 * x, params)
 
     fetched = []
 
@@ -494,7 +495,7 @@ def test_killed_between_any_two_renames(tmp_path, monkeypatch):
     """Loading finds the old checkpoint whole or the new one whole, never neither; the next save clears up."""
     config, directory, _ = checkpoint(tmp_path / "hf", "dense", layers=4)
     params = load(directory, config)
-    newer = jax.tree.map(lambda x: x + 1, params)
+    newer = jax.tree.map(lambda x: 2 * x, params)
     (directory / "notes.txt").write_text("mine")
     # Renames: the new folder to its name (the old one lies in the way), what an earlier round moved aside out of the way
     # (nothing), the old one aside, the new one again.
@@ -525,7 +526,7 @@ def test_the_gap_on_a_file_system_that_is_read_only(tmp_path, monkeypatch):
     config, directory, held = checkpoint(tmp_path / "hf", "dense", layers=4)
     params = load(directory, config)
     with killed_before_rename(monkeypatch, 4):
-        save(jax.tree.map(lambda x: x + 1, params), config, directory, overwrite=True)
+        save(jax.tree.map(lambda x: 2 * x, params), config, directory, overwrite=True)
 
     def refuses(*_):
         raise OSError(errno.EROFS, "read-only file system")
@@ -539,7 +540,7 @@ def test_two_savers_of_one_path(tmp_path, monkeypatch):
     """One is in the midst of writing when the other saves: each writes in a folder of its own, the last one wins whole."""
     config, directory, _ = checkpoint(tmp_path / "hf", "dense", layers=4)
     params = load(directory, config)
-    first, second = (jax.tree.map(lambda x, by=by: x + by, params) for by in (1, 2))
+    first, second = (jax.tree.map(lambda x, by=by: x * by, params) for by in (2, 3))
     written = []
 
     def meets(path, headers, values, write=safetensors_io.write):
@@ -773,14 +774,31 @@ def test_tokens_that_end_a_text_come_from_every_file(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_published_sizes(preset):
-    """The table covers every element of every tensor once, and the models have as many parameters as they say."""
+    """The table covers every element of every tensor once, and of the parameters all but the zeros that fill up columns of GDN
+    heads; the models have as many as they say."""
     config = PRESETS[preset]
     plan = mapping.plan(config)
-    params = sum(map(math.prod, plan.params.values()))
-    assert params == sum(map(math.prod, plan.tensors.values()))
+    params, heads = sum(map(math.prod, plan.tensors.values())), config.linear
+    unused = config.hidden_size * heads.key_heads * (heads.stride - sum(heads.of_key_head))
+    assert params == sum(map(math.prod, plan.params.values())) - unused * config.layer_types.count("linear_attention")
     assert params == sum(math.prod(mapping.extents(piece.target)) for piece in plan.pieces)
     billions = float(re.search(r"(\d+(\.\d+)?)b", preset)[1])
     assert abs(params / 1e9 / billions - 1) < 0.12  # the names count the vision part too, and round
+
+
+@pytest.mark.parametrize("family", ["dense", "next"])
+def test_zeros_behind_the_columns_of_a_key_head(tmp_path, family):
+    """Loading and initialising make them, saving leaves them out: every tensor is what it was."""
+    config, directory, held = checkpoint(tmp_path / "hf", family)
+    heads, used = config.linear, sum(config.linear.of_key_head)
+    assert heads.stride > used and heads.stride % 8 == 0
+    made = nnx.to_pure_dict(nnx.state(Qwen3_5(config, rngs=nnx.Rngs(0)), nnx.Param))
+    for params in (load(directory, config), made):
+        columns = np.asarray(params["groups"]["layers"][0]["mixer"]["in_proj"]).reshape(-1, heads.stride)
+        assert not columns[:, used:].any() and columns[:, :used].all()
+    save(load(directory, config), config, tmp_path / "again")
+    again = read(tmp_path / "again")
+    assert {name: x.tobytes() for name, x in again.items()} == {name: x.tobytes() for name, x in held.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -189,7 +189,7 @@ def _fill(
     reader: Any, entries: Any, pieces: list[mapping.Piece], dtype: Any, pool: Any, box: mapping.Box
 ) -> tuple[np.ndarray, int]:
     """The part `box` of a parameter, read from its pieces, and the number of bytes that were read."""
-    out = np.empty(mapping.extents(box), dtype)
+    out = np.zeros(mapping.extents(box), dtype)  # no tensor has what fills up the columns of a head
 
     def copy(piece: mapping.Piece) -> int:
         block = reader.read(entries[piece.tensor], mapping.slices(piece.source))

@@ -30,7 +30,7 @@ FLOAT32 = ("A_log", "norm")
 # Positions along an axis of two: gate and up projection of an MLP are one parameter.
 _FIXED = {"gate": 0, "up": 1}
 # Projections of one input are one parameter, whose columns go head by head: what a head of each kind holds, in order, and
-# the tensors' dimension that the heads share equally.
+# the tensors' dimension that the heads share equally. Columns of zeros may follow (`_columns`).
 _HEADS = {
     "nk": {"q": "QK", "k": "QK", "v": "Z", "z": "Z", "b": "nv", "a": "nv"},
     "nkv": {"qg": "QG", "k": "KV", "v": "KV"},
@@ -134,6 +134,7 @@ def _sizes(config: Config) -> dict[str, int]:
         "QK": heads.key_heads * heads.key_size,
         "Z": heads.value_heads * heads.value_size,
         "nk": heads.key_heads,
+        "nk columns": heads.stride,
         "nv": heads.value_heads,
         "nkv": config.num_kv_heads,
         "dv": heads.value_size,
@@ -281,7 +282,7 @@ def _add(result: Plan, config: Config, sizes: dict[str, int], rule: Rule, layer:
             key, _, dims = part.partition(": ")
             path: Path = (*where, *key.split("."))
             names: list[str | None] = list(dims.split())
-            shape = tuple(sum(_held(dim, sizes).values()) * sizes[dim.split(".")[0]] for dim in dims.split())
+            shape = tuple(_columns(dim, sizes) * sizes[dim.split(".")[0]] for dim in dims.split())
             box = [(0, size) for size in shape]
             fixed = {d: _FIXED[dim] for d, dim in enumerate(dims.split()) if dim in _FIXED}
             if by_expert:
@@ -301,6 +302,11 @@ def _held(dim: str, sizes: dict[str, int]) -> dict[str, int]:
     return {held: sizes[whole] // sizes[heads] for held, whole in _HEADS[heads].items()} if part else {dim: 1}
 
 
+def _columns(dim: str, sizes: dict[str, int]) -> int:
+    """Those of one head of a parameter's dimension: what it holds, and zeros behind where `sizes` gives it more."""
+    return sizes.get(f"{dim.partition('.')[0]} columns", sum(_held(dim, sizes).values()))
+
+
 def _boxes(
     axes: Any, names: Any, box: Any, index: int, interleaved: bool, sizes: Any
 ) -> Iterator[tuple[Box, Box, tuple[int | None, ...]]]:
@@ -313,8 +319,8 @@ def _boxes(
     for head in range(heads):
         source, target = [(0, sum(sizes[name] for name in axis)) for axis in axes], list(box)
         if cut is not None:
-            held = _held(f"{kind}.{part}", sizes)
-            start = head * sum(held.values()) + sum(list(held.values())[: list(held).index(part)])
+            held = _held(dim := f"{kind}.{part}", sizes)
+            start = head * _columns(dim, sizes) + sum(list(held.values())[: list(held).index(part)])
             target[cut] = (start, start + held[part])
         for d, axis in enumerate(places):
             if axis is None or (len(axes[axis]) == 1 and d != cut):
