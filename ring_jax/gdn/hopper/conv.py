@@ -105,7 +105,7 @@ def unsupported_reason(
     if _vector(heads, min(_VECTORS), by_heads) is None:
         least = max(THREADS * min(_VECTORS), 4 * heads.key_size, 4 * heads.value_size)
         each = "each in q, k and one value head of every key head" if by_heads else "each in q, k and v"
-        return f"needs at least {least} features {each}, got {heads.parts}"
+        return f"needs at least {least} features {each}, got {_features(heads, by_heads)}"
     return None
 
 
@@ -319,12 +319,16 @@ def _by_heads(arrays: Sequence[jax.Array]) -> bool:
     return arrays[0].ndim == 4
 
 
+def _features(heads: Heads, by_heads: bool) -> tuple[int, ...]:
+    """Of q, k and v that lie side by side; of v one head of each key head where inputs lie by these."""
+    if not by_heads:
+        return heads.parts
+    return tuple(heads.key_heads * size for size in (heads.key_size, heads.key_size, heads.value_size))
+
+
 def _vector(heads: Heads, wanted: int, by_heads: bool) -> int | None:
-    """Channels of a thread, `wanted` if every part has heads for a whole block and no head is wider than a warp. A block has one
-    value head of each key head where inputs lie by these."""
-    largest, least = max(heads.key_size, heads.value_size), min(heads.parts)
-    if by_heads:
-        least = heads.key_heads * min(heads.key_size, heads.value_size)
+    """Channels of a thread, `wanted` if every part has heads for a whole block and no head is wider than a warp."""
+    largest, least = max(heads.key_size, heads.value_size), min(_features(heads, by_heads))
     for vector in (wanted, *_VECTORS):
         if vector * 32 >= largest and THREADS * vector <= least:
             return vector
