@@ -59,16 +59,17 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
         """Runs at_once(batch, head, row), which needs no bounds, and tile_body(steps, batch, head, row) over this thread
         block's work items."""
 
-        def item(index):
-            batch, head, row = work_item(problem, index)
-            at_once(batch, head, row)
-            order = steps_of if problem.segments == 1 else segment_steps_of
-            return order(problem, start_ref, end_ref, batch, row), batch, head, row
+        order = steps_of if problem.segments == 1 else segment_steps_of
+
+        def steps_for(batch, head, row):
+            return order(problem, start_ref, end_ref, batch, row)
 
         if problem.segments > 1 and problem.items == blocks:
-            only = item(block)  # many loads at a time, while there are registers for them
-            give_registers()
-            tile_body(*only)
+            place = work_item(problem, block)
+            steps = steps_for(*place)  # many loads at a time, while there are registers for them
+            give_registers()  # who computes waits for these, and then frees Q's buffer
+            at_once(*place)
+            tile_body(steps, *place)
             return
 
         give_registers()
@@ -81,7 +82,9 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
 
             @pl.when(index < problem.items)
             def _():
-                tile_body(*item(index))
+                place = work_item(problem, index)
+                at_once(*place)
+                tile_body(steps_for(*place), *place)
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute():
