@@ -24,6 +24,8 @@ class ForwardConfig:
             rescaling of the accumulator where no row of a warp has moved.
         persistent: as many thread blocks as multiprocessors, each walking over several query tiles, so that one
             tile's loads hide behind the previous tile's stores. Otherwise one thread block per query tile.
+        static_slots: unroll overlapped, unmasked steps by `stages`, so that their slots are constants.
+        code_per_warpgroup: compile each compute warpgroup's code for itself, with its addresses as constants.
         multiprocessors: thread blocks of a persistent launch.
         kv_bytes_in_flight: query tiles are walked in sections of heads whose K and V fit this many bytes of L2.
     """
@@ -35,6 +37,8 @@ class ForwardConfig:
     ping_pong: bool = True
     lazy_rescale: bool = True
     persistent: bool = False
+    static_slots: bool = False
+    code_per_warpgroup: bool = False
     multiprocessors: int = HOPPER.multiprocessors
     kv_bytes_in_flight: int = 24 * 2**20
 

@@ -86,8 +86,7 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
                 at_once(*place)
                 tile_body(steps_for(*place), *place)
 
-    @pl.when(warpgroup < config.warpgroups)
-    def _compute():
+    def compute(warpgroup):
         plgpu.set_max_registers(config.registers[0], action="increase")
         buffers = (q_smem.at[warpgroup], k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free)
         take_turn, pass_turn = _turns(config, warpgroup, turn)
@@ -122,6 +121,12 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
 
         walk(tile_body)
         pl.when(warpgroup == 0)(take_turn)
+
+    if config.code_per_warpgroup:
+        for w in range(config.warpgroups):
+            pl.when(warpgroup == w)(lambda w=w: compute(w))
+    else:
+        pl.when(warpgroup < config.warpgroups)(lambda: compute(warpgroup))
 
     @pl.when(warpgroup == config.warpgroups)
     def _memory():
@@ -182,12 +187,12 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
 
 def _turns(config: ForwardConfig, warpgroup: jax.Array, turn):
     """(take, pass): the compute warpgroups issue their products one after the other."""
-    following = lax.rem(warpgroup + 1, config.warpgroups)
+    following = (warpgroup + 1) % config.warpgroups
     if not config.ping_pong:
         return (lambda: None), (lambda: None)
     if compat.interpreting():
         return (lambda: plgpu.barrier_wait(turn.at[warpgroup])), (lambda: plgpu.barrier_arrive(turn.at[following]))
-    return (lambda: pipeline.take_turn(warpgroup)), (lambda: pipeline.pass_turn(following))
+    return (lambda: pipeline.take_turn(jnp.int32(warpgroup))), (lambda: pipeline.pass_turn(jnp.int32(following)))
 
 
 def _across(rows: jax.Array, columns: int) -> jax.Array:
@@ -271,11 +276,11 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         plgpu.barrier_arrive(v_free.at[slot])
         return acc
 
-    def overlapped(step, state, window=None):
+    def overlapped(step, state, window=None, slot=None):
         # Maximum and exponents of this step are made while P V of the previous one is in flight. Not exp2, too: P, rounded as it
         # comes, would need registers of its own, or stand in the way of the next products (FlashAttention-4 waits here as well).
         acc, m, l, p = state
-        slot, previous = slot_of(step), slot_of(step - 1)
+        slot, previous = (slot_of(step), slot_of(step - 1)) if slot is None else (slot, (slot - 1) % config.stages)
         plgpu.barrier_wait(k_full.at[slot])
         plgpu.barrier_wait(v_full.at[previous])
         take_turn()
@@ -289,7 +294,9 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         plgpu.barrier_arrive(v_free.at[previous])
         p, l = weigh(exponents, m, m_new, l)  # into the registers that P V read
         p = p.astype(dtype)
-        return rescale(acc, m, m_new), m_new, l, p
+        acc = rescale(acc, m, m_new)
+        wgmma.hold_back(-l, q_smem)  # or exp2 would go on where the next turn is waited for and held
+        return acc, m_new, l, p
 
     def in_turn(step, state, window=None):
         # Holds the turn from P V of one step to Q K of the next, and gives it up for the softmax.
@@ -311,7 +318,22 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         state, body, first, masked_end = (acc, m, l), in_turn, 0, steps.masked
         take_turn()
     state = masked_loop(first, body, state)
-    state = lax.fori_loop(masked_end, steps.total, body, state)
+    if config.overlap and config.static_slots:
+        stages = config.stages
+        # From slot 1 on, where the common case of one masked tile leaves off.
+        begin = jnp.minimum(masked_end + lax.rem(masked_end * (stages - 1) + 1, stages), steps.total)
+        rounds = lax.div(steps.total - begin, stages)
+
+        def round_(i, state):
+            for n in range(stages):
+                state = body(begin + i * stages + n, state, slot=(n + 1) % stages)
+            return state
+
+        state = lax.fori_loop(masked_end, begin, body, state)
+        state = lax.fori_loop(0, rounds, round_, state)
+        state = lax.fori_loop(begin + rounds * stages, steps.total, body, state)
+    else:
+        state = lax.fori_loop(masked_end, steps.total, body, state)
     acc, m, l = state[:3]
     # The query tile's place holds a rounded out on its way: whole rows by TMA, where registers store eight bytes at a time.
     staged_out = q_smem if problem.head_size == problem.value_size and outputs[0].dtype == dtype else None
