@@ -117,7 +117,7 @@ def measure(case: flash_forward.Case, args: argparse.Namespace):
         names = ["base"] + (tuned_backward(size) if args.tune else [])
         for form in args.forms:
             options = types.SimpleNamespace(
-                configs=names, check=args.check, form=form, parts=False, seconds=args.seconds
+                configs=names, check=args.check, form=form, parts=False, seconds=args.seconds, peer=None
             )
             for row in flash_backward.measure(case, dtype, options):
                 if row["name"] == "cudnn" and rows:

@@ -1,7 +1,7 @@
 """Times the backward flash-attention kernels on one GPU beside cuDNN: `python -m ring_jax.bench.flash_backward --help`.
 
-Each case is first compared with a float32 reference on fresh random inputs. Times are of the device: many calls are
-queued behind each other, and ours and cuDNN's take turns, so that heat hits both. TFLOP/s count 14 H multiply-adds per
+Each case is first compared with a float32 reference on fresh random inputs. Times are of the device, in turns with cuDNN's and, with
+--peer fa4, FlashAttention-4's, as in `flash_forward`. TFLOP/s count 14 H multiply-adds per
 query-key pair that the mask leaves for forward and backward, 10 H for the backward alone (dkv and dq likewise, by the
 whole backward's work).
 """
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ring_jax.bench.flash_forward import Case, materialised, relative_error, seconds
+from ring_jax.bench.flash_forward import Case, add_ratios, fa4_call, materialised, ratios, relative_error, seconds
 from ring_jax.flash.hopper import backward_common as common
 from ring_jax.flash.hopper import backward_dkv, backward_dq, backward_launch, forward_launch
 from ring_jax.flash.hopper.backward_common import BackwardConfig, default_config
@@ -134,6 +134,8 @@ def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
             row["failure"] = f"{type(failure).__name__}: {failure}"[:600]
 
     add("cudnn", lambda: cudnn_call(case, *operands[:3]), 3.5)
+    if options.peer:
+        add("fa4", lambda: fa4_call(case, dtype, "forward+backward"), 3.5)
     for name, config in candidates(case.head_size, options.configs, deterministic).items():
 
         def ours(config=config, name=name):
@@ -154,8 +156,7 @@ def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
                 add(f"{name} {part}", lambda part=part, config=config: parts(case, config, operands)[part], 2.5)
     for name, value in seconds(calls, options.seconds).items():
         rows[name].update(seconds=value, tflops=rows[name]["work"] * case.flops_of(name) / value / 1e12)
-        if "seconds" in rows["cudnn"] and rows[name]["work"] == 3.5:
-            rows[name]["ratio_to_cudnn"] = rows[name]["tflops"] / rows["cudnn"]["tflops"]
+    add_ratios({name: row for name, row in rows.items() if row["work"] == 3.5})
     return list(rows.values())
 
 
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=["base"], help=candidates.__doc__)
     parser.add_argument("--form", choices=FORMS, default="default", help="as deterministic= asks for (default: None)")
     parser.add_argument("--parts", action="store_true", help="time the kernels one by one, too")
+    parser.add_argument("--peer", choices=["fa4"], help="take turns with FlashAttention-4, too, where it is installed")
     parser.add_argument("--no-check", dest="check", action="store_false")
     parser.add_argument("--seconds", type=float, default=0.05, help="of device time for each of three rounds")
     parser.add_argument("--json", type=Path, default=None)
@@ -186,8 +188,7 @@ def main() -> None:
         for row in measure(Case.parse(text), dtype, options):
             results.append(row)
             outcome = row.get("failure") or f"{row['seconds'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s"
-            ratio = f"  ratio {row['ratio_to_cudnn']:.3f}" if "ratio_to_cudnn" in row else ""
-            print(f"{text:32s} {row['name']:36s} {outcome}{ratio}", flush=True)
+            print(f"{text:32s} {row['name']:36s} {outcome}{ratios(row)}", flush=True)
         if options.json:
             options.json.write_text(json.dumps(results, indent=1))
 

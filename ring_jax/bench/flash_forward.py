@@ -1,8 +1,9 @@
 """Times the forward flash-attention kernel on one GPU beside cuDNN: `python -m ring_jax.bench.flash_forward --help`.
 
 Every case is first compared with a float32 reference on fresh random inputs. Times are of the device: many calls are
-queued behind each other, and ours and cuDNN's take turns, so that heat hits both. TFLOP/s count 4 H multiply-adds per
-query-key pair that the mask leaves.
+queued behind each other, and ours and cuDNN's take turns, so that heat hits both; a turn begins with as many untimed calls, since the
+first ones run at the clock that the kernel before has left. TFLOP/s count 4 H multiply-adds per query-key pair that the mask leaves.
+--peer fa4 has FlashAttention-4 in the turns, in this process (XLA_PYTHON_CLIENT_PREALLOCATE=false leaves it memory).
 """
 
 import argparse
@@ -135,10 +136,11 @@ def seconds(calls: dict[str, Callable[[], Any]], budget: float, rounds: int = 3)
         repeats[name] = max(3, int(budget * 3 / (time.perf_counter() - begin)))
     for _ in range(rounds):
         for name, call in calls.items():
-            begin = time.perf_counter()
-            for _ in range(repeats[name]):
-                last = call()
-            jax.block_until_ready(last)
+            for _ in range(2):  # the first time to warm the card
+                begin = time.perf_counter()
+                for _ in range(repeats[name]):
+                    last = call()
+                jax.block_until_ready(last)
             times[name].append((time.perf_counter() - begin) / repeats[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -161,8 +163,40 @@ def cudnn_call(case: Case, query, kv) -> Callable[[], Any]:
     return lambda: attend(query, key, value)
 
 
+class Queued:
+    """Stands for what a call of PyTorch returns: waiting for it waits for all of the device's work."""
+
+    def __init__(self, synchronize: Callable[[], None]):
+        self.block_until_ready = synchronize
+
+
+def fa4_call(case: Case, dtype, what: str) -> Callable[[], Queued]:
+    """FlashAttention-4 on the same case, "forward" or "forward+backward"; its inputs are PyTorch's own."""
+    import torch  # type: ignore[import-not-found]
+
+    from ring_jax.bench import torch_peers
+
+    if case.mask not in ("full", "causal"):
+        raise ValueError(f"--peer fa4 has the masks full and causal, got {case.mask}")
+    shape = case.batch, case.length, case.heads, case.kv_heads, case.head_size, case.mask
+    found = torch_peers.fa4(torch, jnp.dtype(dtype).name, [str(x) for x in shape])
+    call = next(call for name, _, call in found if name == what)
+
+    def queue() -> Queued:
+        call()
+        return Queued(torch.cuda.synchronize)
+
+    return queue
+
+
 def measure(
-    case: Case, dtype, configs: dict[str, ForwardConfig], out_dtype, budget: float, checked: bool = True
+    case: Case,
+    dtype,
+    configs: dict[str, ForwardConfig],
+    out_dtype,
+    budget: float,
+    checked: bool = True,
+    peer: bool = False,
 ) -> list[dict[str, Any]]:
     query, kv = case.inputs(dtype)
     bounds = tuple(map(jnp.asarray, case.bounds()))
@@ -191,19 +225,34 @@ def measure(
             calls[name] = future.result()
         except Exception as failure:  # one config of a search must not end the search
             rows[name]["failure"] = f"{type(failure).__name__}: {failure}"[:400]
-    try:
-        calls["cudnn"] = cudnn_call(case, query, kv)
-        jax.block_until_ready(calls["cudnn"]())
-        rows["cudnn"] = {"case": dataclasses.asdict(case), "name": "cudnn"}
-    except Exception as failure:
-        calls.pop("cudnn", None)
-        rows["cudnn"] = {"case": dataclasses.asdict(case), "name": "cudnn", "failure": str(failure)[:400]}
+    others = {"cudnn": lambda: cudnn_call(case, query, kv)}
+    if peer:
+        others["fa4"] = lambda: fa4_call(case, dtype, "forward")
+    for name, make in others.items():
+        rows[name] = {"case": dataclasses.asdict(case), "name": name}
+        try:
+            call = make()
+            jax.block_until_ready(call())
+            calls[name] = call
+        except Exception as failure:
+            rows[name]["failure"] = f"{type(failure).__name__}: {failure}"[:400]
     for name, value in seconds(calls, budget).items():
         rows[name].update(seconds=value, tflops=case.flops_of(name) / value / 1e12)
-    for row in rows.values():
-        if "seconds" in row and "seconds" in rows["cudnn"]:
-            row["ratio_to_cudnn"] = row["tflops"] / rows["cudnn"]["tflops"]
+    add_ratios(rows)
     return list(rows.values())
+
+
+def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
+    """How fast each row is beside cuDNN and, where it ran, FlashAttention-4."""
+    for other in ("cudnn", "fa4"):
+        if "tflops" in rows.get(other, {}):
+            for row in rows.values():
+                if "tflops" in row:
+                    row[f"ratio_to_{other}"] = row["tflops"] / rows[other]["tflops"]
+
+
+def ratios(row: dict[str, Any]) -> str:
+    return "".join(f"  / {other} {row[key]:.3f}" for other in ("cudnn", "fa4") if (key := f"ratio_to_{other}") in row)
 
 
 def resumed(attend, query, kv, bounds) -> Callable[[], Any]:
@@ -239,6 +288,7 @@ def main() -> None:
     parser.add_argument("--out-dtype", default=None, help="default: the input dtype, as cuDNN writes")
     parser.add_argument("--configs", nargs="+", default=["base"], help=candidates.__doc__)
     parser.add_argument("--seconds", type=float, default=0.05, help="of device time for each of three rounds")
+    parser.add_argument("--peer", choices=["fa4"], help="take turns with FlashAttention-4, too, where it is installed")
     parser.add_argument("--skip-check", action="store_true", help="do not compare with the reference first")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
@@ -249,10 +299,12 @@ def main() -> None:
         case = Case.parse(text)
         configs = candidates(case.head_size, names.split("+") if names else options.configs)
         out_dtype = jnp.dtype(options.out_dtype or dtype)
-        for row in measure(case, dtype, configs, out_dtype, options.seconds, not options.skip_check):
+        for row in measure(
+            case, dtype, configs, out_dtype, options.seconds, not options.skip_check, bool(options.peer)
+        ):
             results.append(row)
             outcome = row.get("failure") or (
-                f"{row['seconds'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s  ratio {row.get('ratio_to_cudnn', 0):.3f}"
+                f"{row['seconds'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s{ratios(row)}"
             )
             print(f"{text:34s} {row['name']:44s} {outcome}", flush=True)
         if options.json:

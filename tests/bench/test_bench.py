@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ring_jax.bench import attention, experts, flash_backward, gdn, gdn_cases, model, ring, trace
+from ring_jax.bench import attention, experts, flash_backward, flash_forward, gdn, gdn_cases, model, ring, trace
 from ring_jax.cli import main
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES
 from ring_jax.gdn import Heads
@@ -212,3 +212,26 @@ def test_ring_bench_over_emulated_devices(tmp_path, capsys):
         *ring.draw(ring.make_context(2, "ring"), 64, 2, 1, 16, 1)
     )
     assert "collective_permute" in text.as_text()
+
+
+def test_turns_wait_for_a_peer_and_time_half_of_its_calls():
+    waits, calls = [], []
+
+    def call():
+        calls.append(len(waits))
+        return flash_forward.Queued(lambda: waits.append(len(calls)))
+
+    found = flash_forward.seconds({"peer": call}, budget=1e-6, rounds=2)
+    assert found["peer"] > 0
+    # One call to compile, three to count how many fill the budget, then two rounds of three untimed and three timed ones.
+    assert len(calls) == 1 + 3 + 2 * 2 * 3
+    assert waits == [1, *[4] * 3, 7, 10, 13, 16]
+
+
+def test_ratios_to_cudnn_and_a_peer_that_ran():
+    rows = {"cudnn": {"tflops": 400.0}, "fa4": {"failure": "not here"}, "base": {"tflops": 500.0}}
+    flash_forward.add_ratios(rows)
+    assert flash_forward.ratios(rows["base"]) == "  / cudnn 1.250"
+    rows["fa4"] = {"tflops": 625.0}
+    flash_forward.add_ratios(rows)
+    assert flash_forward.ratios(rows["base"]) == "  / cudnn 1.250  / fa4 0.800"
