@@ -8,13 +8,19 @@ share of the time that reading weights and cache once takes.
 Model FLOPs are 2 x (parameters that a token meets, embedding and head left out) x tokens, causal attention
 (2 S^2 N H a layer), and 1.7e11 for 32 heads of 128 x 128 and 32768 tokens of a gated delta rule. Training counts three
 times that, the head included, and no recomputation.
+
+--peer transformers times prefill and decode of the same sizes by transformers first, in a process of its own; with
+XLA_PYTHON_CLIENT_PREALLOCATE=false this one leaves it memory.
 """
 
 import argparse
 import dataclasses
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +30,7 @@ from jax.sharding import AxisType
 
 import ring_jax
 from ring_jax._hardware import BY_NAME
-from ring_jax.bench import trace
+from ring_jax.bench import torch_peers, trace
 from ring_jax.bench.attention import environment, write_json
 from ring_jax.models.qwen3_5 import COMPILER_OPTIONS, Config, Qwen3_5, Sharding
 from ring_jax.models.qwen3_5.config import FULL, LINEAR, PRESETS
@@ -56,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-check", dest="check", action="store_false", help="do not compare decode with prefill first"
     )
     parser.add_argument("--profile", action="store_true", help="trace one run of each: time by kind of kernel")
+    parser.add_argument(
+        "--peer", choices=["transformers"], help="time this package's model, too, where it is installed"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--png", metavar="FILE", help="draw the last timeline of --profile here")
 
@@ -78,8 +87,11 @@ def run(args: argparse.Namespace) -> int:
         if not error < 1e-3:
             print("decode disagrees with prefill: nothing is timed")
             return 1
-    programs = Programs(make_model(config, args))
     report: dict[str, Any] = {"environment": environment(), "arguments": vars(args), "rows": []}
+    if args.peer:
+        report["peer"] = peer(config, args)
+        write_json(args.json, report)
+    programs = Programs(make_model(config, args))
     measures = [(prefill, args.prefill), (decode, args.decode), (training, args.train)]
     for measure, lengths in measures:
         for length in lengths:
@@ -87,11 +99,34 @@ def run(args: argparse.Namespace) -> int:
             row |= {"gpus": args.ranks, "profile": [profile(activity) for activity in activities]}
             report["rows"].append(row)
             show(row)
+            for other in report.get("peer", []):
+                if (other.get("what"), other.get("length")) == (row["what"], length) and "ms" in other:
+                    print(f"    {other['ms'] / row['ms']:.2f} times as fast as {other['name']}", flush=True)
             if args.png and activities:
                 title = f"{row['what']}, {length} tokens, {args.ranks} GPU(s)"
                 trace.draw([activity for activity, _ in activities], args.png, title)
             write_json(args.json, report)
     return 0
+
+
+def peer(config: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prefill and decode of another package's model of the same sizes, on one GPU."""
+    lengths = {"prefill": args.prefill, "decode": args.decode}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config.to_hf()))
+        shapes = [f"{args.batch}x{what}x{length}x{path}" for what, found in lengths.items() for length in found]
+        rows = torch_peers.run(args.peer, "bfloat16", shapes)
+    for row in rows:
+        if "shape" not in row:  # none ran
+            print(f"{row['name']}: {row['failure']}", flush=True)
+            continue
+        row["length"] = int(row.pop("shape").split("x")[2])
+        if "kernels_ms" in row:
+            row["ms"] = row.pop("kernels_ms")
+        outcome = row.get("failure") or f"{row['ms']:10.3f} ms"
+        print(f"{row['what']:16s} {args.batch} x {row['length']:7d} tokens, {row['name']}: {outcome}", flush=True)
+    return rows
 
 
 def sharding(ranks: int) -> Sharding | None:

@@ -2,15 +2,20 @@
 
     python torch_peers.py fla bfloat16 1x32768x32x16x128 ...       batch x length x value heads x key heads x head size
     python torch_peers.py fa4 bfloat16 1x8192x32x8x128xcausal ...  batch x length x heads x key heads x head size x full or causal
+    python torch_peers.py transformers bfloat16 1xprefillx8192xFILE ...  batch x prefill or decode x prompt length x config.json
 
 prints one line of JSON. `fla` is flash-linear-attention's gated delta rule, forward: FLA 0.6.0 refuses its backward on Hopper with
-Triton 3.4 to 3.7.0. `fa4` is FlashAttention-4 (`flash-attn-4`), forward, and with its backward.
+Triton 3.4 to 3.7.0. `fa4` is FlashAttention-4 (`flash-attn-4`), forward, and with its backward. `transformers` is a whole model with
+random weights, which takes FLA's kernels where they are installed; decode is a call for one token after the prompt.
 """
 
+import functools
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,7 +34,7 @@ def main(peer: str, dtype: str, *shapes: str) -> None:
 
     rows = []
     for shape in shapes:
-        for what, name, call in PEERS[peer](torch, dtype, shape.split("x")):
+        for what, name, call in PEERS[peer](torch, dtype, shape.split("x", 3 if peer == "transformers" else -1)):
             rows.append({"what": what, "name": name, "shape": shape})
             try:
                 rows[-1]["kernels_ms"] = milliseconds(torch, call)
@@ -79,14 +84,51 @@ def fa4(torch: Any, dtype: str, shape: Sequence[str]) -> Iterator[tuple[str, str
     yield "forward+backward", name, lambda: torch.autograd.grad(out(), learned, grad)
 
 
-PEERS = {"fla": fla, "fa4": fa4}
+def transformers(torch: Any, dtype: str, shape: Sequence[str]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    from importlib.metadata import version
+
+    batch, what, length, path = shape
+    model = _model(torch, dtype, path)
+    tokens = torch.randint(0, model.config.vocab_size, (int(batch), int(length)), device=model.device)
+
+    @torch.inference_mode()
+    def prefill():
+        return model(tokens, use_cache=True, logits_to_keep=1)
+
+    cache = prefill().past_key_values if what == "decode" else None
+
+    @torch.inference_mode()
+    def decode():
+        return model(tokens[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    fla = f" + fla {version('flash-linear-attention')}" if importlib.util.find_spec("fla") else ", without fla"
+    yield what, f"transformers {version('transformers')}{fla}", {"prefill": prefill, "decode": decode}[what]
 
 
-def milliseconds(torch: Any, call: Callable[[], Any], rounds: int = 5, queued: int = 10) -> float:
-    """Median of rounds of queued calls, between two events on the device."""
+@functools.cache
+def _model(torch: Any, dtype: str, path: str) -> Any:
+    """A causal language model of the config at `path`, with transformers' random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # type: ignore[import-not-found]
+
+    with open(path) as file:
+        values = json.load(file)
+    config = AutoConfig.for_model(**values)
+    torch.set_default_dtype(getattr(torch, dtype))
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+PEERS = {"fla": fla, "fa4": fa4, "transformers": transformers}
+
+
+def milliseconds(torch: Any, call: Callable[[], Any], rounds: int = 5, most: int = 10) -> float:
+    """Median of rounds of queued calls, as many as take 0.2 s but at most `most`, between two events on the device."""
     for _ in range(3):
+        begin = time.perf_counter()
         call()
-    times = []
+        torch.cuda.synchronize()
+        once = time.perf_counter() - begin
+    queued, times = max(1, min(most, int(0.2 / once))), []
     for _ in range(rounds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
