@@ -193,6 +193,8 @@ SMALL = ForwardConfig(block_kv=64, stages=2, persistent=True, multiprocessors=3)
         ("random", True, SMALL),
         ("causal", False, dataclasses.replace(SMALL, overlap=False, warpgroups=1, persistent=False)),
         ("window", False, dataclasses.replace(SMALL, stages=3, lazy_rescale=True, ping_pong=False)),
+        ("late", True, dataclasses.replace(SMALL, block_kv=16, static_slots=True, code_per_warpgroup=True)),
+        ("full", False, dataclasses.replace(SMALL, block_kv=16, stages=3, static_slots=True)),
         pytest.param("late", True, dataclasses.replace(SMALL, overlap=False, block_kv=80), marks=pytest.mark.slow),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -277,6 +279,16 @@ def test_gpu_configs(head_size, persistent, overlap, lazy_rescale):
     query, kv, rng = inputs(5, 1, 2000, 2000, 8, 2, head_size, jnp.bfloat16)
     # Large logits, so that the running maximum moves late and far.
     compare(4 * query, kv, *bounds("random", 1, 2000, 2000, rng), None, config=config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["random", "full"])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_gpu_unrolled(head_size, kind):
+    config = dataclasses.replace(forward_config(head_size, head_size), static_slots=True, code_per_warpgroup=True)
+    query, kv, rng = inputs(5, 1, 2000, 2000, 8, 2, head_size, jnp.bfloat16)
+    for config in (config, dataclasses.replace(config, code_per_warpgroup=False, persistent=True)):
+        compare(query, kv, *bounds(kind, 1, 2000, 2000, rng), None, config=config, out_dtype=jnp.bfloat16)
 
 
 @pytest.mark.gpu
