@@ -26,6 +26,7 @@ class ForwardConfig:
             tile's loads hide behind the previous tile's stores. Otherwise one thread block per query tile.
         static_slots: unroll overlapped, unmasked steps by `stages`, so that their slots are constants.
         code_per_warpgroup: compile each compute warpgroup's code for itself, with its addresses as constants.
+        polynomial_exp2: of 16 values of P so many by a polynomial, not by the unit of special functions.
         multiprocessors: thread blocks of a persistent launch.
         kv_bytes_in_flight: query tiles are walked in sections of heads whose K and V fit this many bytes of L2.
     """
@@ -39,6 +40,7 @@ class ForwardConfig:
     persistent: bool = False
     static_slots: bool = False
     code_per_warpgroup: bool = False
+    polynomial_exp2: int = 0
     multiprocessors: int = HOPPER.multiprocessors
     kv_bytes_in_flight: int = 24 * 2**20
 
@@ -49,6 +51,8 @@ class ForwardConfig:
             raise ValueError(f"{self.stages=} must be at least 2")
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"{self.warpgroups=} must be 1, 2 or 3")
+        if not 0 <= self.polynomial_exp2 <= 16:
+            raise ValueError(f"{self.polynomial_exp2=} must be in [0, 16]")
         if self.multiprocessors < 1:
             raise ValueError(f"{self.multiprocessors=} must be positive")
 

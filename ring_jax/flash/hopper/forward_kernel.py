@@ -3,7 +3,8 @@
 Algorithm: FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608) on key intervals, resumable.
 
 One thread block walks over query tiles. A *memory* warpgroup copies Q once per tile, before it knows which keys are needed, and
-K, V tiles into a ring of `stages` shared-memory slots (TMA, by one of its warps); *compute* warpgroups of 64 query rows each run the online softmax
+K, V tiles into a ring of `stages` shared-memory slots (TMA, by one of its warps); *compute* warpgroups of 64 query rows each run
+the online softmax
 
     S = Q K^T;  m' = max(m, rowmax(S) c);  P = exp2(S c - m');  l' = l exp2(m - m') + rowsum(P)
     acc' = acc exp2(m - m') + P V,         c = scale * log2(e)
@@ -229,16 +230,17 @@ def shift(problem: Problem, scores, window, m):
     return scores * factor - _across(m_new, scores.shape[1]), m_new
 
 
-def weigh(exponents, m, m_new, l):
+def weigh(problem: Problem, exponents, window, m, m_new, l):
     """(P in float32, l') of `shift`ed scores; l is kept as [64, 8] partial sums."""
-    p = jnp.exp2(exponents)
+    # What is masked must be zero, which the polynomial is not.
+    p = wgmma.exp2(exponents, problem.config.polynomial_exp2 if window is None else 0)
     return p, l * _across(jnp.exp2(m - m_new), 8) + _fold(p, jnp.add)
 
 
 def softmax(problem: Problem, scores, window, m, l):
     """One online-softmax step: (P in float32, m', l')."""
     exponents, m_new = shift(problem, scores, window, m)
-    p, l = weigh(exponents, m, m_new, l)
+    p, l = weigh(problem, exponents, window, m, m_new, l)
     return p, m_new, l
 
 
@@ -292,7 +294,7 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         wgmma.hold_back(exponents[:, :8], q_smem)
         acc, exponents = wgmma.wait(0, acc, exponents)
         plgpu.barrier_arrive(v_free.at[previous])
-        p, l = weigh(exponents, m, m_new, l)  # into the registers that P V read
+        p, l = weigh(problem, exponents, window, m, m_new, l)  # into the registers that P V read
         p = p.astype(dtype)
         acc = rescale(acc, m, m_new)
         wgmma.hold_back(-l, q_smem)  # or exp2 would go on where the next turn is waited for and held

@@ -195,6 +195,7 @@ class SegmentSteps:
 
     def load(self, load_key, load_value) -> None:
         """See `Steps.load`: the same order, also from one segment to the next."""
+
         def visit_segment(i, state):
             visit = self.visit(i)
 

@@ -121,8 +121,12 @@ def test_lowers_every_config(head_size, dtype):
         ((1, 256, 256, 4, 1, 192), {"value_size": 128}),
         ((1, 256, 256, 4, 1, 128), {"config": ForwardConfig(block_kv=176, stages=2, lazy_rescale=True)}),
         ((1, 256, 256, 4, 1, 128), {"config": ForwardConfig(block_kv=64, stages=3, overlap=False, persistent=True)}),
+        (
+            (1, 256, 256, 4, 1, 64),
+            {"config": ForwardConfig(block_kv=64, stages=2, static_slots=True, polynomial_exp2=3)},
+        ),
     ],
-    ids=["odd", "tiny", "value-size", "lazy", "in-turn"],
+    ids=["odd", "tiny", "value-size", "lazy", "in-turn", "unrolled"],
 )
 def test_lowers_other_shapes_and_options(shape, options):
     lower(shape, **options)
@@ -287,8 +291,16 @@ def test_gpu_configs(head_size, persistent, overlap, lazy_rescale):
 def test_gpu_unrolled(head_size, kind):
     config = dataclasses.replace(forward_config(head_size, head_size), static_slots=True, code_per_warpgroup=True)
     query, kv, rng = inputs(5, 1, 2000, 2000, 8, 2, head_size, jnp.bfloat16)
-    for config in (config, dataclasses.replace(config, code_per_warpgroup=False, persistent=True)):
-        compare(query, kv, *bounds(kind, 1, 2000, 2000, rng), None, config=config, out_dtype=jnp.bfloat16)
+    others = {"code_per_warpgroup": False, "persistent": True}, {"polynomial_exp2": 2}, {"polynomial_exp2": 16}
+    for changes in ({}, *others):
+        compare(
+            query,
+            kv,
+            *bounds(kind, 1, 2000, 2000, rng),
+            None,
+            config=dataclasses.replace(config, **changes),
+            out_dtype=jnp.bfloat16,
+        )
 
 
 @pytest.mark.gpu
