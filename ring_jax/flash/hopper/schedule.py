@@ -89,16 +89,13 @@ class Steps:
         unmasked = self.first_unmasked + step - self.masked
         return jnp.where(step < self.left, self.first_tile + step, jnp.where(step < self.masked, right, unmasked))
 
-    def load(self, load_query, load_key, load_value) -> None:
+    def load(self, load_key, load_value) -> None:
         """What the memory warpgroup does: K of the next step is needed together with V of this one.
 
         load_key and load_value take (step, segment, tile); segment is None of keys in one piece.
         """
 
-        @pl.when(self.total > 0)
-        def _():
-            load_query()
-            load_key(jnp.int32(0), None, self.tile(jnp.int32(0)))
+        pl.when(self.total > 0)(lambda: load_key(jnp.int32(0), None, self.tile(jnp.int32(0))))
 
         @pl.loop(0, self.total)
         def _(step):
@@ -196,9 +193,8 @@ class SegmentSteps:
             jnp.where(masked, steps.first_right - steps.left, steps.first_unmasked),
         )
 
-    def load(self, load_query, load_key, load_value) -> None:
+    def load(self, load_key, load_value) -> None:
         """See `Steps.load`: the same order, also from one segment to the next."""
-        pl.when(self.total > 0)(load_query)
 
         def visit_segment(i, state):
             visit = self.visit(i)
