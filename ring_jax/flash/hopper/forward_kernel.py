@@ -47,7 +47,7 @@ _LAZY_BITS = 8.0  # P then reaches 2^8, far below what float16 holds
 
 
 def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn,
-            carry_smem=None, carry_full=None, carry_free=None):  # fmt: skip
+            carry_smem=None, carry_full=None, carry_free=None, out_smem=None):  # fmt: skip
     q_ref, kv_ref, start_ref, end_ref, *carry_refs, out_ref, lse_ref = refs
     if problem.in_place:
         carry_refs = [out_ref, lse_ref]
@@ -112,7 +112,8 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
 
             @pl.when(steps.total > 0)
             def _():
-                _attend(problem, warpgroup, steps, bounds, carry, staged, outputs, buffers, take_turn, pass_turn)
+                place = None if out_smem is None else out_smem.at[warpgroup]
+                _attend(problem, warpgroup, steps, bounds, carry, staged, outputs, place, buffers, take_turn, pass_turn)
 
             @pl.when(steps.total <= 0)
             def _():
@@ -121,6 +122,8 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
                 _pass_through(problem, carry, outputs)
 
         walk(tile_body)
+        if out_smem is not None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         pl.when(warpgroup == 0)(take_turn)
 
     if config.code_per_warpgroup:
@@ -244,8 +247,8 @@ def softmax(problem: Problem, scores, window, m, l):
     return p, m_new, l
 
 
-def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, buffers, take_turn, pass_turn):
-    """All steps of one query tile for one compute warpgroup, and its stores."""
+def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, place, buffers, take_turn, pass_turn):
+    """All steps of one query tile for one compute warpgroup, and its stores; out by way of `place`, if there is one."""
     q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free = buffers
     config = problem.config
     first_window, masked_loop = steps.masked_windows(config.block_kv, bounds)
@@ -337,9 +340,10 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
     else:
         state = lax.fori_loop(masked_end, steps.total, body, state)
     acc, m, l = state[:3]
-    # The query tile's place holds a rounded out on its way: whole rows by TMA, where registers store eight bytes at a time.
-    staged_out = q_smem if problem.head_size == problem.value_size and outputs[0].dtype == dtype else None
-    if staged_out is None:
+    # A rounded out leaves as whole rows by TMA, where registers store eight bytes at a time: by way of shared memory, that of the
+    # query tile where there is none of its own.
+    shared = place is None and problem.head_size == problem.value_size and outputs[0].dtype == dtype
+    if not shared:
         plgpu.barrier_arrive(q_free)
     if config.overlap:
         acc = add_values(steps.total - 1, acc, state[3])
@@ -348,8 +352,10 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
     l = l.sum(axis=1)
     if problem.stages_carry:
         acc, m, l = _resume(problem, carry[1], staged, acc, m, l)
-    _store(problem, outputs, acc, m, l, staged_out)
-    if staged_out is not None:
+    if place is not None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
+    _store(problem, outputs, acc, m, l, q_smem if shared else place)
+    if shared:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(q_free)
 
@@ -387,17 +393,17 @@ def _initial(problem: Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.where(_across(empty, problem.value_size), 0.0, out), m, plgpu.layout_cast(l, _TILE)
 
 
-def _store(problem: Problem, outputs, acc, m, l, staged_out):
+def _store(problem: Problem, outputs, acc, m, l, place):
     out_ref, lse_ref = outputs
     visible = l != 0.0  # a NaN stays visible
     inverse = jnp.where(visible, 1.0 / l, 0.0)
     out = (acc * _across(inverse, problem.value_size)).astype(out_ref.dtype)
-    if staged_out is None:
+    if place is None:
         compat.store(out_ref, out)
     else:
-        staged_out[...] = out
+        place[...] = out
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged_out, out_ref)
+        plgpu.copy_smem_to_gmem(place, out_ref)
     compat.store(lse_ref, jnp.where(visible, m * _LN2 + jnp.log(l), -jnp.inf))
 
 

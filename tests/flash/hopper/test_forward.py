@@ -213,6 +213,16 @@ def test_interpreted(kind, carried, config):
 
 
 @interpreted
+@pytest.mark.parametrize("persistent", [True, False])
+def test_interpreted_rounded_out(persistent):
+    """By way of shared memory: its own, or the query tile's."""
+    query, kv, rng = inputs(8, 1, 260, 100, 2, 1, 64, jnp.bfloat16)
+    config = dataclasses.replace(SMALL, persistent=persistent, multiprocessors=2)
+    with compat.interpret_mode():
+        compare(query, kv, *bounds("late", 1, 260, 100, rng), None, config=config, out_dtype=jnp.bfloat16)
+
+
+@interpreted
 def test_interpreted_in_place():
     """Whole query tiles, some of them empty: the carry's buffers are updated, and the caller's arrays are not."""
     query, kv, rng = inputs(5, 1, 256, 64, 1, 1, 64, jnp.bfloat16)
