@@ -11,7 +11,6 @@ of wgmma's own fragments. None of this can be interpreted, so in interpret mode 
 """
 
 import math
-import struct
 from typing import Any
 
 import jax
@@ -99,30 +98,29 @@ def wait(pending: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return await_group(*arrays)
 
 
-def hold_back(x: jax.Array, smem: Any) -> None:
-    """Keeps what x is computed from ahead of the `wait` that follows.
+def hold_back(l: jax.Array, smem: Any) -> None:
+    """Keeps what l is computed from ahead of the `wait` that follows.
 
     ptxas moves arithmetic freely across wgmma waits, and so would run the softmax after the products that it is to
-    hide. It does not move stores; this one, to `smem`, depends on x and never happens: no four values of x may add up to
-    infinity (a NaN does no harm).
+    hide. It does not move stores; this one, to `smem`, depends on l and never happens (l is not negative).
     """
     if compat.interpreting():
         return
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, _SMEM))
-    def conditional_store(_: Any, x: Any, smem: Any) -> None:
-        total, *others = _registers(x)
+    def conditional_store(_: Any, l: Any, smem: Any) -> None:
+        total, *others = _registers(l)
         for register in others:
             total = arith.addf(total, register)
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
             [total, mgpu_utils.memref_ptr(smem)],
-            "{ .reg .pred p; setp.gt.f32 p, $0, 0f7F7FFFFF; @p st.shared.f32 [$1], $0; }",
+            "{ .reg .pred p; setp.lt.f32 p, $0, 0fBF800000; @p st.shared.f32 [$1], $0; }",
             "f,r",
             has_side_effects=True,
         )
 
-    conditional_store(x, smem)
+    conditional_store(l, smem)
 
 
 def mask(scores: jax.Array, low: jax.Array | None, high: jax.Array, hidden: float = -math.inf) -> jax.Array:
@@ -162,42 +160,6 @@ def mask(scores: jax.Array, low: jax.Array | None, high: jax.Array, hidden: floa
         return _array(selected, scores.shape)
 
     return select(scores, *bounds)
-
-
-def exp2(x: jax.Array, by_polynomial: int) -> jax.Array:
-    """2^x for x [64, n] below 127; of 16 values of a thread so many without the unit of special functions, which has a fourth of the
-    throughput of additions.
-
-    Those are 2^round(x), added to the exponent, times a polynomial of the remainder in [-1/2, 1/2] of relative error 7.5e-5, a
-    twentieth of bfloat16's rounding (the idea is FlashAttention-4's; the coefficients are a minimax fit). Below -126 they are
-    2^-126, not zero.
-    """
-    if compat.interpreting() or not by_polynomial:
-        return jnp.exp2(x)
-
-    @plgpu.inline_mgpu(arg_types=(_WGMMA,), return_type=_float32(*x.shape))
-    def power(_: Any, x: Any) -> Any:
-        f32 = ir.F32Type.get()
-        chosen = {16 * i // by_polynomial for i in range(by_polynomial)}
-        polynomial, special = (
-            "{ .reg .f32 r, n, f; max.f32 f, $1, 0fC2FC0000; add.rn.f32 r, f, 0f4B400000; sub.rn.f32 n, r, 0f4B400000; "
-            "sub.rn.f32 f, f, n; fma.rn.f32 n, f, 0f" + _hex(_EXP2[3]) + ", 0f" + _hex(_EXP2[2]) + "; "
-            "fma.rn.f32 n, n, f, 0f" + _hex(_EXP2[1]) + "; fma.rn.f32 n, n, f, 0f" + _hex(_EXP2[0]) + "; "
-            ".reg .b32 b, e; mov.b32 b, r; mov.b32 e, n; shl.b32 b, b, 23; add.s32 e, e, b; mov.b32 $0, e; }",
-            "ex2.approx.ftz.f32 $0, $1;",
-        )
-        texts = [polynomial if i % 16 in chosen else special for i in range(len(_registers(x)))]
-        powers = [llvm.inline_asm(f32, [r], text, "=f,f") for r, text in zip(_registers(x), texts, strict=True)]
-        return _array(powers, x.shape)
-
-    return power(x)
-
-
-_EXP2 = 0.9999280571937561, 0.6932609677314758, 0.2426111400127411, 0.0551716685295105
-
-
-def _hex(x: float) -> str:
-    return struct.pack(">f", x).hex().upper()
 
 
 def rescale(acc: jax.Array, alpha: jax.Array) -> jax.Array:

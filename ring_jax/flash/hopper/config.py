@@ -24,9 +24,6 @@ class ForwardConfig:
             rescaling of the accumulator where no row of a warp has moved.
         persistent: as many thread blocks as multiprocessors, each walking over several query tiles, so that one
             tile's loads hide behind the previous tile's stores. Otherwise one thread block per query tile.
-        static_slots: unroll overlapped, unmasked steps by `stages`, so that their slots are constants.
-        code_per_warpgroup: compile each compute warpgroup's code for itself, with its addresses as constants.
-        polynomial_exp2: of 16 values of P so many by a polynomial, not by the unit of special functions.
         multiprocessors: thread blocks of a persistent launch.
         kv_bytes_in_flight: query tiles are walked in sections of heads whose K and V fit this many bytes of L2.
     """
@@ -38,9 +35,6 @@ class ForwardConfig:
     ping_pong: bool = True
     lazy_rescale: bool = True
     persistent: bool = False
-    static_slots: bool = False
-    code_per_warpgroup: bool = False
-    polynomial_exp2: int = 0
     multiprocessors: int = HOPPER.multiprocessors
     kv_bytes_in_flight: int = 24 * 2**20
 
@@ -51,8 +45,6 @@ class ForwardConfig:
             raise ValueError(f"{self.stages=} must be at least 2")
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"{self.warpgroups=} must be 1, 2 or 3")
-        if not 0 <= self.polynomial_exp2 <= 16:
-            raise ValueError(f"{self.polynomial_exp2=} must be in [0, 16]")
         if self.multiprocessors < 1:
             raise ValueError(f"{self.multiprocessors=} must be positive")
 
@@ -74,9 +66,7 @@ class ForwardConfig:
 def forward_config(head_size: int, value_head_size: int) -> ForwardConfig:
     """The config that is used for these head sizes (multiples of 64, at most 256).
 
-    Head 64 again on 2026-11-27, ratio to FlashAttention-4 (32/8, 16K, causal, full; queued for 80 ms after 80 ms of the same): in turn
-    0.92, 0.94 (3 and 4 stages), overlapped with four stages 0.94, 0.95; three stages, whose slots are no bits of a counter, 0.79, 0.85.
-    The others were chosen on one H200 (bf16, batch 1, jax 0.11.2, 2026-11-22), as the ratio to cuDNN's time in the same process, with
+    Chosen on one H200 (bf16, batch 1, jax 0.11.2, 2026-11-22), as the ratio to cuDNN's time in the same process, with
     lazy rescaling (without it in parentheses):
     head 64 (32/8 heads, 16K, full): in turn 1.08 (1.07), overlapped 0.89, two warpgroups with 192 keys 0.93;
     head 128 (32/8, 8K, full, causal): 128 keys 1.02, 1.16 (0.98, 1.12), 160 keys 1.03, 1.14, 176 keys 1.00, 1.10,
@@ -85,7 +75,7 @@ def forward_config(head_size: int, value_head_size: int) -> ForwardConfig:
     """
     size = max(head_size, value_head_size)
     if size <= 64:
-        return ForwardConfig(block_kv=128, stages=4, warpgroups=3)
+        return ForwardConfig(block_kv=128, stages=3, warpgroups=3, overlap=False)
     if size <= 128:
         return ForwardConfig(block_kv=128, stages=2)
     if size <= 192:

@@ -213,9 +213,6 @@ def _launch(
             carry_free=plgpu.Barrier(num_arrivals=config.warpgroups),
         )
 
-    if problem.stages_out(out_dtype):
-        scratch["out_smem"] = compat.tiled_smem((config.warpgroups, 64, problem.value_size), out_dtype)
-
     call = compat.kernel(
         functools.partial(forward_kernel.kernel, problem),
         name="flash_attention_forward",

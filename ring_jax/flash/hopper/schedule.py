@@ -12,7 +12,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig
 from ring_jax.flash.operands import BlockOptions
@@ -48,13 +47,6 @@ class Problem:
         used = self.config.shared_memory_bytes(self.head_size, self.value_size)
         return self.carry and used + 4 * self.config.block_q * self.value_size <= SHARED_MEMORY_BYTES
 
-    def stages_out(self, dtype: DTypeLike) -> bool:
-        """Whether out, in 16 bits, has shared memory of its own to leave from, while the next tile's Q comes."""
-        config, size = self.config, jnp.dtype(dtype).itemsize
-        used = config.shared_memory_bytes(self.head_size, self.value_size) + size * config.block_q * self.value_size
-        used += 4 * config.block_q * self.value_size if self.stages_carry else 0
-        return config.persistent and size == 2 and used <= SHARED_MEMORY_BYTES
-
     @property
     def query_tiles(self) -> int:
         return pl.cdiv(self.query_len, self.config.block_q)
@@ -69,18 +61,14 @@ class Problem:
 
 
 def work_item(problem: Problem, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(batch, head, first query row) of a work item: sections of heads whose KV fits L2, in the last one the last rows first, in the
-    one before it last, and so on.
+    """(batch, head, first query row) of a work item: sections of heads whose KV fits L2, in each the last rows first.
 
-    Under causal masks the last rows have the most work, and long work must not start late; where one section ends and the next
-    begins, work of one length goes on, without which rounds dealt to and fro are a tenth longer than even ones (8K, 132 blocks).
+    Under causal masks the last rows have the most work, and long work must not start late.
     """
     section, inside = jnp.divmod(index, problem.heads_per_section * problem.query_tiles)
     tile, head = jnp.divmod(inside, problem.heads_per_section)
     batch, head = jnp.divmod(section * problem.heads_per_section + head, problem.heads)
-    sections = problem.batch * problem.heads // problem.heads_per_section
-    tile = jnp.where((sections - section) % 2 == 1, problem.query_tiles - 1 - tile, tile)
-    row = tile * problem.config.block_q
+    row = (problem.query_tiles - 1 - tile) * problem.config.block_q
     # The last tile slides back into bounds. It recomputes rows of its neighbour, to the same bits.
     return batch, head, jnp.minimum(row, problem.query_len - problem.config.block_q)
 
@@ -101,13 +89,16 @@ class Steps:
         unmasked = self.first_unmasked + step - self.masked
         return jnp.where(step < self.left, self.first_tile + step, jnp.where(step < self.masked, right, unmasked))
 
-    def load(self, load_key, load_value) -> None:
+    def load(self, load_query, load_key, load_value) -> None:
         """What the memory warpgroup does: K of the next step is needed together with V of this one.
 
         load_key and load_value take (step, segment, tile); segment is None of keys in one piece.
         """
 
-        pl.when(self.total > 0)(lambda: load_key(jnp.int32(0), None, self.tile(jnp.int32(0))))
+        @pl.when(self.total > 0)
+        def _():
+            load_query()
+            load_key(jnp.int32(0), None, self.tile(jnp.int32(0)))
 
         @pl.loop(0, self.total)
         def _(step):
@@ -205,8 +196,9 @@ class SegmentSteps:
             jnp.where(masked, steps.first_right - steps.left, steps.first_unmasked),
         )
 
-    def load(self, load_key, load_value) -> None:
+    def load(self, load_query, load_key, load_value) -> None:
         """See `Steps.load`: the same order, also from one segment to the next."""
+        pl.when(self.total > 0)(load_query)
 
         def visit_segment(i, state):
             visit = self.visit(i)

@@ -121,12 +121,8 @@ def test_lowers_every_config(head_size, dtype):
         ((1, 256, 256, 4, 1, 192), {"value_size": 128}),
         ((1, 256, 256, 4, 1, 128), {"config": ForwardConfig(block_kv=176, stages=2, lazy_rescale=True)}),
         ((1, 256, 256, 4, 1, 128), {"config": ForwardConfig(block_kv=64, stages=3, overlap=False, persistent=True)}),
-        (
-            (1, 256, 256, 4, 1, 64),
-            {"config": ForwardConfig(block_kv=64, stages=2, static_slots=True, polynomial_exp2=3)},
-        ),
     ],
-    ids=["odd", "tiny", "value-size", "lazy", "in-turn", "unrolled"],
+    ids=["odd", "tiny", "value-size", "lazy", "in-turn"],
 )
 def test_lowers_other_shapes_and_options(shape, options):
     lower(shape, **options)
@@ -197,8 +193,6 @@ SMALL = ForwardConfig(block_kv=64, stages=2, persistent=True, multiprocessors=3)
         ("random", True, SMALL),
         ("causal", False, dataclasses.replace(SMALL, overlap=False, warpgroups=1, persistent=False)),
         ("window", False, dataclasses.replace(SMALL, stages=3, lazy_rescale=True, ping_pong=False)),
-        ("late", True, dataclasses.replace(SMALL, block_kv=16, static_slots=True, code_per_warpgroup=True)),
-        ("full", False, dataclasses.replace(SMALL, block_kv=16, stages=3, static_slots=True)),
         pytest.param("late", True, dataclasses.replace(SMALL, overlap=False, block_kv=80), marks=pytest.mark.slow),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -210,16 +204,6 @@ def test_interpreted(kind, carried, config):
     carry = random_carry(rng, batch, 130, heads, 64) if carried else None
     with compat.interpret_mode():
         compare(query, kv, *bounds(kind, batch, 130, 141, rng), carry, config=config)
-
-
-@interpreted
-@pytest.mark.parametrize("persistent", [True, False])
-def test_interpreted_rounded_out(persistent):
-    """By way of shared memory: its own, or the query tile's."""
-    query, kv, rng = inputs(8, 1, 260, 100, 2, 1, 64, jnp.bfloat16)
-    config = dataclasses.replace(SMALL, persistent=persistent, multiprocessors=2)
-    with compat.interpret_mode():
-        compare(query, kv, *bounds("late", 1, 260, 100, rng), None, config=config, out_dtype=jnp.bfloat16)
 
 
 @interpreted
@@ -293,24 +277,6 @@ def test_gpu_configs(head_size, persistent, overlap, lazy_rescale):
     query, kv, rng = inputs(5, 1, 2000, 2000, 8, 2, head_size, jnp.bfloat16)
     # Large logits, so that the running maximum moves late and far.
     compare(4 * query, kv, *bounds("random", 1, 2000, 2000, rng), None, config=config)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["random", "full"])
-@pytest.mark.parametrize("head_size", [64, 128, 256])
-def test_gpu_unrolled(head_size, kind):
-    config = dataclasses.replace(forward_config(head_size, head_size), static_slots=True, code_per_warpgroup=True)
-    query, kv, rng = inputs(5, 1, 2000, 2000, 8, 2, head_size, jnp.bfloat16)
-    others = {"code_per_warpgroup": False, "persistent": True}, {"polynomial_exp2": 2}, {"polynomial_exp2": 16}
-    for changes in ({}, *others):
-        compare(
-            query,
-            kv,
-            *bounds(kind, 1, 2000, 2000, rng),
-            None,
-            config=dataclasses.replace(config, **changes),
-            out_dtype=jnp.bfloat16,
-        )
 
 
 @pytest.mark.gpu
