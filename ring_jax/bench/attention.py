@@ -130,8 +130,7 @@ def measure(case: flash_forward.Case, args: argparse.Namespace):
 
 def peer(case: flash_forward.Case, args: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, Any]]:
     """FlashAttention-4 on the same case, printed with what our best one reaches of it."""
-    shape = f"{case.batch}x{case.length}x{case.heads}x{case.kv_heads}x{case.head_size}x{case.mask}"
-    rows = torch_peers.run(args.peer, args.dtype, [shape])
+    rows = torch_peers.run(args.peer, args.dtype, [case.peer_shape])
     about = dataclasses.asdict(case)
     for row in rows:
         row["case"] = about

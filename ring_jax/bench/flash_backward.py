@@ -17,7 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ring_jax.bench.flash_forward import Case, add_ratios, fa4_call, materialised, ratios, relative_error, seconds
+from ring_jax.bench.flash_forward import (
+    Case,
+    add_ratios,
+    fa4_call,
+    materialised,
+    ratios,
+    relative_error,
+    seconds,
+    started,
+)
 from ring_jax.flash.hopper import backward_common as common
 from ring_jax.flash.hopper import backward_dkv, backward_dq, backward_launch, forward_launch
 from ring_jax.flash.hopper.backward_common import BackwardConfig, default_config
@@ -125,13 +134,7 @@ def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
     deterministic = FORMS[options.form]
 
     def add(name, make, work, **facts):
-        row = rows[name] = {"case": dataclasses.asdict(case), "name": name, "work": work, **facts}
-        try:
-            call = make()
-            jax.block_until_ready(call())
-            calls[name] = call
-        except Exception as failure:  # one config of a search must not end the search
-            row["failure"] = f"{type(failure).__name__}: {failure}"[:600]
+        rows[name] = started(calls, case, name, make, work=work, **facts)
 
     add("cudnn", lambda: cudnn_call(case, *operands[:3]), 3.5)
     if options.peer:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_jax._progress import track
+from ring_jax.bench import torch_peers
 from ring_jax.flash.hopper import forward_launch
 from ring_jax.flash.hopper.config import ForwardConfig, forward_config
 from ring_jax.flash.operands import BlockOptions, Bounds
@@ -73,6 +74,12 @@ class Case:
     @property
     def is_hop(self) -> bool:
         return self.mask.startswith("hop:")
+
+    @property
+    def peer_shape(self) -> str:
+        """As `torch_peers` takes it for FlashAttention-4."""
+        sizes = self.batch, self.length, self.heads, self.kv_heads, self.head_size
+        return "x".join(map(str, (*sizes, self.mask)))
 
     def flops(self) -> float:
         start, end = self.bounds()
@@ -174,12 +181,9 @@ def fa4_call(case: Case, dtype, what: str) -> Callable[[], Queued]:
     """FlashAttention-4 on the same case, "forward" or "forward+backward"; its inputs are PyTorch's own."""
     import torch  # type: ignore[import-not-found]
 
-    from ring_jax.bench import torch_peers
-
     if case.mask not in ("full", "causal"):
         raise ValueError(f"--peer fa4 has the masks full and causal, got {case.mask}")
-    shape = case.batch, case.length, case.heads, case.kv_heads, case.head_size, case.mask
-    found = torch_peers.fa4(torch, jnp.dtype(dtype).name, [str(x) for x in shape])
+    found = torch_peers.fa4(torch, jnp.dtype(dtype).name, case.peer_shape)
     call = next(call for name, _, call in found if name == what)
 
     def queue() -> Queued:
@@ -187,6 +191,18 @@ def fa4_call(case: Case, dtype, what: str) -> Callable[[], Queued]:
         return Queued(torch.cuda.synchronize)
 
     return queue
+
+
+def started(calls: dict[str, Callable[[], Any]], case: Case, name: str, make: Callable[[], Callable[[], Any]], **facts):
+    """A row of the report; what `make` gives is put into `calls` if it runs, else the row says why not."""
+    row = {"case": dataclasses.asdict(case), "name": name, **facts}
+    try:
+        call = make()
+        jax.block_until_ready(call())
+        calls[name] = call
+    except Exception as failure:  # one config of a search must not end the search
+        row["failure"] = f"{type(failure).__name__}: {failure}"[:600]
+    return row
 
 
 def measure(
@@ -225,17 +241,9 @@ def measure(
             calls[name] = future.result()
         except Exception as failure:  # one config of a search must not end the search
             rows[name]["failure"] = f"{type(failure).__name__}: {failure}"[:400]
-    others = {"cudnn": lambda: cudnn_call(case, query, kv)}
+    rows["cudnn"] = started(calls, case, "cudnn", lambda: cudnn_call(case, query, kv))
     if peer:
-        others["fa4"] = lambda: fa4_call(case, dtype, "forward")
-    for name, make in others.items():
-        rows[name] = {"case": dataclasses.asdict(case), "name": name}
-        try:
-            call = make()
-            jax.block_until_ready(call())
-            calls[name] = call
-        except Exception as failure:
-            rows[name]["failure"] = f"{type(failure).__name__}: {failure}"[:400]
+        rows["fa4"] = started(calls, case, "fa4", lambda: fa4_call(case, dtype, "forward"))
     for name, value in seconds(calls, budget).items():
         rows[name].update(seconds=value, tflops=case.flops_of(name) / value / 1e12)
     add_ratios(rows)

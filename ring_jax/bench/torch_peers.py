@@ -1,4 +1,4 @@
-"""Times kernels of other packages, with PyTorch alone: run as a file by `run`, not imported, in a process without jax.
+"""Times kernels of other packages, with PyTorch alone: run as a file by `run`, in a process without jax.
 
     python torch_peers.py fla bfloat16 1x32768x32x16x128 ...       batch x length x value heads x key heads x head size
     python torch_peers.py fa4 bfloat16 1x8192x32x8x128xcausal ...  batch x length x heads x key heads x head size x full or causal
@@ -34,7 +34,7 @@ def main(peer: str, dtype: str, *shapes: str) -> None:
 
     rows = []
     for shape in shapes:
-        for what, name, call in PEERS[peer](torch, dtype, shape.split("x", 3 if peer == "transformers" else -1)):
+        for what, name, call in PEERS[peer](torch, dtype, shape):
             rows.append({"what": what, "name": name, "shape": shape})
             try:
                 rows[-1]["kernels_ms"] = milliseconds(torch, call)
@@ -43,11 +43,11 @@ def main(peer: str, dtype: str, *shapes: str) -> None:
     print(json.dumps(rows))
 
 
-def fla(torch: Any, dtype: str, shape: Sequence[str]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+def fla(torch: Any, dtype: str, shape: str) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     import fla as package  # type: ignore[import-not-found]
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found]
 
-    batch, length, heads, key_heads, size = map(int, shape)
+    batch, length, heads, key_heads, size = map(int, shape.split("x"))
     options = {"device": "cuda", "dtype": getattr(torch, dtype)}
     q, k = (
         torch.nn.functional.normalize(torch.randn(batch, length, key_heads, size, device="cuda"), dim=-1).to(
@@ -65,29 +65,30 @@ def fla(torch: Any, dtype: str, shape: Sequence[str]) -> Iterator[tuple[str, str
     yield "forward", f"fla {package.__version__}", forward
 
 
-def fa4(torch: Any, dtype: str, shape: Sequence[str]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+def fa4(torch: Any, dtype: str, shape: str) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     from importlib.metadata import version
 
     from flash_attn.cute.interface import flash_attn_func  # type: ignore[import-not-found]
 
-    batch, length, heads, kv_heads, size = map(int, shape[:5])
+    *sizes, mask = shape.split("x")
+    batch, length, heads, kv_heads, size = map(int, sizes)
     options = {"device": "cuda", "dtype": getattr(torch, dtype)}
     query, grad = (torch.randn(batch, length, heads, size, **options) for _ in range(2))
     key, value = (torch.randn(batch, length, kv_heads, size, **options) for _ in range(2))
     learned = [x.requires_grad_() for x in (query, key, value)]
 
     def out():
-        return flash_attn_func(query, key, value, causal=shape[5] == "causal")[0]
+        return flash_attn_func(query, key, value, causal=mask == "causal")[0]
 
     name = f"fa4 {version('flash-attn-4')}"
     yield "forward", name, torch.no_grad()(out)
     yield "forward+backward", name, lambda: torch.autograd.grad(out(), learned, grad)
 
 
-def transformers(torch: Any, dtype: str, shape: Sequence[str]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+def transformers(torch: Any, dtype: str, shape: str) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     from importlib.metadata import version
 
-    batch, what, length, path = shape
+    batch, what, length, path = shape.split("x", 3)
     model = _model(torch, dtype, path)
     tokens = torch.randint(0, model.config.vocab_size, (int(batch), int(length)), device=model.device)
 

@@ -48,7 +48,7 @@ def convolved(
             return conv.convolve(parts, weight, heads, tail=tail, segment_ids=partition.segment_ids)
         if isinstance(partition, StatePassing) and partition.passes_whole_tails(weight.shape[0] - 1):
             return _by_chunks(parts, weight, heads, tail, partition)
-    mixed, tail = partition.causal_convolution(joined_inputs(parts, heads), weight, tail=tail)
+    mixed, tail = partition.causal_convolution(by_head.joined_inputs(parts, heads), weight, tail=tail)
     ends = [heads.parts[0], sum(heads.parts[:2])]
     query, key, value = (
         x.reshape(shape) for x, shape in zip(jnp.split(jax.nn.silu(mixed), ends, axis=2), shapes, strict=True)
@@ -65,23 +65,13 @@ def _by_chunks(
     """Each chunk here after the last inputs of the one before it, all at once as rows of a batch."""
     chunks, history = partition.chunks, weight.shape[0] - 1
     split = [chunks.split(x) for x in parts]
-    last = joined_inputs([x[:, :, x.shape[2] - history :] for x in split], heads, leading=3)
+    last = by_head.joined_inputs([x[:, :, x.shape[2] - history :] for x in split], heads, leading=3)
     entering = partition.entering_tails(last, tail)
     rows: Any = tuple(x.reshape(-1, *x.shape[2:]) for x in split)
     *operands, leaving = conv.convolve(rows, weight, heads, tail=entering.reshape(-1, *entering.shape[2:]))
     by_chunk = lambda x: x.reshape(*entering.shape[:2], *x.shape[1:])  # noqa: E731
     query, key, value = (chunks.join(by_chunk(x)) for x in operands)
     return query, key, value, chunks.of_last(by_chunk(leaving))
-
-
-def joined(parts: Any) -> jax.Array:
-    """Parts of the last axis as one array."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-
-
-def joined_inputs(parts: Any, heads: Heads, leading: int = 2) -> Float[Array, "... F"]:
-    """Inputs of the convolution q | k | v from `parts` as `convolved` takes them, or with more axes in front."""
-    return by_head.inputs(parts[0], heads) if parts[0].ndim == leading + 2 else joined(parts)
 
 
 def l2_normalize(x: Float[Array, "... H"]) -> Float[Array, "... H"]:

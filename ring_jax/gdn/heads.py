@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from ring_jax._arrays import round_up
 from ring_jax._checks import check_count
 
 _ALIGNED = 8  # numbers of 16 bits
@@ -46,7 +47,7 @@ class Heads:
     @property
     def stride(self) -> int:
         """Columns of one key head in such projections: `of_key_head` and zeros, so that each head begins where 16 bytes do."""
-        return -(-sum(self.of_key_head) // _ALIGNED) * _ALIGNED
+        return round_up(sum(self.of_key_head), _ALIGNED)
 
     def share(self, ranks: int) -> "Heads":
         """Those of one rank of `ranks`."""

@@ -22,7 +22,7 @@ from ring_jax._checks import check_array, check_count, check_dtype, check_instan
 from ring_jax.context.shard import axis_to_seq
 from ring_jax.gdn import by_head, segments
 from ring_jax.gdn.checks import widened
-from ring_jax.gdn.convolved import convolved, joined, joined_inputs
+from ring_jax.gdn.convolved import convolved
 from ring_jax.gdn.cost import gathers_input
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.partition import HeadSplit, Partition
@@ -83,7 +83,7 @@ class MixerWeights:
         def product(kernel: jax.Array) -> jax.Array:
             return jnp.matmul(x, kernel.astype(x.dtype), precision=self.precision)
 
-        return tuple(product(kernel) for kernel in self.qkv), product(joined(self.ba))
+        return tuple(product(kernel) for kernel in self.qkv), product(by_head.joined(self.ba))
 
 
 def mix(
@@ -176,7 +176,7 @@ def _mix_head_split(
         parts, ba = own.project(shard.layout.restore(x, 1, ranks))
     else:
         parts, ba = projected
-        mixed, ba = _exchange(joined_inputs(parts, heads), ba, heads, partition)
+        mixed, ba = _exchange(by_head.joined_inputs(parts, heads), ba, heads, partition)
         parts = (mixed,)
     state = jax.tree.map(lambda state: partition.own(state, 1), cache.state)  # None where there is none
     here = GDNCache(state, _own(cache.tail, heads.parts, rank, ranks), cache.segment)

@@ -17,8 +17,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ring_jax._arrays import pad_to
 from ring_jax._checks import Sizes, check_array
 from ring_jax._vma import align, pcast_to, varying_axes
+from ring_jax.gdn import by_head
 from ring_jax.gdn.checks import check_segments
 from ring_jax.gdn.heads import Heads
 from ring_jax.gdn.hopper import conv_kernel
@@ -95,7 +97,7 @@ def unsupported_reason(
     for size in (heads.key_size, heads.value_size):
         if size not in (64, 128, 256):
             return f"head sizes must be 64, 128 or 256, got {heads.key_size} for keys and {heads.value_size} for values"
-    by_heads = _by_heads(arrays)
+    by_heads = by_head.given(arrays)
     if by_heads and arrays[0].shape[3] % _VECTORS[0]:
         return f"columns of a key head must be a multiple of {_VECTORS[0]}, got {arrays[0].shape[3]}"
     if heads.value_size != heads.key_size and len(arrays) != len(heads.parts) and not by_heads:
@@ -144,7 +146,7 @@ def convolve(
     reason = unsupported_reason(mixed, weight, heads)
     if reason is not None:
         raise NotImplementedError(f"the Hopper convolution kernel {reason}")
-    if _by_heads(arrays) and len(weights) == 1:
+    if by_head.given(arrays) and len(weights) == 1:
         weights = tuple(jnp.split(weights[0], np.cumsum(heads.parts)[:-1], axis=1))
     flags = None if segment_ids is None else document_flags(segment_ids)
     leaving = leaving_tail(arrays, heads, tail, segment_ids, weights[0].shape[0] - 1)
@@ -184,7 +186,7 @@ class _Static:
 
     def problem(self, arrays, weights, tail, flags, config: ConvConfig) -> Problem:
         batch, time = arrays[0].shape[:2]
-        by_heads = _by_heads(arrays)
+        by_heads = by_head.given(arrays)
         vector = _vector(self.heads, config.vector, by_heads)
         assert vector is not None
         return Problem(
@@ -257,7 +259,7 @@ def _backward(static: _Static, saved, cotangents):
     out_type = tuple(compat.output_like(*each, *operands) for each in out_type)
     results = _launch(conv_kernel.backward_kernel, "gdn_convolution_backward", problem, out_type, operands)
     dx, dw = results[: -len(weights)], results[-len(weights) :]
-    dx = (_by_head_again(dx, arrays[0]),) if _by_heads(arrays) else dx
+    dx = (_by_head_again(dx, arrays[0]),) if by_head.given(arrays) else dx
     dx = tuple(r.reshape(x.shape) for r, x in zip(dx, arrays, strict=True))
     dw = tuple(r.sum(axis=0).reshape(w.shape).astype(w.dtype) for r, w in zip(dw, weights, strict=True))
     dtail = None if tail is None else tail_gradient(static.heads, arrays, weights, tail, flags, cotangents)
@@ -270,7 +272,7 @@ _convolve.defvjp(_saved, _backward)
 def _by_head_again(parts: Sequence[jax.Array], like: jax.Array) -> jax.Array:
     """Gradients of q, k and v as that of `like` [B, T, K, P], whose other columns have none."""
     found = jnp.concatenate([x.reshape(*like.shape[:3], -1) for x in parts], axis=3)
-    return jnp.pad(found, ((0, 0),) * 3 + ((0, like.shape[3] - found.shape[3]),))
+    return pad_to(found, 3, like.shape[3])
 
 
 def _launch(body, name: str, problem: Problem, out_type, operands):
@@ -301,7 +303,7 @@ def _operands(problem: Problem, heads: Heads, arrays, weights, cotangents, tail,
             return [xs[0].reshape(*xs[0].shape[:-1], -1, part.head_size) for part in parts]
         return [x.reshape(*x.shape[:-1], *part.shape) for x, part in zip(xs, parts, strict=True)]
 
-    operands = list(arrays) * len(parts) if _by_heads(arrays) else by_heads(arrays)
+    operands = list(arrays) * len(parts) if by_head.given(arrays) else by_heads(arrays)
     operands += by_heads(weights)
     operands += [x.reshape(*x.shape[:2], *part.shape) for x, part in zip(cotangents, parts, strict=False)]
     if tail is not None:
@@ -312,11 +314,6 @@ def _operands(problem: Problem, heads: Heads, arrays, weights, cotangents, tail,
 
 def _parts(x: jax.Array | Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
-
-
-def _by_heads(arrays: Sequence[jax.Array]) -> bool:
-    """Whether they are one array [B, T, K, P]."""
-    return arrays[0].ndim == 4
 
 
 def _features(heads: Heads, by_heads: bool) -> tuple[int, ...]:
@@ -337,7 +334,7 @@ def _vector(heads: Heads, wanted: int, by_heads: bool) -> int | None:
 
 def _check(arrays, weights, heads: Heads, tail, segment_ids) -> None:
     sizes, given = Sizes(), [("mixed", arrays, "B T"), ("weight", weights, "W")]
-    if _by_heads(arrays):
+    if by_head.given(arrays):
         check_array("mixed", arrays[0], f"B T {heads.key_heads} P", sizes)
         least = sum(heads.of_key_head[:3])
         if sizes["P"] < least:

@@ -21,12 +21,12 @@ def leaving_tail(arrays: Sequence[jax.Array], heads: Heads, tail, segment_ids, h
     if tail is None:
         tail = jnp.zeros((batch, history, heads.features), arrays[0].dtype)
     if segment_ids is None:
-        last = _inputs([x[:, max(time - history, 0) :] for x in arrays], heads)
+        last = by_head.joined_inputs([x[:, max(time - history, 0) :] for x in arrays], heads)
         return jnp.concatenate([tail, last], axis=1)[:, last.shape[1] :]
     first, last = first_valid(segment_ids), last_valid(segment_ids)
     index = last[:, None] - jnp.arange(history - 1, -1, -1, dtype=jnp.int32)[None]
     clipped = jnp.clip(index, 0, time - 1)
-    found = _inputs([_taken(x, clipped) for x in arrays], heads)
+    found = by_head.joined_inputs([_taken(x, clipped) for x in arrays], heads)
     own = segment_at(segment_ids, last)
     inside = (index >= 0) & (jnp.take_along_axis(segment_ids, clipped, axis=1) == own[:, None])
     # Before the first document lies the tail: its index `history` would be the first valid token.
@@ -51,7 +51,7 @@ def tail_gradient(heads: Heads, arrays, weights, tail, flags, cotangents):
         here = jnp.take_along_axis(flags, clipped, axis=1)
         breaks = jnp.where(jnp.arange(history)[None] == 0, here != FLAG_FIRST, here != FLAG_CONTINUES)
         sees &= jnp.cumsum(breaks, axis=1) == 0
-    x = _inputs([_taken(x, clipped) for x in arrays], heads)
+    x = by_head.joined_inputs([_taken(x, clipped) for x in arrays], heads)
     x = jnp.where(sees[..., None], x, jnp.zeros_like(x))
     weight = jnp.concatenate(weights, axis=1)
     do = [jnp.where(sees[..., None, None], _taken(c, clipped), 0).astype(jnp.float32) for c in cotangents]
@@ -80,8 +80,3 @@ def reference_outputs(buffer, weight, heads: Heads):
 def _taken(x: Array, tokens: Int[Array, "B n"]) -> Array:
     """x [B, T, ...] at these tokens."""
     return jnp.take_along_axis(x, tokens.reshape(*tokens.shape, *(1,) * (x.ndim - 2)), axis=1)
-
-
-def _inputs(arrays: Sequence[jax.Array], heads: Heads) -> jax.Array:
-    """q | k | v from projections as `convolve` takes them."""
-    return by_head.inputs(arrays[0], heads) if arrays[0].ndim == 4 else jnp.concatenate(arrays, axis=2)

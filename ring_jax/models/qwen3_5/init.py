@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ring_jax._arrays import pad_to
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadRows:
@@ -54,8 +56,7 @@ def _initial(key: jax.Array, shape: tuple[int, ...], dtype: Any, init: str | Hea
     if isinstance(init, HeadRows):
         heads = shape[-1] // init.stride
         used = _initial(key, (*shape[:-1], heads * init.used), dtype, "rows").reshape(*shape[:-1], heads, init.used)
-        padding = [(0, 0)] * (used.ndim - 1) + [(0, init.stride - init.used)]
-        return jnp.pad(used, padding).reshape(shape)
+        return pad_to(used, -1, init.stride).reshape(shape)
     if init in ("zeros", "ones"):
         return jnp.full(shape, init == "ones", dtype)
     if init == "decay":  # A in (1, 16)
