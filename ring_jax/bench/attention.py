@@ -24,10 +24,10 @@ from ring_jax.mosaic.device import hopper_reason
 
 # What --tune tries, as changes of the checked-in config; what does not fit shared memory is left out.
 FORWARD_CHANGES = [
-    f"block_kv={block}/overlap={overlap}/persistent={persistent}"
-    for block in (64, 80, 96, 128, 160, 176, 192)
+    f"block_kv={block}/overlap={overlap}/tiles_per_block={tiles}"
+    for block in (64, 80, 96, 128, 144, 160, 176, 192)
     for overlap in (True, False)
-    for persistent in (True, False)
+    for tiles in (1, 4)
 ]
 BACKWARD_CHANGES = [
     f"block_q_dkv={rows}/overlap={overlap}/stages={stages}"

@@ -157,8 +157,8 @@ def rule_gradient(case: Case, implementation: str | None) -> Part:
 
 
 def tuned_rules(case: Case) -> list[Part]:
-    """The forward kernel with every config that fits."""
-    found, heads = [], case.heads
+    """The forward kernel with every config that fits; their one oracle is compiled once."""
+    found, heads, part = [], case.heads, rule(case, "mosaic")
     choices = itertools.product((1, 2), (2, 3, 4), (True, False), (1, 2, 4, 8))
     for warpgroups, stages, pipelined, pieces in choices:
         registers = (240, 104) if warpgroups == 1 else (200, 88)
@@ -173,7 +173,7 @@ def tuned_rules(case: Case) -> list[Part]:
         if fits and heads.value_size % config.value_columns == 0 and pieces * 8 <= max(case.length // 64, 8):
             run = functools.partial(launch.forward, scale=heads.key_size**-0.5, config=config, pieces=pieces)
             name = f"state_warpgroups={warpgroups}/stages={stages}/pipelined={pipelined}/pieces={pieces}"
-            found.append(dataclasses.replace(rule(case, "mosaic"), name=name, run=run))
+            found.append(dataclasses.replace(part, name=name, run=run))
     return found
 
 
@@ -244,7 +244,8 @@ def tuned_convolutions(case: Case, gradient: bool) -> list[Part]:
     key = "backward_config" if gradient else "config"
     choices = itertools.product((32, 64, 128, 256), (1, 2, 4, 8), (8, 4), (True, False))
     configs = (conv.ConvConfig(rows=r, unroll=u, vector=v, prefetch=p) for r, u, v, p in choices)
-    return [convolution(case, gradient, **{key: config}) for config in configs]
+    oracle = convolution(case, gradient).oracle  # compiled once
+    return [dataclasses.replace(convolution(case, gradient, **{key: config}), oracle=oracle) for config in configs]
 
 
 # -- decode --------------------------------------------------------------------------------------------------------
@@ -297,7 +298,9 @@ def decode_step(case: Case, config: decode.DecodeConfig | None = None) -> Part:
 
     return Part(
         what="decode step",
-        name="ours" if config is None else f"columns={config.columns}/warpgroups={config.warpgroups}",
+        name="ours"
+        if config is None
+        else f"columns={config.columns}/warpgroups={config.warpgroups}/slots={config.slots}",
         case=case,
         checked=dataclasses.replace(case.small(1), batch=min(case.batch, 3)),
         operands=functools.partial(_decode_operands, layers=layers),
@@ -317,11 +320,13 @@ def _heads_of(case: Case, weights: decode.StepWeights) -> Heads:
 
 def tuned_decode_steps(case: Case) -> list[Part]:
     size = case.heads.value_size
-    configs = ((columns, size // columns) for columns in (32, 64, 128) if size % columns == 0)
-    found = []
-    for columns, warpgroups in configs:
-        if columns * case.heads.key_size <= decode.STATE_REGISTERS * 128 and warpgroups in (1, 2, 4):
-            found.append(decode_step(case, decode.DecodeConfig(columns=columns, warpgroups=warpgroups)))
+    oracle, found = decode_step(case).oracle, []  # compiled once
+    for columns, slots in itertools.product((32, 64, 128), (0, 3)):
+        warpgroups = size // columns
+        fits = size % columns == 0 and columns * case.heads.key_size <= decode.STATE_REGISTERS * 128
+        if fits and warpgroups in (1, 2, 4) and (not slots or warpgroups == 1):
+            config = decode.DecodeConfig(columns=columns, warpgroups=warpgroups, slots=slots)
+            found.append(dataclasses.replace(decode_step(case, config), oracle=oracle))
     return found
 
 

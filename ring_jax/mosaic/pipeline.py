@@ -36,6 +36,15 @@ def feed(
             plgpu.barrier_wait(free.at[slot])
 
 
+def in_first_warp(body: Callable[[], None]) -> None:
+    """Runs body() in one of a warpgroup's warps: TMA needs no more, and the others would wait for each slot and issue each step's
+    instructions beside those that compute. body may hold scalars and Refs, no arrays."""
+    if compat.interpreting():
+        body()
+    else:
+        plgpu.warp_map(lambda warp: pl.when(warp == 0)(body))
+
+
 def take_turn(warpgroup: jax.Array) -> None:
     """Waits until another warpgroup has called `pass_turn` for this one."""
     _named_barrier("sync", warpgroup)

@@ -98,29 +98,30 @@ def wait(pending: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return await_group(*arrays)
 
 
-def hold_back(l: jax.Array, smem: Any) -> None:
-    """Keeps what l is computed from ahead of the `wait` that follows.
+def hold_back(x: jax.Array, smem: Any) -> None:
+    """Keeps what x is computed from ahead of the `wait` that follows.
 
     ptxas moves arithmetic freely across wgmma waits, and so would run the softmax after the products that it is to
-    hide. It does not move stores; this one, to `smem`, depends on l and never happens (l is not negative).
+    hide. It does not move stores; this one, to `smem`, depends on x and never happens: no four values of x may add up to
+    infinity (a NaN does no harm).
     """
     if compat.interpreting():
         return
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, _SMEM))
-    def conditional_store(_: Any, l: Any, smem: Any) -> None:
-        total, *others = _registers(l)
+    def conditional_store(_: Any, x: Any, smem: Any) -> None:
+        total, *others = _registers(x)
         for register in others:
             total = arith.addf(total, register)
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
             [total, mgpu_utils.memref_ptr(smem)],
-            "{ .reg .pred p; setp.lt.f32 p, $0, 0fBF800000; @p st.shared.f32 [$1], $0; }",
+            "{ .reg .pred p; setp.gt.f32 p, $0, 0f7F7FFFFF; @p st.shared.f32 [$1], $0; }",
             "f,r",
             has_side_effects=True,
         )
 
-    conditional_store(l, smem)
+    conditional_store(x, smem)
 
 
 def mask(scores: jax.Array, low: jax.Array | None, high: jax.Array, hidden: float = -math.inf) -> jax.Array:

@@ -163,7 +163,7 @@ def test_what_tuning_tries_fits():
     case = gdn_cases.Case.parse("1x32768x32", 16, 128)
     names = [part.name for part in gdn_cases.tuned_rules(case)]
     assert len(names) == len(set(names)) > 20
-    assert len(gdn_cases.tuned_decode_steps(case)) == 3 and len(gdn_cases.tuned_convolutions(case, True)) > 30
+    assert len(gdn_cases.tuned_decode_steps(case)) == 4 and len(gdn_cases.tuned_convolutions(case, True)) > 30
     forms = experts.tuned_forms(experts.Case(16)), experts.tuned_forms(experts.Case(32768))
     assert all(len(found) > 10 for found in forms) and not forms[0].keys() & forms[1].keys()
 

@@ -108,7 +108,8 @@ def default_config(H: int, Hv: int, *, deterministic: bool | None = None) -> Bac
     64 (16K): repeatable 1.04, 1.06, fused 1.14, 1.17; 128 (8K): repeatable 0.96, 1.10, fused 1.08, 1.21; 128 (32K):
     repeatable 0.93, 0.97, fused 1.04, 1.08; 256 (32K full): 1.30.
     The kernels alone, full: 64, dq 5.44 ms with three warpgroups and 96 keys, 5.77 with two and 128; dkv 7.70 ms, with the
-    mask last 8.19, pipelined with 64 queries 8.16; fused 10.95 ms pipelined, 11.66 overlapped, 13.41 neither.
+    mask last 8.19, pipelined with 64 queries 8.16; fused 10.95 ms pipelined, 11.66 overlapped, 13.41 neither. 64 fused, again on
+    2026-11-27 (16K full, forward + backward): four stages 16.8 ms, three 17.1 to 17.4, two 20.2.
     """
     widest = max(H, Hv)
     if H != Hv and widest > 128:
@@ -117,7 +118,7 @@ def default_config(H: int, Hv: int, *, deterministic: bool | None = None) -> Bac
         # Repeating costs 10% here, which None accepts; 9 to 12% at 128, which it does not.
         if deterministic is False:
             return BackwardConfig(
-                block_q_dkv=64, stages=3, block_kv_dq=96, slots=8, warpgroups_dq=3, pipeline_dkv=True, fused=True
+                block_q_dkv=64, stages=4, block_kv_dq=96, slots=8, warpgroups_dq=3, pipeline_dkv=True, fused=True
             )
         return BackwardConfig(block_q_dkv=128, stages=2, block_kv_dq=96, slots=8, warpgroups_dq=3, mask_first=True)
     if widest <= 128:

@@ -2,8 +2,9 @@
 
 Algorithm: FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608) on key intervals, resumable.
 
-One thread block walks over query tiles. A *memory* warpgroup copies Q once per tile and K, V tiles into a ring of
-`stages` shared-memory slots (TMA); *compute* warpgroups of 64 query rows each run the online softmax
+One thread block walks over query tiles. A *memory* warpgroup copies Q once per tile, before it knows which keys are needed, and
+K, V tiles into a ring of `stages` shared-memory slots (TMA, by one of its warps); *compute* warpgroups of 64 query rows each run
+the online softmax
 
     S = Q K^T;  m' = max(m, rowmax(S) c);  P = exp2(S c - m');  l' = l exp2(m - m') + rowsum(P)
     acc' = acc exp2(m - m') + P V,         c = scale * log2(e)
@@ -46,40 +47,39 @@ _LAZY_BITS = 8.0  # P then reaches 2^8, far below what float16 holds
 
 
 def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn,
-            carry_smem=None, carry_full=None, carry_free=None):  # fmt: skip
+            carry_smem=None, carry_full=None, carry_free=None, out_smem=None):  # fmt: skip
     q_ref, kv_ref, start_ref, end_ref, *carry_refs, out_ref, lse_ref = refs
     if problem.in_place:
         carry_refs = [out_ref, lse_ref]
     config = problem.config
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
-    blocks = problem.blocks
+    tiles = problem.tiles_per_block
 
-    def walk(tile_body, give_registers=lambda: None):
-        """Runs tile_body(steps, batch, head, row) over this thread block's work items."""
+    def walk(tile_body, give_registers=lambda: None, at_once=lambda *_: None):
+        """Runs at_once(batch, head, row), which needs no bounds, and tile_body(steps, batch, head, row) over this thread
+        block's work items."""
 
-        def item(index):
-            batch, head, row = work_item(problem, index)
-            order = steps_of if problem.segments == 1 else segment_steps_of
-            return order(problem, start_ref, end_ref, batch, row), batch, head, row
+        order = steps_of if problem.segments == 1 else segment_steps_of
 
-        if problem.segments > 1 and problem.items == blocks:
-            only = item(block)  # many loads at a time, while there are registers for them
-            give_registers()
-            tile_body(*only)
+        def steps_for(batch, head, row):
+            return order(problem, start_ref, end_ref, batch, row)
+
+        if problem.segments > 1 and tiles == 1:
+            place = work_item(problem, block)
+            steps = steps_for(*place)  # many loads at a time, while there are registers for them
+            give_registers()  # who computes waits for these, and then frees Q's buffer
+            at_once(*place)
+            tile_body(steps, *place)
             return
 
         give_registers()
 
-        @pl.loop(0, pl.cdiv(problem.items, blocks))
-        def _(round_):
-            # Boustrophedon: sorted work dealt round-robin always in the same direction favours some blocks.
-            position = jnp.where(lax.rem(round_, 2) == 0, block, blocks - 1 - block)
-            index = round_ * blocks + position
-
-            @pl.when(index < problem.items)
-            def _():
-                tile_body(*item(index))
+        @pl.loop(block * tiles, jnp.minimum((block + 1) * tiles, problem.items))
+        def _(index):
+            place = work_item(problem, index)
+            at_once(*place)
+            tile_body(steps_for(*place), *place)
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute():
@@ -107,17 +107,29 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
 
             @pl.when(steps.total > 0)
             def _():
-                _attend(problem, warpgroup, steps, bounds, carry, staged, outputs, buffers, take_turn, pass_turn)
+                place = None if out_smem is None else out_smem.at[warpgroup]
+                _attend(problem, warpgroup, steps, bounds, carry, staged, outputs, place, buffers, take_turn, pass_turn)
 
             @pl.when(steps.total <= 0)
             def _():
+                plgpu.barrier_wait(q_full.at[warpgroup])
+                plgpu.barrier_arrive(q_free)
                 _pass_through(problem, carry, outputs)
 
         walk(tile_body)
+        if out_smem is not None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         pl.when(warpgroup == 0)(take_turn)
 
     @pl.when(warpgroup == config.warpgroups)
     def _memory():
+        def load_query(batch, head, row):
+            plgpu.barrier_wait(q_free)
+            for w in range(config.warpgroups):
+                rows = pl.ds(row + w * 64, 64)
+                query = q_ref.at[batch, rows, head + problem.first_head]
+                plgpu.copy_gmem_to_smem(query, q_smem.at[w], q_full.at[w])
+
         def tile_body(steps, batch, head, row):
             kv_head = lax.div(head, problem.heads // problem.kv_heads)
             head += problem.first_head
@@ -143,13 +155,8 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
             def load_value(step, segment, tile):
                 load(step, segment, tile, value_at, value_columns, v_smem, v_full, v_free)
 
-            def load_query():
-                plgpu.barrier_wait(q_free)
-                for w in range(config.warpgroups):
-                    rows = pl.ds(row + w * 64, 64)
-                    plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem.at[w], q_full.at[w])
+            pipeline.in_first_warp(lambda: steps.load(load_key, load_value))
 
-            steps.load(load_query, load_key, load_value)
             if problem.stages_carry:  # needed after the last step, so behind all other loads
 
                 @pl.when(steps.total > 0)
@@ -159,7 +166,7 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
                         rows = pl.ds(row + w * 64, 64)
                         plgpu.copy_gmem_to_smem(carry_refs[0].at[batch, rows, head], carry_smem.at[w], carry_full.at[w])
 
-        walk(tile_body, lambda: plgpu.set_max_registers(config.registers[1], action="decrease"))
+        walk(tile_body, lambda: plgpu.set_max_registers(config.registers[1], action="decrease"), load_query)
         if compat.interpreting():
             # The interpreter wants every phase of a barrier to be seen.
             staged = (carry_free,) if problem.stages_carry else ()
@@ -173,7 +180,7 @@ def kernel(problem: Problem, *refs, q_smem, k_smem, v_smem, q_full, q_free, k_fu
 
 def _turns(config: ForwardConfig, warpgroup: jax.Array, turn):
     """(take, pass): the compute warpgroups issue their products one after the other."""
-    following = lax.rem(warpgroup + 1, config.warpgroups)
+    following = (warpgroup + 1) % config.warpgroups
     if not config.ping_pong:
         return (lambda: None), (lambda: None)
     if compat.interpreting():
@@ -194,8 +201,8 @@ def _fold(x: jax.Array, combine) -> jax.Array:
     return columns[0]
 
 
-def softmax(problem: Problem, scores, window, m, l):
-    """One online-softmax step: (P in float32, m', l'); l is kept as [64, 8] partial sums.
+def shift(problem: Problem, scores, window, m):
+    """(what exp2 makes P of, m') for these scores.
 
     `window()` gives [first, last) of the visible columns of each row; None where all are visible.
     """
@@ -212,13 +219,24 @@ def softmax(problem: Problem, scores, window, m, l):
     if problem.config.lazy_rescale:
         # A stale maximum is as good a reference while exp2 of what exceeds it stays small (FlashAttention-4).
         m_new = jnp.where(m_new - m > _LAZY_BITS, m_new, m)
-    p = jnp.exp2(scores * factor - _across(m_new, scores.shape[1]))
-    l_new = l * _across(jnp.exp2(m - m_new), 8) + _fold(p, jnp.add)
-    return p, m_new, l_new
+    return scores * factor - _across(m_new, scores.shape[1]), m_new
 
 
-def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, buffers, take_turn, pass_turn):
-    """All steps of one query tile for one compute warpgroup, and its stores."""
+def weigh(exponents, m, m_new, l):
+    """(P in float32, l') of `shift`ed scores; l is kept as [64, 8] partial sums."""
+    p = jnp.exp2(exponents)
+    return p, l * _across(jnp.exp2(m - m_new), 8) + _fold(p, jnp.add)
+
+
+def softmax(problem: Problem, scores, window, m, l):
+    """One online-softmax step: (P in float32, m', l')."""
+    exponents, m_new = shift(problem, scores, window, m)
+    p, l = weigh(exponents, m, m_new, l)
+    return p, m_new, l
+
+
+def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, place, buffers, take_turn, pass_turn):
+    """All steps of one query tile for one compute warpgroup, and its stores; out by way of `place`, if there is one."""
     q_smem, k_smem, v_smem, q_full, q_free, k_full, k_free, v_full, v_free = buffers
     config = problem.config
     first_window, masked_loop = steps.masked_windows(config.block_kv, bounds)
@@ -251,10 +269,11 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         plgpu.barrier_arrive(v_free.at[slot])
         return acc
 
-    def overlapped(step, state, window=None):
-        # The softmax of this step runs while P V of the previous one is in flight.
+    def overlapped(step, state, window=None, slot=None):
+        # Maximum and exponents of this step are made while P V of the previous one is in flight. Not exp2, too: P, rounded as it
+        # comes, would need registers of its own, or stand in the way of the next products (FlashAttention-4 waits here as well).
         acc, m, l, p = state
-        slot, previous = slot_of(step), slot_of(step - 1)
+        slot, previous = (slot_of(step), slot_of(step - 1)) if slot is None else (slot, (slot - 1) % config.stages)
         plgpu.barrier_wait(k_full.at[slot])
         plgpu.barrier_wait(v_full.at[previous])
         take_turn()
@@ -262,18 +281,22 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         pass_turn()
         (scores,) = wgmma.wait(1, scores)
         plgpu.barrier_arrive(k_free.at[slot])
-        p, m_new, l = softmax(problem, scores, window, m, l)
-        wgmma.hold_back(l, q_smem)
-        acc, p = wgmma.wait(0, acc, p)
+        exponents, m_new = shift(problem, scores, window, m)
+        wgmma.hold_back(exponents[:, :8], q_smem)
+        acc, exponents = wgmma.wait(0, acc, exponents)
         plgpu.barrier_arrive(v_free.at[previous])
-        return rescale(acc, m, m_new), m_new, l, p.astype(dtype)
+        p, l = weigh(exponents, m, m_new, l)  # into the registers that P V read
+        p = p.astype(dtype)
+        acc = rescale(acc, m, m_new)
+        wgmma.hold_back(-l, q_smem)  # or exp2 would go on where the next turn is waited for and held
+        return acc, m_new, l, p
 
     def in_turn(step, state, window=None):
         # Holds the turn from P V of one step to Q K of the next, and gives it up for the softmax.
         acc, m, l = state
         p, m_new, l = softmax(problem, scores_of(step, pass_turn), window, m, l)
         acc = rescale(acc, m, m_new)
-        wgmma.hold_back(l, q_smem)
+        wgmma.hold_back(-l, q_smem)
         take_turn()
         return add_values(step, acc, p.astype(dtype)), m_new, l
 
@@ -288,9 +311,28 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
         state, body, first, masked_end = (acc, m, l), in_turn, 0, steps.masked
         take_turn()
     state = masked_loop(first, body, state)
-    state = lax.fori_loop(masked_end, steps.total, body, state)
+    if config.overlap:  # unrolled by stages, so that slots are constants
+        stages = config.stages
+        # From slot 1 on, where the common case of one masked tile leaves off.
+        begin = jnp.minimum(masked_end + lax.rem(masked_end * (stages - 1) + 1, stages), steps.total)
+        rounds = lax.div(steps.total - begin, stages)
+
+        def round_(i, state):
+            for n in range(stages):
+                state = body(begin + i * stages + n, state, slot=(n + 1) % stages)
+            return state
+
+        state = lax.fori_loop(masked_end, begin, body, state)
+        state = lax.fori_loop(0, rounds, round_, state)
+        state = lax.fori_loop(begin + rounds * stages, steps.total, body, state)
+    else:
+        state = lax.fori_loop(masked_end, steps.total, body, state)
     acc, m, l = state[:3]
-    plgpu.barrier_arrive(q_free)
+    # A rounded out leaves as whole rows by TMA, where registers store eight bytes at a time: by way of shared memory, that of the
+    # query tile where there is none of its own.
+    shared = place is None and problem.head_size == problem.value_size and problem.rounded
+    if not shared:
+        plgpu.barrier_arrive(q_free)
     if config.overlap:
         acc = add_values(steps.total - 1, acc, state[3])
     else:
@@ -298,7 +340,12 @@ def _attend(problem: Problem, warpgroup, steps, bounds, carry, staged, outputs, 
     l = l.sum(axis=1)
     if problem.stages_carry:
         acc, m, l = _resume(problem, carry[1], staged, acc, m, l)
-    _store(problem, outputs, acc, m, l)
+    if place is not None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
+    _store(problem, outputs, acc, m, l, q_smem if shared else place)
+    if shared:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(q_free)
 
 
 def _resume(problem: Problem, lse_ref, staged, acc, m, l):
@@ -334,11 +381,17 @@ def _initial(problem: Problem, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.where(_across(empty, problem.value_size), 0.0, out), m, plgpu.layout_cast(l, _TILE)
 
 
-def _store(problem: Problem, outputs, acc, m, l):
+def _store(problem: Problem, outputs, acc, m, l, place):
     out_ref, lse_ref = outputs
     visible = l != 0.0  # a NaN stays visible
     inverse = jnp.where(visible, 1.0 / l, 0.0)
-    compat.store(out_ref, (acc * _across(inverse, problem.value_size)).astype(out_ref.dtype))
+    out = (acc * _across(inverse, problem.value_size)).astype(out_ref.dtype)
+    if place is None:
+        compat.store(out_ref, out)
+    else:
+        place[...] = out
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(place, out_ref)
     compat.store(lse_ref, jnp.where(visible, m * _LN2 + jnp.log(l), -jnp.inf))
 
 

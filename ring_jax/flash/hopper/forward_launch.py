@@ -160,6 +160,7 @@ def _problem(
         packed=kv.ndim == 5,
         carry=carry is not None,
         in_place=heads is None and _in_place(query_len, carry, out_dtype, config),
+        rounded=jnp.dtype(out_dtype) == query.dtype,
         options=options,
         heads_per_section=kv_heads_per_section * group,
         config=config,
@@ -212,6 +213,9 @@ def _launch(
             carry_full=plgpu.Barrier(num_barriers=config.warpgroups),
             carry_free=plgpu.Barrier(num_arrivals=config.warpgroups),
         )
+
+    if problem.stages_out:
+        scratch["out_smem"] = compat.tiled_smem((config.warpgroups, 64, problem.value_size), out_dtype)
 
     call = compat.kernel(
         functools.partial(forward_kernel.kernel, problem),

@@ -13,11 +13,13 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
+from ring_jax._hardware import HOPPER
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, ForwardConfig
 from ring_jax.flash.operands import BlockOptions
 
 MAX_SEGMENTS = 8  # of one kernel: a list of visits is eight numbers of four bits
 _BITS = 4
+_TILES_PER_BLOCK = 4  # at most, where nothing else is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Problem:
     packed: bool  # kv is [P 2 B, S, K, H]; else [P B, S, K, H + Hv]
     carry: bool
     in_place: bool  # out and lse are the carry's own buffers
+    rounded: bool  # out is in the dtype of the inputs
     options: BlockOptions
     heads_per_section: int
     config: ForwardConfig
@@ -48,6 +51,18 @@ class Problem:
         return self.carry and used + 4 * self.config.block_q * self.value_size <= SHARED_MEMORY_BYTES
 
     @property
+    def _has_room_for_out(self) -> bool:
+        config = self.config
+        used = config.shared_memory_bytes(self.head_size, self.value_size) + 2 * config.block_q * self.value_size
+        used += 4 * config.block_q * self.value_size if self.stages_carry else 0
+        return self.rounded and used <= SHARED_MEMORY_BYTES
+
+    @property
+    def stages_out(self) -> bool:
+        """Whether out has shared memory of its own to leave from, while the next tile's Q comes."""
+        return self._has_room_for_out and self.tiles_per_block > 1
+
+    @property
     def query_tiles(self) -> int:
         return pl.cdiv(self.query_len, self.config.block_q)
 
@@ -56,8 +71,23 @@ class Problem:
         return self.batch * self.heads * self.query_tiles
 
     @property
+    def tiles_per_block(self) -> int:
+        """As many as leave the multiprocessors evenly busy, where that pays: a rounded out that leaves while the next tile is computed.
+        One in parts of an attention, which run beside transfers: those take multiprocessors for themselves, and what is left
+        shares single tiles best."""
+        if self.config.tiles_per_block is not None:
+            return self.config.tiles_per_block
+        if self.carry or self.segments > 1 or not self._has_room_for_out:
+            return 1
+
+        def rounds(tiles: int) -> int:
+            return tiles * pl.cdiv(pl.cdiv(self.items, tiles), HOPPER.multiprocessors)
+
+        return min(range(_TILES_PER_BLOCK, 0, -1), key=rounds)
+
+    @property
     def blocks(self) -> int:
-        return min(self.config.multiprocessors, self.items) if self.config.persistent else self.items
+        return pl.cdiv(self.items, self.tiles_per_block)
 
 
 def work_item(problem: Problem, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -89,16 +119,13 @@ class Steps:
         unmasked = self.first_unmasked + step - self.masked
         return jnp.where(step < self.left, self.first_tile + step, jnp.where(step < self.masked, right, unmasked))
 
-    def load(self, load_query, load_key, load_value) -> None:
+    def load(self, load_key, load_value) -> None:
         """What the memory warpgroup does: K of the next step is needed together with V of this one.
 
         load_key and load_value take (step, segment, tile); segment is None of keys in one piece.
         """
 
-        @pl.when(self.total > 0)
-        def _():
-            load_query()
-            load_key(jnp.int32(0), None, self.tile(jnp.int32(0)))
+        pl.when(self.total > 0)(lambda: load_key(jnp.int32(0), None, self.tile(jnp.int32(0))))
 
         @pl.loop(0, self.total)
         def _(step):
@@ -196,9 +223,8 @@ class SegmentSteps:
             jnp.where(masked, steps.first_right - steps.left, steps.first_unmasked),
         )
 
-    def load(self, load_query, load_key, load_value) -> None:
+    def load(self, load_key, load_value) -> None:
         """See `Steps.load`: the same order, also from one segment to the next."""
-        pl.when(self.total > 0)(load_query)
 
         def visit_segment(i, state):
             visit = self.visit(i)

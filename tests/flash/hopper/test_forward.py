@@ -120,9 +120,10 @@ def test_lowers_every_config(head_size, dtype):
         ((1, 3, 5, 2, 2, 64), {}),
         ((1, 256, 256, 4, 1, 192), {"value_size": 128}),
         ((1, 256, 256, 4, 1, 128), {"config": ForwardConfig(block_kv=176, stages=2, lazy_rescale=True)}),
-        ((1, 256, 256, 4, 1, 128), {"config": ForwardConfig(block_kv=64, stages=3, overlap=False, persistent=True)}),
+        ((1, 256, 256, 4, 1, 128), {"config": ForwardConfig(block_kv=64, stages=3, overlap=False, tiles_per_block=3)}),
+        ((1, 256, 256, 4, 1, 64), {"config": ForwardConfig(block_kv=64, stages=3)}),
     ],
-    ids=["odd", "tiny", "value-size", "lazy", "in-turn"],
+    ids=["odd", "tiny", "value-size", "lazy", "in-turn", "unrolled"],
 )
 def test_lowers_other_shapes_and_options(shape, options):
     lower(shape, **options)
@@ -158,10 +159,38 @@ def test_config_fits_shared_memory(head_size):
     assert config.shared_memory_bytes(head_size, head_size) <= SHARED_MEMORY_BYTES
 
 
-@pytest.mark.parametrize("change", [{"block_kv": 40}, {"block_kv": 272}, {"stages": 1}, {"warpgroups": 4}])
+@pytest.mark.parametrize(
+    "change", [{"block_kv": 40}, {"block_kv": 272}, {"stages": 1}, {"warpgroups": 4}, {"tiles_per_block": 0}]
+)
 def test_config_refuses(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(forward_config(128, 128), **change)
+
+
+def test_tiles_of_a_block():
+    """As many as cost no round of the multiprocessors more; one of what may run beside transfers."""
+    whole = Problem(
+        batch=1,
+        query_len=8192,
+        heads=32,
+        kv_heads=8,
+        head_size=128,
+        value_size=128,
+        packed=True,
+        carry=False,
+        in_place=False,
+        rounded=True,
+        options=BlockOptions(1.0),
+        heads_per_section=32,
+        config=ForwardConfig(block_kv=128, stages=2),
+    )
+    assert (whole.tiles_per_block, whole.blocks) == (4, 512)
+    assert dataclasses.replace(whole, query_len=32768).tiles_per_block == 3  # 63 rounds, with four 64
+    assert dataclasses.replace(whole, query_len=128).tiles_per_block == 1
+    for part in ({"carry": True}, {"segments": 2}, {"rounded": False}, {"head_size": 256, "value_size": 256}):
+        assert dataclasses.replace(whole, **part).tiles_per_block == 1
+    asked = dataclasses.replace(whole, carry=True, config=dataclasses.replace(whole.config, tiles_per_block=5))
+    assert (asked.tiles_per_block, asked.blocks) == (5, 410)
 
 
 def test_unsupported_reasons():
@@ -183,7 +212,7 @@ def test_unsupported_reasons():
 
 # Interpreted on the CPU: barriers, slots, order of the tiles, edges, carries.
 
-SMALL = ForwardConfig(block_kv=64, stages=2, persistent=True, multiprocessors=3)
+SMALL = ForwardConfig(block_kv=64, stages=2, tiles_per_block=2)
 
 
 @interpreted
@@ -191,8 +220,10 @@ SMALL = ForwardConfig(block_kv=64, stages=2, persistent=True, multiprocessors=3)
     ("kind", "carried", "config"),
     [
         ("random", True, SMALL),
-        ("causal", False, dataclasses.replace(SMALL, overlap=False, warpgroups=1, persistent=False)),
+        ("causal", False, dataclasses.replace(SMALL, overlap=False, warpgroups=1, tiles_per_block=1)),
         ("window", False, dataclasses.replace(SMALL, stages=3, lazy_rescale=True, ping_pong=False)),
+        ("late", True, dataclasses.replace(SMALL, block_kv=16, tiles_per_block=None)),
+        ("full", False, dataclasses.replace(SMALL, block_kv=16, stages=3)),
         pytest.param("late", True, dataclasses.replace(SMALL, overlap=False, block_kv=80), marks=pytest.mark.slow),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -204,6 +235,16 @@ def test_interpreted(kind, carried, config):
     carry = random_carry(rng, batch, 130, heads, 64) if carried else None
     with compat.interpret_mode():
         compare(query, kv, *bounds(kind, batch, 130, 141, rng), carry, config=config)
+
+
+@interpreted
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_interpreted_rounded_out(tiles):
+    """By way of shared memory: its own, or the query tile's."""
+    query, kv, rng = inputs(8, 1, 260, 100, 2, 1, 64, jnp.bfloat16)
+    config = dataclasses.replace(SMALL, tiles_per_block=tiles)
+    with compat.interpret_mode():
+        compare(query, kv, *bounds("late", 1, 260, 100, rng), None, config=config, out_dtype=jnp.bfloat16)
 
 
 @interpreted
@@ -269,14 +310,25 @@ def test_gpu(head_size, kind, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lazy_rescale", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("head_size", [64, 128, 256])
-def test_gpu_configs(head_size, persistent, overlap, lazy_rescale):
+def test_gpu_configs(head_size, tiles, overlap, lazy_rescale):
     config = forward_config(head_size, head_size)
-    config = dataclasses.replace(config, persistent=persistent, overlap=overlap, lazy_rescale=lazy_rescale)
+    config = dataclasses.replace(config, tiles_per_block=tiles, overlap=overlap, lazy_rescale=lazy_rescale)
     query, kv, rng = inputs(5, 1, 2000, 2000, 8, 2, head_size, jnp.bfloat16)
     # Large logits, so that the running maximum moves late and far.
     compare(4 * query, kv, *bounds("random", 1, 2000, 2000, rng), None, config=config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["random", "full"])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_gpu_rounded_out(head_size, kind):
+    query, kv, rng = inputs(5, 1, 2000, 2000, 8, 2, head_size, jnp.bfloat16)
+    rows = bounds(kind, 1, 2000, 2000, rng)
+    for tiles in (1, 3, 4):  # the last block of three has fewer
+        config = dataclasses.replace(forward_config(head_size, head_size), tiles_per_block=tiles)
+        compare(query, kv, *rows, None, config=config, out_dtype=jnp.bfloat16)
 
 
 @pytest.mark.gpu

@@ -297,7 +297,7 @@ def test_shapes_that_do_not_fit():
 # Interpreted on the CPU.
 
 SMALL = ForwardConfig(block_kv=64, stages=2)
-IN_TURN = ForwardConfig(block_kv=32, stages=3, overlap=False, warpgroups=1, persistent=True, multiprocessors=2)
+IN_TURN = ForwardConfig(block_kv=32, stages=3, overlap=False, warpgroups=1, tiles_per_block=3)
 
 
 @interpreted
@@ -382,10 +382,10 @@ def test_gpu_backward(case, deterministic):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("H", [64, 128, 256])
-def test_gpu_forward_configs(H, persistent, overlap):
-    config = dataclasses.replace(forward_config(H, H), persistent=persistent, overlap=overlap)
+def test_gpu_forward_configs(H, tiles, overlap):
+    config = dataclasses.replace(forward_config(H, H), tiles_per_block=tiles, overlap=overlap)
     case = gpu_case(6, H, mask="random", T=1200, N=16)
     check_forward(case, jitted(hopper_forward, config=config))
 
