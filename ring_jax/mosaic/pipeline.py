@@ -38,8 +38,9 @@ def feed(
 
 def in_first_warp(body: Callable[[], None]) -> None:
     """Runs body() in one of a warpgroup's warps: TMA needs no more, and the others would wait for each slot and issue each step's
-    instructions beside those that compute. body may hold scalars and Refs, no arrays."""
-    if compat.interpreting():
+    instructions beside those that compute. body may hold scalars and Refs, no arrays; the Refs may not vary over a mesh
+    (`in_place.opaque`). Before jax 0.11, which has neither, all four warps run it."""
+    if compat.interpreting() or not compat.INTERPRET_AVAILABLE:
         body()
     else:
         plgpu.warp_map(lambda warp: pl.when(warp == 0)(body))

@@ -229,5 +229,8 @@ def _launch(
     )
     if into is not None:
         return in_place.update(call, (), operands, into)
+    # What one warp does by itself takes no Refs that vary over a mesh (`pipeline.in_first_warp`).
+    varying = in_place.AVAILABLE and varying_axes(operands)
+    found = in_place.opaque(call, out_type, operands) if varying else call(*operands)
     # In a scan that also stacks a result as residual, XLA would clone the whole kernel into a fusion that writes the stack.
-    return lax.optimization_barrier(call(*operands))
+    return tuple(lax.optimization_barrier(found))
