@@ -93,7 +93,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def in_xla(case: Case, x: jax.Array, w: jax.Array, weight: jax.Array, added: jax.Array) -> jax.Array:
-    x = Normed(x, weight, _EPSILON).plain() if case.normed else x
+    x = Normed(x, weight, _EPSILON).array() if case.normed else x
     y = jnp.matmul(x, w, precision="highest" if x.dtype == jnp.float32 else None)
     y = dense.combine(y) if case.swiglu else y
     return y + added if case.few and not case.normed else y

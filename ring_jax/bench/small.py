@@ -163,7 +163,6 @@ CASES: dict[str, Callable[[], Run]] = {
     "swiglu": lambda: (gradients(dense.swiglu, 2), (normal(300, 256), normal(256, 512, scale=0.1))),
     "few rows": lambda: few_rows_product(3),
     "queries and keys": queries_and_keys,
-    "norm of rows": lambda: (lambda x, w: Normed(x, w, 1e-6).array(), (normal(1028, 768), normal(768))),
 }
 
 

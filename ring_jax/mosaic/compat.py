@@ -98,14 +98,6 @@ def tiled_layout(tiling: Any, warp_dims: tuple[Any, ...], lane_dims: tuple[Any, 
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
-def row_layout(warps: int, columns: int) -> Any:
-    """[warps, rows, columns]: rows of a warp lie in registers, a lane has columns / 32 next to each other. With one warp all four of the
-    warpgroup hold the same."""
-    own = (-9,) if warps > 1 else (fragmented_array.Replicated(4),)
-    tiling = (warps, 1, columns), (1, 1, columns), (1, 1, columns // 32)
-    return tiled_layout(tiling, own, (-4,))
-
-
 def load(ref: Any, layout: Any) -> jax.Array:
     """Registers in `layout` from any memory, also where the access is not made of whole sectors."""
     index = inspect.signature(plgpu.load).parameters.get("idx")

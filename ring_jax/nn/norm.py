@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ring_jax.gdn.checks import widened
-from ring_jax.nn.hopper import rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,21 +24,11 @@ class Normed:
         return self.x.shape
 
     def array(self) -> jax.Array:
-        """In float32, rounded to x's dtype; many rows by a kernel of their own where there is one."""
-        if rows.worthwhile(self.x):
-            return rows.norm(self.x, self.weight, self.epsilon, _formula)
-        return self.plain()
-
-    def plain(self) -> jax.Array:
-        """The same by XLA."""
-        return _formula(self.x, self.weight, self.epsilon)
-
-
-def _formula(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    wide = widened(x)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    scale = 1 + weight.astype(wide.dtype)
-    return (wide * scale.reshape((1,) * (wide.ndim - 1) + scale.shape)).astype(x.dtype)
+        """In float32, rounded to x's dtype."""
+        wide = widened(self.x)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        scale = 1 + self.weight.astype(wide.dtype)
+        return (wide * scale.reshape((1,) * (wide.ndim - 1) + scale.shape)).astype(self.x.dtype)
 
 
 def made(x: jax.Array | Normed) -> jax.Array:

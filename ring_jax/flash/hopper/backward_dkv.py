@@ -232,14 +232,11 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
         plgpu.barrier_arrive(q_consumed.at[ring_slot(t, stages)])
 
     def tiles(t, i, previous=()):
-        """P and dS of step t, and dV and dK with those of the step before, which are handed over here: its products run during the
-        softmax."""
+        """P and dS of step t, then dV and dK with those of the step before: their products run during the softmax."""
         slot, q, do = buffers(t)
         plgpu.barrier_wait(q_full.at[slot])
         plgpu.barrier_wait(do_full.at[slot])
         s, dp, *sums = wgmma.start_products((None, key, q), (None, value, do), *previous)
-        if hand_over is not None and previous:
-            hand_over(t - 1, previous[1][1])
         lse = None if config.mask_first else lse_of(slot)
         (s,) = wgmma.wait(1 + len(sums), s)
         p, derivative = probabilities(i, slot, s, lse)
@@ -248,7 +245,10 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
         ds = gradient(p, dp, delta, derivative)
         # Rounded, they take the registers that the products of the last ones read.
         *sums, p, ds = wgmma.wait(0, *sums, p, ds)
-        return *sums, p.astype(problem.dtype), ds.astype(problem.dtype)
+        p, ds = p.astype(problem.dtype), ds.astype(problem.dtype)
+        if hand_over is not None:
+            hand_over(t, ds)
+        return *sums, p, ds
 
     def sums_of(t, dv, dk, p, ds):
         _, q, do = buffers(t)
@@ -263,13 +263,13 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
         dv, dk = state
         slot, q, do = buffers(t)
         plgpu.barrier_wait(q_full.at[slot])
+        lse = None if config.mask_first else lse_of(slot)
         if overlap:
             plgpu.barrier_wait(do_full.at[slot])
             s, dp = wgmma.start_products((None, key, q), (None, value, do))
+            (s,) = wgmma.wait(1, s)
         else:
-            (s,) = wgmma.start_products((None, key, q))
-        lse = None if config.mask_first else lse_of(slot)
-        (s,) = wgmma.wait(1 if overlap else 0, s)
+            (s,) = wgmma.wait(0, *wgmma.start_products((None, key, q)))
         p, derivative = probabilities(i, slot, s, lse)
         # To hold the unrounded form, too, would spill.
         p, wide_p = wgmma.rounded(p, problem.dtype)
@@ -280,9 +280,9 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
         delta = delta_of(slot)
         (dp,) = wgmma.wait(1, dp)
         ds = gradient(wide_p, dp, delta, derivative).astype(problem.dtype)
-        (dk,) = wgmma.start_products((dk, ds, q))
-        if hand_over is not None:  # while the product runs: its fence and its barriers take as long
+        if hand_over is not None:
             hand_over(t, ds)
+        (dk,) = wgmma.start_products((dk, ds, q))
         (dv,) = wgmma.wait(1, dv)
         plgpu.barrier_arrive(do_consumed.at[slot])
         (dk,) = wgmma.wait(0, dk)
@@ -291,10 +291,7 @@ def rows_of_keys(problem, span, wg, row, dk_target, dv_target, *, k_smem, v_smem
 
     def pipeline(dv, dk):
         state = _fold_queries(problem, span, pipelined, 1, (dv, dk, *tiles(0, first)))
-        sums = wgmma.start_products(*sums_of(total - 1, *state))
-        if hand_over is not None:
-            hand_over(total - 1, state[-1])
-        sums = wgmma.wait(0, *sums)
+        sums = wgmma.wait(0, *wgmma.start_products(*sums_of(total - 1, *state)))
         release(total - 1)
         return sums
 

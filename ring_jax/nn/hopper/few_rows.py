@@ -77,7 +77,7 @@ def _plain(
     problem: Problem, x: jax.Array, w: jax.Array, weight: jax.Array | None, added: jax.Array | None
 ) -> jax.Array:
     """What the kernel computes, as XLA differentiates it."""
-    x = x if weight is None else Normed(x, weight, problem.norm_epsilon or 0.0).plain()
+    x = x if weight is None else Normed(x, weight, problem.norm_epsilon or 0.0).array()
     y = jnp.matmul(x, w, preferred_element_type=jnp.float32)
     y = dense.combine(y) if problem.swiglu else y
     return (y if added is None else y + added.astype(jnp.float32)).astype(x.dtype)

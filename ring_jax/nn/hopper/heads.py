@@ -17,6 +17,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
@@ -127,7 +128,7 @@ def _plain(problem: Problem, x: jax.Array, *rest: jax.Array) -> Any:
     q, k = heads[..., : problem.group, :], heads[..., problem.group, :]
     q = q.reshape(1, problem.tokens, -1, problem.size)
     cos, sin = cos[None, :, None], sin[None, :, None]
-    q, k = (rotate(Normed(x, w, problem.epsilon).plain(), cos, sin) for x, w in zip((q, k), weights, strict=True))
+    q, k = (rotate(Normed(x, w, problem.epsilon).array(), cos, sin) for x, w in zip((q, k), weights, strict=True))
     return q[0], k[0]
 
 
@@ -164,6 +165,13 @@ def _launch(problem: Problem, *operands: jax.Array) -> Any:
         return pcast_to(tuple(found), varying_axes(operands))
 
 
+def _layout(warps: int, columns: int) -> Any:
+    """[warps, rows, columns]: rows of a warp lie in registers, a thread has the columns / 32 next to each other."""
+    own = (-9,) if warps > 1 else (fragmented_array.Replicated(WARPS),)
+    tiling = (warps, 1, columns), (1, 1, columns), (1, 1, columns // LANES)
+    return compat.tiled_layout(tiling, own, (-4,))
+
+
 def _divided(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
     return lax.div(number, jnp.int32(by)), lax.rem(number, jnp.int32(by))
 
@@ -176,7 +184,7 @@ def _kernel(problem: Problem, x_ref, *refs) -> None:
     block, kv_head = _divided(rest, problem.kv_heads)
     rows = pl.ds(block * problem.warps, problem.warps)
     which = lax.div(member, jnp.int32(problem.group))  # 1 for the key
-    layouts = [compat.row_layout(problem.warps, columns) for _, columns in problem.pieces]
+    layouts = [_layout(problem.warps, columns) for _, columns in problem.pieces]
     loaded = [
         compat.load(x_ref.at[rows, :, kv_head, member, 0, pl.ds(*piece)], layout)
         for piece, layout in zip(problem.pieces, layouts, strict=True)
