@@ -8,6 +8,7 @@ programs arrive in any order, so dq does not repeat bit by bit; nor do dK and dV
 dq enters as what there is to add to (`in_place`): zeros, or the sum over a ring's hops so far.
 """
 
+import itertools
 from functools import partial
 
 import jax.experimental.pallas as pl
@@ -31,8 +32,8 @@ def unsupported_reason(H: int, Hv: int, block_q: int) -> str | None:
     """Why the fused form cannot run, or None."""
     if H + Hv > 256:
         return f"dK and dV of head sizes {H} and {Hv} do not fit the registers beside dQ"
-    if block_q != ROWS:
-        return f"needs block_q_dkv = {ROWS}, got {block_q}"
+    if block_q % ROWS:
+        return f"needs block_q_dkv = {ROWS} or {2 * ROWS}, got {block_q}"
     if compat.interpreting():
         return "TMA reductions have no interpreter"
     if not in_place.AVAILABLE:
@@ -43,7 +44,7 @@ def unsupported_reason(H: int, Hv: int, block_q: int) -> str | None:
 def fused(problem, query, kv, dout, stats, bounds, table, dq, into=None):
     """(dq, dkv) as `backward_launch` has them before it cuts off padding; adds to `dq`, and to `into` as `dkv` does."""
     H, Hv, stages = problem.H, problem.Hv, problem.config.stages
-    block = ROWS
+    block, halves = problem.config.block_q_dkv, problem.config.block_q_dkv // ROWS
     tiles = table.shape[1]
     operands = query, kv, dout, stats, bounds, table
     outputs = (compat.output_like(kv.shape, jnp.float32, *operands[:5]),) if into is None else ()
@@ -64,8 +65,8 @@ def fused(problem, query, kv, dout, stats, bounds, table, dq, into=None):
             do_full=plgpu.Barrier(num_barriers=stages),
             q_consumed=plgpu.Barrier(num_arrivals=WGS, num_barriers=stages),
             do_consumed=plgpu.Barrier(num_arrivals=WGS, num_barriers=stages),
-            ds_smem=compat.tiled_smem((2, WGS, ROWS, block), problem.dtype),
-            dq_smem=compat.tiled_smem((H // _COLUMNS, block, _COLUMNS), jnp.float32),
+            ds_smem=compat.tiled_smem((2, WGS, halves, ROWS, ROWS), problem.dtype),
+            dq_smem=compat.tiled_smem((halves, H // _COLUMNS, ROWS, _COLUMNS), jnp.float32),
             ds_full=plgpu.Barrier(num_arrivals=WGS, num_barriers=2),
             ds_consumed=plgpu.Barrier(num_barriers=2),
         ),
@@ -104,6 +105,7 @@ def _body(
     kv_head = problem.kv_head(head)
     span = span_of(table, b, tile)
     first_row = tile * (WGS * ROWS)
+    halves = problem.config.block_q_dkv // ROWS
     compute, feed = problem.roles(wg, span)
 
     @pl.when(compute)
@@ -120,7 +122,8 @@ def _body(
             def _():
                 plgpu.barrier_wait(ds_consumed.at[buffer])
 
-            ds_smem.at[buffer, wg][...] = ds
+            for half in range(halves):
+                ds_smem.at[buffer, wg, half][...] = lax.slice(ds, (0, half * ROWS), (ROWS, (half + 1) * ROWS))
             plgpu.commit_smem()
             plgpu.barrier_arrive(ds_full.at[buffer])
 
@@ -148,26 +151,28 @@ def _body(
             plgpu.barrier_wait(ds_full.at[buffer])
 
             rows, q_head = query_of(problem, span, head, t)
-            pieces = range(problem.H // _COLUMNS)
-            for piece in pieces:
+            pieces = list(itertools.product(range(halves), range(problem.H // _COLUMNS)))
+            for half, piece in pieces:
                 columns = pl.ds(piece * _COLUMNS, _COLUMNS)
 
-                def product(acc, columns=columns):
+                def product(acc, half=half, columns=columns):
                     for keys in range(WGS):
                         plgpu.wgmma(
-                            acc, ds_smem.at[buffer, keys].transpose((1, 0)), scratch["k_smem"].at[keys, :, columns]
+                            acc,
+                            ds_smem.at[buffer, keys, half].transpose((1, 0)),
+                            scratch["k_smem"].at[keys, :, columns],
                         )
                     return acc[...]
 
                 tile_dq = pl.run_scoped(product, plgpu.ACC((ROWS, _COLUMNS), jnp.float32)) * problem.options.scale
-                if piece == pieces[-1]:
+                if (half, piece) == pieces[-1]:
                     plgpu.barrier_arrive(ds_consumed.at[buffer])
                     load_next(t + problem.config.stages)
                 # This piece's buffer is free once its addition of the last step has been read.
                 plgpu.wait_smem_to_gmem(len(pieces) - 1, wait_read_only=True)
-                dq_smem.at[piece][...] = tile_dq
+                dq_smem.at[half, piece][...] = tile_dq
                 plgpu.commit_smem()
-                target_dq = dq.at[problem.query_batch(b), rows, q_head, columns]
-                plgpu.copy_smem_to_gmem(dq_smem.at[piece], target_dq, reduction_op="add")
+                target_dq = dq.at[problem.query_batch(b), pl.ds(rows.start + half * ROWS, ROWS), q_head, columns]
+                plgpu.copy_smem_to_gmem(dq_smem.at[half, piece], target_dq, reduction_op="add")
 
         plgpu.wait_smem_to_gmem(0)

@@ -150,12 +150,13 @@ def test_lowers_for_cuda(H, Hv, dtype):
     assert "mosaic_gpu" in lower(case, lambda *x: hopper_backward(*x, scale=0.1, logits_soft_cap=case.soft_cap))
 
 
-@pytest.mark.parametrize("H", [64, 128])
-def test_fused_form_lowers_for_cuda(H):
+@pytest.mark.parametrize(("H", "queries", "fits"), [(64, 64, True), (128, 64, True), (64, 128, True), (64, 32, False)])
+def test_fused_form_lowers_for_cuda(H, queries, fits):
     case = Case(B=2, T=300, S=515, N=4, K=2, H=H, Hv=H)
-    text = lower(case, lambda *x: hopper_backward(*x, scale=0.1, deterministic=False, config=FUSED))
-    # Refs as kernel arguments need jax 0.11; before that the two kernels stand in.
-    assert ("flash_backward_fused" in text) == compat.INTERPRET_AVAILABLE
+    config = dataclasses.replace(FUSED, block_q_dkv=queries)
+    text = lower(case, lambda *x: hopper_backward(*x, scale=0.1, deterministic=False, config=config))
+    # Refs as kernel arguments need jax 0.11; before that, and where the tiles do not fit, the two kernels stand in.
+    assert ("flash_backward_fused" in text) == (fits and compat.INTERPRET_AVAILABLE)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -278,6 +279,16 @@ def test_matches_the_formula(case):
 def test_fused_form_matches_the_formula(case):
     config = default_config(case.H, case.Hv, deterministic=False)
     assert config.fused
+    check_fused(case, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.H == case.Hv == 64], ids=str)
+def test_fused_form_with_128_queries_matches_the_formula(case):
+    check_fused(case, dataclasses.replace(FUSED, block_q_dkv=128))
+
+
+def check_fused(case, config):
     check(case, backward=lambda *x, **options: hopper_backward(*x, **options, deterministic=False, config=config))
 
 
