@@ -7,6 +7,7 @@ takes the cases whose names begin so, all by default. Nothing is compared: that 
 would be watched, too.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ring_jax.flash import flash_attention
+from ring_jax.flash.hopper import forward_launch
+from ring_jax.flash.hopper.config import forward_config
+from ring_jax.flash.operands import BlockOptions, Bounds
 from ring_jax.flash.paged import paged_attention
 from ring_jax.gdn import Heads, gated_delta_rule
 from ring_jax.gdn.hopper import backward_launch, conv, decode, launch
@@ -58,6 +62,15 @@ def attention(size: int, deterministic: bool) -> Run:
 
     shapes = (1, time, 4, size), (1, keys, 2, size), (1, keys, 2, size)
     return gradients(run, 3), tuple(normal(*shape) for shape in shapes)
+
+
+def several_tiles() -> Run:
+    """Blocks that walk over query tiles, the last block over fewer, and a rounded result."""
+    config = dataclasses.replace(forward_config(128, 128), tiles_per_block=3)
+    options: Any = {"options": BlockOptions(0.1), "carry": None, "out_dtype": jnp.bfloat16, "config": config}
+    bounds = Bounds(np.zeros((1, 600), np.int32), np.arange(1, 601, dtype=np.int32)[None])
+    run = functools.partial(forward_launch.forward, bounds=bounds, **options)
+    return run, (normal(1, 600, 4, 128), normal(2, 1, 600, 2, 128))
 
 
 def paged() -> Run:
@@ -146,6 +159,7 @@ def queries_and_keys() -> Run:
 CASES: dict[str, Callable[[], Run]] = {
     **{f"attention, heads of {n}": functools.partial(attention, n, True) for n in (64, 128, 256)},
     "attention, fused backward": lambda: attention(128, False),
+    "attention, several tiles": several_tiles,
     "paged attention": paged,
     "gated delta rule": lambda: rule("mosaic", 128, False),
     "gated delta rule, documents, heads of 64": lambda: rule("mosaic", 64, True),
