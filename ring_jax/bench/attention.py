@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from ring_jax.bench import flash_backward, flash_forward, torch_peers
-from ring_jax.flash.hopper.backward_common import BackwardConfig, default_config
+from ring_jax.flash.hopper.backward_common import default_config
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES, forward_config
 from ring_jax.mosaic.device import hopper_reason
 
@@ -29,11 +29,23 @@ FORWARD_CHANGES = [
     for overlap in (True, False)
     for tiles in (1, 4)
 ]
-BACKWARD_CHANGES = [
+FUSED_CHANGES = [
+    f"block_q_dkv={rows}/pipeline_dkv={pipeline}/stages={stages}"
+    for rows in (64, 128)
+    for pipeline in (0, 1)
+    for stages in (2, 3, 4)
+] + [f"feed_registers={registers}" for registers in (64, 72, 80, 88, 96)]
+# Of the two kernels that repeat: those for dK and dV, then for dQ.
+TWO_KERNELS_CHANGES = [
     f"block_q_dkv={rows}/overlap={overlap}/stages={stages}"
     for rows in (32, 64, 128)
     for overlap in (0, 1)
     for stages in (1, 2)
+] + [
+    f"block_kv_dq={block}/slots={slots}/warpgroups_dq={warpgroups}"
+    for block in (64, 96, 128)
+    for slots in (3, 4, 8)
+    for warpgroups in (2, 3)
 ]
 
 
@@ -114,8 +126,8 @@ def measure(case: flash_forward.Case, args: argparse.Namespace):
         yield "forward", flash_forward.measure(case, dtype, configs, dtype, args.seconds, args.check)
     if args.only != "forward":
         rows: list[dict[str, Any]] = []
-        names = ["base"] + (tuned_backward(size) if args.tune else [])
         for form in args.forms:
+            names = ["base"] + (tuned_backward(size, form) if args.tune else [])
             options = types.SimpleNamespace(
                 configs=names, check=args.check, form=form, parts=False, seconds=args.seconds, peer=None
             )
@@ -151,16 +163,19 @@ def tuned_forward(size: int) -> dict[str, Any]:
     return {name: c for name, c in found.items() if c.shared_memory_bytes(size, size) <= SHARED_MEMORY_BYTES}
 
 
-def tuned_backward(size: int) -> list[str]:
-    return [name for name in BACKWARD_CHANGES if fits(flash_backward.candidates(size, [name])[name], size)]
+def tuned_backward(size: int, form: str) -> list[str]:
+    deterministic = flash_backward.FORMS[form]
+    base = default_config(size, size, deterministic=deterministic)
 
+    def fits(name: str) -> bool:
+        try:
+            config = flash_backward.candidates(size, [name], deterministic)[name]
+            config.check(size, size)
+        except ValueError:
+            return False
+        return config != base
 
-def fits(config: BackwardConfig, size: int) -> bool:
-    try:
-        config.check(size, size)
-    except ValueError:
-        return False
-    return config != default_config(size, size)
+    return [name for name in (FUSED_CHANGES if base.fused else TWO_KERNELS_CHANGES) if fits(name)]
 
 
 def line(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ring_jax._progress import track
 from ring_jax.bench.flash_forward import (
     Case,
     add_ratios,
@@ -139,23 +141,25 @@ def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
     add("cudnn", lambda: cudnn_call(case, *operands[:3]), 3.5)
     if options.peer:
         add("fa4", lambda: fa4_call(case, dtype, "forward+backward"), 3.5)
-    for name, config in candidates(case.head_size, options.configs, deterministic).items():
+    configs = candidates(case.head_size, options.configs, deterministic)
 
-        def ours(config=config, name=name):
-            run = jax.jit(both(case, config, deterministic)).lower(*operands).compile()
-            return lambda: run(*operands)
+    def prepare(config: BackwardConfig):
+        """(errors, call)."""
+        errors = check(case, dtype, config, deterministic) if options.check else None
+        run = jax.jit(both(case, config, deterministic)).lower(*operands).compile()
+        return errors, lambda: run(*operands)
 
-        facts = {"config": dataclasses.asdict(config)}
-        if options.check:
-            try:
-                facts["errors"] = check(case, dtype, config, deterministic)
-            except Exception as failure:
-                facts["failure"] = f"{type(failure).__name__}: {failure}"[:600]
-                rows[name] = {"case": dataclasses.asdict(case), "name": name, **facts}
-                continue
-        add(name, ours, 3.5, **facts)
+    # Compilation is most of a search's time, and runs beside itself.
+    with ThreadPoolExecutor() as pool:
+        prepared = {name: pool.submit(prepare, config) for name, config in configs.items()}
+    for name, future in track(prepared.items(), "compile", unit="configs"):
+        facts = {"config": dataclasses.asdict(configs[name])}
+        add(name, lambda future=future: future.result()[1], 3.5, **facts)
+        if "failure" not in rows[name] and options.check:
+            rows[name]["errors"] = future.result()[0]
         if options.parts:
             for part in ("dq", "dkv"):
+                config = configs[name]
                 add(f"{name} {part}", lambda part=part, config=config: parts(case, config, operands)[part], 2.5)
     for name, value in seconds(calls, options.seconds).items():
         rows[name].update(seconds=value, tflops=rows[name]["work"] * case.flops_of(name) / value / 1e12)

@@ -11,6 +11,7 @@ import pytest
 
 from ring_jax.bench import attention, experts, flash_backward, flash_forward, gdn, gdn_cases, model, ring, trace
 from ring_jax.cli import main
+from ring_jax.flash.hopper.backward_common import default_config
 from ring_jax.flash.hopper.config import SHARED_MEMORY_BYTES
 from ring_jax.gdn import Heads
 from ring_jax.models.qwen3_5 import Config
@@ -65,8 +66,10 @@ def test_the_search_keeps_to_what_fits(head_size):
     forward = attention.tuned_forward(head_size)
     assert len(forward) > 3
     assert all(c.shared_memory_bytes(head_size, head_size) <= SHARED_MEMORY_BYTES for c in forward.values())
-    backward = attention.tuned_backward(head_size)
-    assert backward and all(flash_backward.candidates(head_size, [name]) for name in backward)
+    for form, deterministic in flash_backward.FORMS.items():
+        backward = attention.tuned_backward(head_size, form)
+        found = flash_backward.candidates(head_size, backward, deterministic).values()
+        assert len(found) > 3 and default_config(head_size, head_size, deterministic=deterministic) not in found
 
 
 def test_table_beside_the_pull_requests(capsys):
