@@ -25,7 +25,7 @@ from ring_jax.flash.paged import paged_attention
 from ring_jax.gdn import Heads, gated_delta_rule
 from ring_jax.gdn.hopper import backward_launch, conv, decode, launch
 from ring_jax.moe.hopper import backend, dense, top_k
-from ring_jax.nn.hopper import few_rows, heads
+from ring_jax.nn.hopper import chain, few_rows, heads
 from ring_jax.nn.norm import Normed
 
 Run = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its operands
@@ -156,6 +156,13 @@ def queries_and_keys() -> Run:
     return run, (normal(1, 77, 2 * (2 * 4 + 2) * 128), normal(128), normal(128), angles, angles)
 
 
+def between_mixers() -> Run:
+    k, d, m, f = 512, 256, 768, 192
+    shapes = (k,), (d,), (k, d), (d,), (d, 2 * m), (m, d), (d,), (d, f)
+    run = functools.partial(chain.between_mixers, epsilon=1e-6)
+    return run, (*(normal(*shape, scale=0.1) for shape in shapes), np.zeros(2, np.int32))
+
+
 CASES: dict[str, Callable[[], Run]] = {
     **{f"attention, heads of {n}": functools.partial(attention, n, True) for n in (64, 128, 256)},
     "attention, fused backward": lambda: attention(128, False),
@@ -177,6 +184,7 @@ CASES: dict[str, Callable[[], Run]] = {
     "swiglu": lambda: (gradients(dense.swiglu, 2), (normal(300, 256), normal(256, 512, scale=0.1))),
     "few rows": lambda: few_rows_product(3),
     "queries and keys": queries_and_keys,
+    "between mixers": between_mixers,
 }
 
 
