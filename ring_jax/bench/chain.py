@@ -2,29 +2,26 @@
 
     python -m ring_jax.bench.chain [--presets ...] [--json FILE]
 
-Both are compared first. Times are of layers whose weights no cache can hold, one after the other as in a step: of kernels, and from the
-first one's begin to the last one's end.
+Their results are compared, too. Times are of layers whose weights no cache can hold, one after the other as in a step: of kernels, and
+from the first one's begin to the last one's end.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ring_jax._hardware import H100
-from ring_jax.bench.attention import environment
+from ring_jax.bench.flash_forward import relative_error
+from ring_jax.bench.products import BYTES, drawn, parser_for, started
 from ring_jax.bench.trace import device_times
-from ring_jax.models.qwen3_5 import COMPILER_OPTIONS, PRESETS, Config
-from ring_jax.mosaic.device import hopper_reason
+from ring_jax.models.qwen3_5 import COMPILER_OPTIONS, Config
 from ring_jax.nn.hopper import chain, few_rows
 from ring_jax.nn.norm import Normed
 
-_BYTES = 400 << 20
 _EPSILON = 1e-6
 Vectors = tuple[jax.Array, jax.Array]
 
@@ -40,14 +37,10 @@ def shapes(preset: str) -> tuple[tuple[int, ...], ...]:
 def operands(preset: str) -> tuple[jax.Array, ...]:
     """The mixer's result and the residual; weights of as many layers as a cache cannot hold."""
     found = shapes(preset)
-    layers = max(2, -(-_BYTES // (2 * sum(int(np.prod(shape)) for shape in found))))
-    keys = jax.random.split(jax.random.key(len(preset)), 8)
+    layers = max(2, -(-BYTES // (2 * sum(int(np.prod(shape)) for shape in found))))
     all_shapes = (found[0][:1], found[1], *((layers, *shape) for shape in found))
     scales = (1.0, 1.0, *(shape[0] ** -0.5 if len(shape) == 2 else 0.1 for shape in found))
-    return tuple(
-        (s * jax.random.normal(key, shape, jnp.bfloat16)).astype(jnp.bfloat16)
-        for key, shape, s in zip(keys, all_shapes, scales, strict=True)
-    )
+    return drawn(len(preset), all_shapes, scales)
 
 
 def by_products(y: jax.Array, h: jax.Array, layers: list[tuple[jax.Array, ...]]) -> Vectors:
@@ -73,7 +66,8 @@ def by_chain(y: jax.Array, h: jax.Array, layers: list[tuple[jax.Array, ...]]) ->
 def measure(preset: str, repeats: int) -> list[dict[str, Any]]:
     arrays = jax.jit(operands, static_argnums=0)(preset)
     layers = arrays[2].shape[0]
-    rows, results = [], {}
+    rows: list[dict[str, Any]] = []
+    results: dict[str, Vectors] = {}
     for name, form in {"products": by_products, "chain": by_chain}.items():
 
         def run(y: jax.Array, h: jax.Array, *weights: jax.Array, form: Callable[..., Vectors] = form) -> Vectors:
@@ -82,7 +76,7 @@ def measure(preset: str, repeats: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"preset": preset, "name": name}
         try:
             compiled = jax.jit(run, compiler_options=COMPILER_OPTIONS).lower(*arrays).compile()
-            results[name] = [np.asarray(x, np.float64) for x in compiled(*arrays)]
+            results[name] = compiled(*arrays)
             times = device_times(lambda compiled=compiled: compiled(*arrays), repeats)
             row |= {"us": 1e3 * times["kernels_ms"] / layers, "span_us": 1e3 * times["span_ms"] / layers}
             one = sum(w.nbytes for w in arrays[2:]) / layers
@@ -91,21 +85,12 @@ def measure(preset: str, repeats: int) -> list[dict[str, Any]]:
             row["failure"] = f"{type(failure).__name__}: {failure}"[:2000]
         rows.append(row)
     if len(results) == 2:
-        differences = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(*results.values(), strict=True)]
-        rows[-1]["difference"] = max(differences)
+        rows[-1]["difference"] = max(map(relative_error, *results.values()))
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    presets = [name for name in PRESETS if Config.preset(name).experts is None]
-    parser.add_argument("--presets", nargs="+", default=["qwen3.5-0.8b", "qwen3.5-4b", "qwen3.5-9b"], choices=presets)
-    parser.add_argument("--repeats", type=int, default=30, help="calls in one timing (default: 30)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures here")
-    args = parser.parse_args()
-    if reason := hopper_reason():
-        parser.error(f"times Hopper kernels, and {reason.replace('needs', 'that needs', 1)}")
-    report: dict[str, Any] = {"environment": environment(), "arguments": vars(args), "rows": []}
+    args, report = started(parser_for(__doc__, ["qwen3.5-0.8b", "qwen3.5-4b", "qwen3.5-9b"]))
     for preset in args.presets:
         for row in measure(preset, args.repeats):
             report["rows"].append(row)

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ring_jax._progress import track
 from ring_jax.bench.flash_forward import (
     Case,
     add_ratios,
     fa4_call,
     materialised,
+    prepared,
     ratios,
     relative_error,
     seconds,
@@ -144,19 +143,13 @@ def measure(case: Case, dtype, options) -> list[dict[str, Any]]:
     configs = candidates(case.head_size, options.configs, deterministic)
 
     def prepare(config: BackwardConfig):
-        """(errors, call)."""
-        errors = check(case, dtype, config, deterministic) if options.check else None
+        facts = {"errors": check(case, dtype, config, deterministic)} if options.check else {}
         run = jax.jit(both(case, config, deterministic)).lower(*operands).compile()
-        return errors, lambda: run(*operands)
+        return facts, lambda: run(*operands)
 
-    # Compilation is most of a search's time, and runs beside itself.
-    with ThreadPoolExecutor() as pool:
-        prepared = {name: pool.submit(prepare, config) for name, config in configs.items()}
-    for name, future in track(prepared.items(), "compile", unit="configs"):
-        facts = {"config": dataclasses.asdict(configs[name])}
-        add(name, lambda future=future: future.result()[1], 3.5, **facts)
-        if "failure" not in rows[name] and options.check:
-            rows[name]["errors"] = future.result()[0]
+    for row in prepared(calls, case, configs, prepare, work=3.5):
+        name = row["name"]
+        rows[name] = row
         if options.parts:
             for part in ("dq", "dkv"):
                 config = configs[name]

@@ -12,7 +12,7 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,22 @@ def started(calls: dict[str, Callable[[], Any]], case: Case, name: str, make: Ca
     return row
 
 
+def prepared(
+    calls: dict[str, Callable[[], Any]],
+    case: Case,
+    configs: Mapping[str, Any],
+    prepare: Callable[[Any], tuple[dict[str, Any], Callable[[], Any]]],
+    **facts: Any,
+) -> Iterator[dict[str, Any]]:
+    """`started` for each config; `prepare(config)` gives (facts, call). Compilation is most of a search's time, and runs beside itself."""
+    with ThreadPoolExecutor() as pool:
+        futures = {name: pool.submit(prepare, config) for name, config in configs.items()}
+        for name, future in track(futures.items(), "compile", unit="configs"):
+            about = {"config": dataclasses.asdict(configs[name]), **facts}
+            row = started(calls, case, name, lambda future=future: future.result()[1], **about)
+            yield row if future.exception() else row | future.result()[0]
+
+
 def measure(
     case: Case,
     dtype,
@@ -219,28 +235,20 @@ def measure(
     calls: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
 
-    def prepare(name):
-        row = rows[name]
+    def prepare(config):
+        facts = {}
         if checked:
-            row["error"], row["same_precision_error"] = check(case, dtype, configs[name])
+            facts["error"], facts["same_precision_error"] = check(case, dtype, config)
         options = BlockOptions(case.head_size**-0.5)
-        attend = functools.partial(forward_launch.forward, options=options, config=configs[name])
+        attend = functools.partial(forward_launch.forward, options=options, config=config)
         bounds_of_rows = Bounds(*bounds)
         if case.is_hop:
-            return resumed(attend, query, kv, bounds_of_rows)
+            return facts, resumed(attend, query, kv, bounds_of_rows)
         attend = functools.partial(attend, carry=None, out_dtype=out_dtype)
-        return functools.partial(jax.jit(attend).lower(query, kv, bounds_of_rows).compile(), query, kv, bounds_of_rows)
+        compiled = jax.jit(attend).lower(query, kv, bounds_of_rows).compile()
+        return facts, functools.partial(compiled, query, kv, bounds_of_rows)
 
-    # Compilation is most of a search's time, and runs beside itself.
-    with ThreadPoolExecutor() as pool:
-        for name, config in configs.items():
-            rows[name] = {"case": dataclasses.asdict(case), "name": name, "config": dataclasses.asdict(config)}
-        prepared = {name: pool.submit(prepare, name) for name in configs}
-    for name, future in track(prepared.items(), "compile", unit="configs"):
-        try:
-            calls[name] = future.result()
-        except Exception as failure:  # one config of a search must not end the search
-            rows[name]["failure"] = f"{type(failure).__name__}: {failure}"[:400]
+    rows |= {row["name"]: row for row in prepared(calls, case, configs, prepare)}
     rows["cudnn"] = started(calls, case, "cudnn", lambda: cudnn_call(case, query, kv))
     if peer:
         rows["fa4"] = started(calls, case, "fa4", lambda: fa4_call(case, dtype, "forward"))

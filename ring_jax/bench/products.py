@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ring_jax.nn.hopper import few_rows
 from ring_jax.nn.hopper.config import FewRowsConfig
 from ring_jax.nn.norm import Normed
 
-_BYTES = 400 << 20  # of weights: eight times a Hopper GPU's L2
+BYTES = 400 << 20  # of weights: eight times a Hopper GPU's L2
 _EPSILON = 1e-6
 Form = Callable[..., jax.Array]
 
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def layers(self) -> int:
-        return -(-_BYTES // (2 * self.depth * self.columns)) if self.few else 1
+        return -(-BYTES // (2 * self.depth * self.columns)) if self.few else 1
 
     def operands(self) -> tuple[jax.Array, ...]:
         """x; w of all layers; the norm's weight; what is added."""
@@ -69,11 +69,16 @@ class Case:
             (self.rows, self.results),
         )
         scales = 1.0, self.depth**-0.5, 0.1, 1.0
-        keys = jax.random.split(jax.random.key(self.rows + self.columns), 4)
-        return tuple(
-            (s * jax.random.normal(k, n, jnp.bfloat16)).astype(jnp.bfloat16)
-            for k, n, s in zip(keys, shapes, scales, strict=True)
-        )
+        return drawn(self.rows + self.columns, shapes, scales)
+
+
+def drawn(seed: int, shapes: Sequence[tuple[int, ...]], scales: Sequence[float]) -> tuple[jax.Array, ...]:
+    """Normal numbers of these scales in bfloat16."""
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return tuple(
+        (s * jax.random.normal(k, n, jnp.bfloat16)).astype(jnp.bfloat16)
+        for k, n, s in zip(keys, shapes, scales, strict=True)
+    )
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -174,21 +179,30 @@ def show(row: dict[str, Any]) -> None:
     print(f"{row['preset']:13s} {row['rows']:6d} {row['name']:12s} {row['form']:32s} {outcome}", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--rows", type=int, nargs="*", default=[1], metavar="R", help="of a decode step, at most 4")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 32768], metavar="T", help="of a prefill")
-    presets = [name for name in PRESETS if Config.preset(name).experts is None]
-    parser.add_argument(
-        "--presets", nargs="+", default=["qwen3.5-0.8b", "qwen3.5-9b"], choices=presets, help="whose sizes"
-    )
-    parser.add_argument("--tune", action="store_true", help="time every config of the kernels")
+def parser_for(text: str | None, presets: list[str]) -> argparse.ArgumentParser:
+    """With what benches of a layer's products share; `text` begins with what this one does."""
+    parser = argparse.ArgumentParser(description=(text or "").split("\n", 1)[0])
+    dense_ones = [name for name in PRESETS if Config.preset(name).experts is None]
+    parser.add_argument("--presets", nargs="+", default=presets, choices=dense_ones, help="whose sizes")
     parser.add_argument("--repeats", type=int, default=30, help="calls in one timing (default: 30)")
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    return parser
+
+
+def started(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(arguments, a report to fill), or an error where there is no Hopper GPU."""
     args = parser.parse_args()
     if reason := hopper_reason():
         parser.error(f"times Hopper kernels, and {reason.replace('needs', 'that needs', 1)}")
-    report: dict[str, Any] = {"environment": environment(), "arguments": vars(args), "rows": []}
+    return args, {"environment": environment(), "arguments": vars(args), "rows": []}
+
+
+def main() -> int:
+    parser = parser_for(__doc__, ["qwen3.5-0.8b", "qwen3.5-9b"])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1], metavar="R", help="of a decode step, at most 4")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 32768], metavar="T", help="of a prefill")
+    parser.add_argument("--tune", action="store_true", help="time every config of the kernels")
+    args, report = started(parser)
     for case in cases(args):
         for row in measure(case, args):
             report["rows"].append(row)

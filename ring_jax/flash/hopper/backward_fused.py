@@ -105,7 +105,6 @@ def _body(
     kv_head = problem.kv_head(head)
     span = span_of(table, b, tile)
     first_row = tile * (WGS * ROWS)
-    halves = problem.config.block_q_dkv // ROWS
     compute, feed = problem.roles(wg, span)
 
     @pl.when(compute)
@@ -122,7 +121,7 @@ def _body(
             def _():
                 plgpu.barrier_wait(ds_consumed.at[buffer])
 
-            for half in range(halves):
+            for half in range(ds_smem.shape[2]):
                 ds_smem.at[buffer, wg, half][...] = lax.slice(ds, (0, half * ROWS), (ROWS, (half + 1) * ROWS))
             plgpu.commit_smem()
             plgpu.barrier_arrive(ds_full.at[buffer])
@@ -151,7 +150,7 @@ def _body(
             plgpu.barrier_wait(ds_full.at[buffer])
 
             rows, q_head = query_of(problem, span, head, t)
-            pieces = list(itertools.product(range(halves), range(problem.H // _COLUMNS)))
+            pieces = list(itertools.product(*map(range, dq_smem.shape[:2])))
             for half, piece in pieces:
                 columns = pl.ds(piece * _COLUMNS, _COLUMNS)
 

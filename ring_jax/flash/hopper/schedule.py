@@ -47,15 +47,17 @@ class Problem:
     @property
     def stages_carry(self) -> bool:
         """Whether the carry waits in shared memory until the end: else it is where the accumulator starts."""
+        return self.carry and 4 <= self._spare_bytes
+
+    @property
+    def _spare_bytes(self) -> int:
+        """Of shared memory for each element of a tile of out."""
         used = self.config.shared_memory_bytes(self.head_size, self.value_size)
-        return self.carry and used + 4 * self.config.block_q * self.value_size <= SHARED_MEMORY_BYTES
+        return (SHARED_MEMORY_BYTES - used) // (self.config.block_q * self.value_size)
 
     @property
     def _has_room_for_out(self) -> bool:
-        config = self.config
-        used = config.shared_memory_bytes(self.head_size, self.value_size) + 2 * config.block_q * self.value_size
-        used += 4 * config.block_q * self.value_size if self.stages_carry else 0
-        return self.rounded and used <= SHARED_MEMORY_BYTES
+        return self.rounded and 2 + 4 * self.stages_carry <= self._spare_bytes
 
     @property
     def stages_out(self) -> bool:

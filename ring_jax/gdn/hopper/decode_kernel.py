@@ -28,9 +28,10 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ring_jax.gdn.hopper.conv_kernel import NORM_EPSILON, sigmoid
-from ring_jax.gdn.hopper.decode_parts import channel_layout, expm1, softplus, state_layout, whole_layout
+from ring_jax.gdn.hopper.decode_parts import expm1, softplus, state_layout
 from ring_jax.gdn.recurrent import SLOW
 from ring_jax.mosaic import compat
+from ring_jax.mosaic.layouts import channel_layout, whole_layout
 
 _CLOSED = -1e4  # of b and a: a strength and a log decay of exactly zero
 

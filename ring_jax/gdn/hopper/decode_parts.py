@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array
 
 from ring_jax.gdn.recurrent import SLOW
 from ring_jax.mosaic import compat
@@ -19,20 +18,6 @@ def state_layout(columns: int) -> Any:
     of_warp = columns // _WARPS
     rows = _LANES * _VECTOR // of_warp
     return compat.tiled_layout(((rows, columns), (rows, of_warp), (1, _VECTOR)), (-5,), (-4, -3))
-
-
-def channel_layout(size: int) -> Any:
-    """[size], a channel a thread; of fewer than 128, several warps hold the same."""
-    replicated = fragmented_array.Replicated(128 // min(size, 128))
-    warps = (-3,) if size >= 128 else (replicated, -3)
-    return compat.tiled_layout(((min(size, 128),), (_LANES,), (1,)), warps, (-2,))
-
-
-def whole_layout(size: int) -> Any:
-    """[size] in every warp."""
-    return compat.tiled_layout(
-        ((_LANES * (size // _LANES),), (size // _LANES,)), (fragmented_array.Replicated(_WARPS),), (-2,)
-    )
 
 
 def expm1(g: jax.Array) -> jax.Array:

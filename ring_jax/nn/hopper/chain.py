@@ -1,6 +1,8 @@
 """What lies between two mixers of a decode step at one row, as a function of arrays: see `chain_kernel`."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ from ring_jax.mosaic import compat, in_place
 from ring_jax.nn.hopper import chain_kernel
 from ring_jax.nn.hopper.chain_kernel import COLUMNS, COMPUTE, PIECE, WARP_ROWS, Problem, Product
 
-_THREADS = 128 * COMPUTE  # a vector is spread over them, or a warp
+_THREADS = 128 * COMPUTE  # a vector is spread over them
+_PARTS, _STAGES = 16, 12  # at most
 
 
 def start() -> Int32[Array, "2"]:
@@ -22,27 +25,33 @@ def start() -> Int32[Array, "2"]:
 
 
 def plan(
-    y: Shaped, out: Shaped, up: Shaped, down: Shaped, into: Shaped, programs: int = HOPPER.multiprocessors
+    out: Shaped, up: Shaped, down: Shaped, into: Shaped, *, epsilon: float, programs: int = HOPPER.multiprocessors
 ) -> Problem | None:
-    """How the products are cut for so many programs, or None where they cannot be."""
-    found = []
-    for index, w in enumerate((out, up, down, into)):
-        (depth, results), most = w.shape, 16
-        if depth % PIECE or results % COLUMNS:
-            return None
-        whole = index in (1, 3)  # `up` stays in one part for `down`, and `into` is the result
-        choices = [n for n in range(1, most + 1) if depth % (n * PIECE) == 0 and (n == 1 or not whole)]
-        products = [Product(depth, results, n) for n in choices]
-        if index == 2:  # so that a program needs one part of what is multiplied
-            products = [x for x in products if x.units <= programs and x.rows % _THREADS == 0] or products[:1]
-        # The fewest parts of those that keep all programs equally busy, to a tenth.
-        busy = {x: x.units / (-(-x.units // programs) * programs) for x in products}
-        found.append(next(x for x in products if busy[x] >= 0.9 * max(busy.values())))
-    problem = Problem(*found, epsilon=0.0, programs=programs, stages=2)
-    if found[0].depth % _THREADS or problem.width % _THREADS or found[2].depth * 2 != found[1].results:
+    """How the products with these weights are cut for so many programs, or None where they cannot be."""
+    if any(w.shape[0] % PIECE or w.shape[1] % COLUMNS for w in (out, up, down, into)):
+        return None
+
+    def cut(w: Shaped, most: int, fits: Callable[[Product], bool] = lambda _: True) -> Product:
+        """In the fewest parts of those that keep all programs equally busy, to a tenth."""
+        parts = [n for n in range(1, most + 1) if w.shape[0] % (n * PIECE) == 0]
+        products = [Product(*w.shape, n) for n in parts]
+        products = [x for x in products if fits(x)] or products[:1]
+        busiest = max(x.busy(programs) for x in products)
+        return next(x for x in products if x.busy(programs) >= 0.9 * busiest)
+
+    problem = Problem(
+        out=cut(out, _PARTS),
+        up=cut(up, 1),  # `down` reads it
+        down=cut(down, _PARTS, lambda x: x.units <= programs and x.rows % _THREADS == 0),  # `Problem.one_part`
+        into=cut(into, 1),  # the result itself
+        epsilon=epsilon,
+        programs=programs,
+        stages=2,
+    )
+    if problem.out.depth % _THREADS or problem.width % _THREADS or 2 * problem.down.depth != problem.up.results:
         return None
     stages = (HOPPER.shared_memory_bytes - problem.other_bytes) // (2 * PIECE * COLUMNS)
-    return Problem(*found, epsilon=0.0, programs=programs, stages=min(stages, 12)) if stages >= 2 else None
+    return dataclasses.replace(problem, stages=min(stages, _STAGES)) if stages >= 2 else None
 
 
 def between_mixers(
@@ -67,10 +76,10 @@ def between_mixers(
     Raises:
         NotImplementedError: sizes that `plan` cannot cut.
     """
-    problem = problem or plan(y, out, up, down, into)
+    problem = problem or plan(out, up, down, into, epsilon=epsilon)
     if problem is None:
         raise NotImplementedError(f"no plan for weights {[w.shape for w in (out, up, down, into)]}")
-    problem = Problem(*problem.products, epsilon=epsilon, programs=problem.programs, stages=problem.stages)
+    problem = dataclasses.replace(problem, epsilon=epsilon)
     weights = [w.reshape(-1, WARP_ROWS, w.shape[1]) for w in (out, up, down, into)]
     return _launch(problem, *align(y, h, norm, next_norm, *weights, place))
 

@@ -12,7 +12,6 @@ Rounded are h1, h2, a and p, as the products one by one do it (`few_rows_kernel`
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +26,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from ring_jax.gdn.hopper.decode_parts import channel_layout, whole_layout
 from ring_jax.mosaic import compat, pipeline
+from ring_jax.mosaic.layouts import channel_layout, whole_layout
 from ring_jax.mosaic.pipeline import ring_slot
 from ring_jax.nn.hopper.config import LANES, VECTOR, WARPS
-from ring_jax.nn.hopper.few_rows_kernel import piece_layout, results_layout
+from ring_jax.nn.hopper.few_rows_kernel import piece_layout, results_layout, sum_over, swiglu
 
 COLUMNS = 64  # of a unit
 WARP_ROWS = LANES * VECTOR // COLUMNS
@@ -56,6 +55,10 @@ class Product:
     def rows(self) -> int:
         """Of a unit."""
         return self.depth // self.splits
+
+    def busy(self, programs: int) -> float:
+        """The share of so many programs that has a unit, over all rounds."""
+        return self.units / (pl.cdiv(self.units, programs) * programs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,7 @@ def scratch(problem: Problem, dtype: Any) -> dict[str, Any]:
         ring=plgpu.SMEM((stages, PIECE // WARP_ROWS, WARP_ROWS, COLUMNS), dtype),
         x_smem=plgpu.SMEM((problem.longest,), jnp.float32),
         h_smem=plgpu.SMEM((problem.width,), jnp.float32),
-        sums=plgpu.SMEM((2, COMPUTE * WARPS, COLUMNS), jnp.float32),
+        sums=plgpu.SMEM((COMPUTE * WARPS, 2, COLUMNS), jnp.float32),
         full=plgpu.Barrier(num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
         met=plgpu.Barrier(num_arrivals=COMPUTE),
@@ -164,18 +167,16 @@ def kernel(problem: Problem, y_ref, h_ref, norm_ref, next_norm_ref, *refs, ring,
         def wide(ref, at, layout):
             return compat.load(ref.at[at], layout).astype(jnp.float32)
 
-        def total(part_ref, product: Product, at, layout):
-            return functools.reduce(lax.add, [compat.load(part_ref.at[s, at], layout) for s in range(product.splits)])
+        def rounded(x):
+            return x.astype(h_ref.dtype).astype(jnp.float32)
 
-        def add(product: Product, part_ref, before):
-            """h_smem = before + the product, rounded; x = its norm."""
-            mine, layout = share(problem.width)
-            h = (before(mine, layout) + total(part_ref, product, mine, layout)).astype(h_ref.dtype).astype(jnp.float32)
+        mine, layout = share(problem.width)
+
+        def add(h, part_ref, weight_ref):
+            """This warpgroup's half of h + the product, rounded; x is its norm."""
+            h = rounded(h + sum_over(part_ref, mine, layout))
             h_smem.at[mine][...] = h
-            return h
-
-        def norm(h, weight_ref):
-            mine, layout = share(problem.width)
+            together()
             squares = jnp.float32(0.0)
             for first in range(0, problem.width, _WHOLE):
                 length = min(_WHOLE, problem.width - first)
@@ -184,6 +185,7 @@ def kernel(problem: Problem, y_ref, h_ref, norm_ref, next_norm_ref, *refs, ring,
             factor = lax.rsqrt(squares * (1.0 / problem.width) + problem.epsilon)
             x_smem.at[mine][...] = h * factor * (1.0 + wide(weight_ref, mine, layout))
             together()
+            return h
 
         def multiply(product: Product, step, store, *, part_only: bool = False):
             """store(column block, part, sums [COLUMNS]) of this program's units; `part_only`: x holds the unit's part alone."""
@@ -209,14 +211,12 @@ def kernel(problem: Problem, y_ref, h_ref, norm_ref, next_norm_ref, *refs, ring,
 
                 zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
                 step, acc = lax.fori_loop(0, product.rows // PIECE, piece, (step, zeros))
-                compat.store(sums.at[parity, pl.ds(warpgroup * WARPS, WARPS)], jnp.sum(acc, axis=1))
+                compat.store(sums.at[pl.ds(warpgroup * WARPS, WARPS), parity], jnp.sum(acc, axis=1))
                 together()
 
                 @pl.when(warpgroup == parity)
                 def _():
-                    of = results_layout(COLUMNS)
-                    warps = [compat.load(sums.at[parity, i], of) for i in range(COMPUTE * WARPS)]
-                    store(pl.ds(block * COLUMNS, COLUMNS), part, functools.reduce(lax.add, warps))
+                    store(pl.ds(block * COLUMNS, COLUMNS), part, sum_over(sums, parity, results_layout(COLUMNS)))
 
                 return step, 1 - parity
 
@@ -230,38 +230,27 @@ def kernel(problem: Problem, y_ref, h_ref, norm_ref, next_norm_ref, *refs, ring,
             _meet(problem.programs, warpgroup, state_ref)
             together()
 
-        mine, layout = share(problem.out.depth)
-        x_smem.at[mine][...] = wide(y_ref, mine, layout)
+        of_y, y_layout = share(problem.out.depth)
+        x_smem.at[of_y][...] = wide(y_ref, of_y, y_layout)
         together()
         step = multiply(problem.out, jnp.int32(0), keep(parts[0]))
         meet()
-        h = add(problem.out, parts[0], lambda at, layout: wide(h_ref, at, layout))
-        together()
-        norm(h, norm_ref)
+        h = add(wide(h_ref, mine, layout), parts[0], norm_ref)
         step = multiply(problem.up, step, keep(parts[1]))
         meet()
-        mine, layout = share(problem.down.rows if problem.one_part else problem.down.depth)
-        first = mine.start
+        of_a, a_layout = share(problem.down.rows if problem.one_part else problem.down.depth)
+        first = of_a.start
         if problem.one_part:
             first += lax.rem(program, jnp.int32(problem.down.splits)) * problem.down.rows
         gate, up = (
-            total(parts[1], problem.up, pl.ds(first + half * problem.down.depth, mine.size), layout)
-            for half in range(2)
+            sum_over(parts[1], pl.ds(first + half * problem.down.depth, of_a.size), a_layout) for half in range(2)
         )
-        x = (gate * up / (1.0 + jnp.exp(-gate))).astype(h_ref.dtype).astype(jnp.float32)
-        x_smem.at[mine][...] = x
+        x_smem.at[of_a][...] = rounded(swiglu(gate, up))
         together()
         step = multiply(problem.down, step, keep(parts[2]), part_only=problem.one_part)
         meet()
-        h = add(problem.down, parts[2], lambda at, layout: h)
-        together()
-        norm(h, next_norm_ref)
-
-        @pl.when(program == 0)
-        def _():
-            mine, _ = share(problem.width)
-            compat.store(h2_ref.at[mine], h.astype(h2_ref.dtype))
-
+        h = add(h, parts[2], next_norm_ref)
+        pl.when(program == 0)(lambda: compat.store(h2_ref.at[mine], h.astype(h2_ref.dtype)))
         multiply(
             problem.into,
             step,

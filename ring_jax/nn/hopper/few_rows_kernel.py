@@ -95,22 +95,25 @@ def kernel(problem: Problem, x_ref, w_ref, *refs, sums, full, squares=None) -> N
 
         @pl.when(warpgroup == r % warpgroups)
         def _(r=r):
-            parts = [_sum_over(sums, half * problem.rows + r, layout) for half in range(problem.halves)]
+            parts = [sum_over(sums, half * problem.rows + r, layout) for half in range(problem.halves)]
             if squares is not None:
                 total = squares[0, r]
                 for i in range(1, squares.shape[0]):
                     total = total + squares[i, r]
                 factor = lax.rsqrt(total * (1.0 / problem.depth) + problem.norm_epsilon)
                 parts = [part * factor for part in parts]
-            y = parts[0]
-            if problem.swiglu:
-                y = y * parts[1] / (1.0 + jnp.exp(-y))
+            y = swiglu(*parts) if problem.swiglu else parts[0]
             if added:
                 y = y + added[r].astype(jnp.float32)
             compat.store(out_ref.at[r, here], y.astype(out_ref.dtype))
 
 
-def _sum_over(sums: Any, index: int, layout: Any) -> jax.Array:
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return gate * up / (1.0 + jnp.exp(-gate))
+
+
+def sum_over(sums: Any, index: Any, layout: Any) -> jax.Array:
+    """Of sums [n, ...] the sum over n at `index`, in order."""
     total = compat.load(sums.at[0, index], layout)
     for i in range(1, sums.shape[0]):
         total = total + compat.load(sums.at[i, index], layout)
